@@ -1,0 +1,49 @@
+"""One shared transformer trunk, many task heads, custom kernels.
+
+The public names are imported at their first use: `import trunkline` and `trunkline --help` do not wait for torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trunkline.engine.engine import Engine as Engine
+    from trunkline.engine.packing import PackedBatch as PackedBatch
+    from trunkline.engine.packing import PackPlan as PackPlan
+    from trunkline.engine.trunk import Trunk as Trunk
+    from trunkline.engine.trunk import TrunkConfig as TrunkConfig
+    from trunkline.kernels.attention import attention as attention
+    from trunkline.kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from trunkline.kernels.task_loss import task_loss as task_loss
+    from trunkline.kernels.task_projection import task_projection as task_projection
+    from trunkline.training.tasks import Task as Task
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "Engine": "trunkline.engine.engine",
+    "Task": "trunkline.training.tasks",
+    "Trunk": "trunkline.engine.trunk",
+    "TrunkConfig": "trunkline.engine.trunk",
+    "PackedBatch": "trunkline.engine.packing",
+    "PackPlan": "trunkline.engine.packing",
+    "attention": "trunkline.kernels.attention",
+    "task_projection": "trunkline.kernels.task_projection",
+    "task_loss": "trunkline.kernels.task_loss",
+    "linear_cross_entropy": "trunkline.kernels.linear_cross_entropy",
+}
+__all__ = ["__version__", *_MODULES]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        from difflib import get_close_matches
+
+        (nearest,) = get_close_matches(name, __all__, n=1, cutoff=0.0)
+        raise AttributeError(f"trunkline has no '{name}'; the nearest public name is '{nearest}'")
+    value = globals()[name] = getattr(import_module(_MODULES[name]), name)  # the next use does not come here
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

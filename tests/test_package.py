@@ -1,0 +1,89 @@
+"""The package as a whole: its public names, its start-up time, and what an installation contains."""
+
+import ast
+import os
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import trunkline
+
+ROOT = Path(__file__).resolve().parents[1]
+ROOMS = ["kernels", "engine", "training"]
+
+
+def python(*arguments: str, folder: Path, packages: Path) -> str:
+    """What a fresh interpreter prints, started in `folder` and with `packages` on its import path."""
+    environment = {**os.environ, "PYTHONPATH": str(packages), "PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The files of a plain (not editable) installation."""
+    folder, metadata = tmp_path_factory.mktemp("site-packages"), tmp_path_factory.mktemp("metadata")
+    python("setup.py", "-q", "egg_info", "-e", str(metadata), "build_py", "-d", str(folder), folder=ROOT, packages=ROOT)
+    return folder
+
+
+@pytest.mark.parametrize("name", trunkline._MODULES)
+def test_public_name_comes_from_its_module(name):
+    assert getattr(trunkline, name).__name__ == name
+    assert getattr(trunkline, name).__module__ == trunkline._MODULES[name]
+
+
+def test_type_checkers_see_the_same_names():
+    tree = ast.parse(Path(trunkline.__file__).read_text())
+    block = next(node for node in tree.body if isinstance(node, ast.If))
+    seen = {alias.asname: node.module for node in block.body for alias in node.names}
+    assert seen == trunkline._MODULES
+
+
+def test_dir_and_all_list_every_public_name():
+    assert set(trunkline.__all__) == {"__version__", *trunkline._MODULES}
+    assert set(trunkline.__all__) <= set(dir(trunkline))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "nearest"), [("task_los", "task_loss"), ("engine_", "Engine"), ("version", "__version__")]
+)
+def test_unknown_name_is_answered_with_the_nearest(wrong, nearest):
+    with pytest.raises(AttributeError, match=f"trunkline has no '{wrong}'; the nearest public name is '{nearest}'"):
+        getattr(trunkline, wrong)
+
+
+def test_import_is_quick_and_leaves_torch_alone(tmp_path):
+    code = "import sys, time; t = time.perf_counter(); import trunkline; print(time.perf_counter() - t, *sys.modules)"
+    runs = [python("-c", code, folder=tmp_path, packages=ROOT / "src").split() for _ in range(3)]
+    assert min(float(seconds) for seconds, *_ in runs) < 0.3
+    assert "trunkline" in runs[0]
+    assert not {"torch", "numpy"} & set(runs[0])
+
+
+def test_version_is_that_of_the_project():
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == trunkline.__version__
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_room_is_linked_and_never_a_top_level_package(room):
+    link = ROOT / "src" / "trunkline" / room
+    assert link.readlink() == Path("..", "..", room)
+    assert not (link / "__init__.py").exists()  # transformers would take kernels/ for Hugging Face's `kernels`
+
+
+def test_installation_has_every_source_and_data_file(installed):
+    expected = {Path("trunkline", name) for name in ["__init__.py", "py.typed"]}
+    for room in ROOMS:
+        files = [*(ROOT / room).glob("*.py"), *(ROOT / room).glob("*.jinja"), *(ROOT / room).glob("configs/*.yaml")]
+        expected |= {Path("trunkline") / file.relative_to(ROOT) for file in files}
+    assert {file.relative_to(installed) for file in installed.rglob("*") if file.is_file()} == expected
+
+
+def test_installation_works_outside_the_repository(installed, tmp_path):
+    code = "import trunkline; print(trunkline.Task.__module__, trunkline.__file__)"
+    module, file = python("-c", code, folder=tmp_path, packages=installed).split()
+    assert (module, Path(file)) == ("trunkline.training.tasks", installed / "trunkline" / "__init__.py")
