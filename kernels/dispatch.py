@@ -1,0 +1,45 @@
+"""The one place that chooses between a Triton kernel and its PyTorch reference.
+
+Every op is a pair of functions with one signature. PyTorch's dispatcher takes the Triton one for CUDA tensors and the
+reference elsewhere. TRUNKLINE_REFERENCE=1 forces the references everywhere, to tell a kernel bug from a model bug;
+TRITON_INTERPRET=1 runs the kernels on the CPU, for tests.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+_LIBRARY = torch.library.Library("trunkline", "DEF")
+_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read when a module is imported, as Triton does
+_FORCE_REFERENCE = os.environ.get("TRUNKLINE_REFERENCE") == "1"
+
+
+def register(name: str, *, reference: Callable, fake: Callable, triton: Callable | None = None) -> Callable:
+    """Registers the op `trunkline::name` and returns it.
+
+    Args:
+        name: unique name of the op.
+        reference: plain PyTorch on any device; its annotations are the op's schema. Its outputs never alias its inputs.
+        fake: same arguments; returns empty, contiguous outputs of the right shape and dtype, for torch.compile.
+        triton: same arguments; used for CUDA tensors. None while an op has no kernel: the reference serves everywhere.
+    """
+    _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()))
+    _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+    if triton is not None and not _FORCE_REFERENCE:
+        _LIBRARY.impl(name, triton, "CPU" if _INTERPRET else "CUDA")
+    torch.library.register_fake(f"trunkline::{name}", fake, lib=_LIBRARY)
+    op = getattr(torch.ops.trunkline, name).default
+    for device in ("cpu", "cuda"):
+        _LIBRARY.impl(name, _without_autocast(op, device), f"Autocast{device.upper()}")
+    return op
+
+
+def _without_autocast(op: Callable, device: str) -> Callable:
+    """An op decides itself what it computes in which dtype; autocast would round the float32 sums inside it."""
+
+    def call(*args):
+        with torch.autocast(device, enabled=False):
+            return op(*args)
+
+    return call

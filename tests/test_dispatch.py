@@ -1,0 +1,72 @@
+"""One op, two implementations: which one runs is decided by the device and two environment variables."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from trunkline.kernels.dispatch import register
+
+SOURCE = Path(__file__).resolve().parents[1] / "src"
+CHOICE = """
+import torch
+from torch import Tensor
+from trunkline.kernels.dispatch import register
+
+def reference(x: Tensor) -> Tensor:
+    return torch.zeros_like(x)
+
+op = register("probe", reference=reference, triton=torch.ones_like, fake=torch.empty_like)
+print(op(torch.full((1,), 5.0)).item(), torch._C._dispatch_has_kernel_for_dispatch_key("trunkline::probe", "CUDA"))
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "expected"),
+    [
+        ({}, "0.0 True"),  # the reference on the CPU, Triton for CUDA tensors
+        ({"TRITON_INTERPRET": "1"}, "1.0 False"),  # Triton on the CPU
+        ({"TRITON_INTERPRET": "1", "TRUNKLINE_REFERENCE": "1"}, "0.0 False"),  # the reference everywhere
+    ],
+    ids=["default", "interpret", "reference"],
+)
+def test_environment_chooses_the_implementation(environment, expected):
+    inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRUNKLINE_REFERENCE")}
+    environment = {**inherited, "PYTHONPATH": str(SOURCE), **environment}
+    command = [sys.executable, "-W", "error", "-c", CHOICE]
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert output.strip() == expected
+
+
+def test_op_without_triton_has_its_reference_everywhere():
+    def reference(x: Tensor, factor: float, power: int, offset: Tensor | None) -> tuple[Tensor, Tensor]:
+        return factor * x**power, x + (0 if offset is None else offset.item())  # which only a real tensor has
+
+    def fake(x, factor, power, offset):
+        return x.new_empty(x.shape), x.new_empty(x.shape)
+
+    op = register("probe", reference=reference, fake=fake)
+    expected = "trunkline::probe(Tensor x, float factor, SymInt power, Tensor? offset) -> (Tensor, Tensor)"
+    assert str(op._schema) == expected
+    first, second = op(torch.tensor([2.0, 3.0]), 0.5, 2, None)
+    assert first.tolist() == [2.0, 4.5]
+    assert second.tolist() == [2.0, 3.0]
+    torch.library.opcheck(op, (torch.randn(2, 3), 0.5, 2, torch.ones(1)))
+    assert op(torch.empty(4, 2, device="meta"), 0.5, 2, torch.empty(1, device="meta"))[1].shape == (4, 2)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_autocast_ends_at_the_op(device):
+    def reference(x: Tensor) -> Tensor:
+        return x @ x
+
+    op = register("product", reference=reference, fake=torch.empty_like)
+    x = torch.randn(8, 8, device=device)
+    with torch.autocast(device, torch.bfloat16):
+        assert (x @ x).dtype == torch.bfloat16
+        product = op(x)
+    assert torch.equal(product, x @ x)
