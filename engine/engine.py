@@ -1,0 +1,257 @@
+"""What users hold: a trunk with its tasks, to be trained, scored, asked, saved and loaded.
+
+The engine ties the rooms together; the arithmetic is in model.py, the loop in training/loop.py.
+"""
+
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+
+from trunkline.engine.generate import Search, generate
+from trunkline.engine.heads import HEADS
+from trunkline.engine.model import MultiTaskModel, in_model_order
+from trunkline.engine.packing import Example, pack
+from trunkline.engine.trunk import Trunk, TrunkConfig, preset
+from trunkline.training.config import Config, restore_config
+from trunkline.training.corpus import load_corpus
+from trunkline.training.data import Layout, describe, prediction_rows
+from trunkline.training.evaluation import evaluate
+from trunkline.training.tasks import Task
+from trunkline.training.tokenizer import Tokenizer
+
+WEIGHTS, SETTINGS = "model.safetensors", "engine.json"
+
+
+class Engine:
+    """One trunk and the tasks it serves.
+
+        engine = Engine(trunk="tiny", tasks=["sst2", "stsb", "dialogsum"], data="../data", steps=500)
+        engine.fit()
+        engine.predict(["a gripping film"], tasks=["sst2"])
+
+    Args:
+        trunk: a preset's name, a `TrunkConfig`, or a `Trunk` whose weights are the start (its tokenizer goes with it).
+        tasks: names of embedded tasks, or `Task`s.
+        tokenizer: as `Config.tokenizer`, or a `Tokenizer`.
+        settings: any other field of `trunkline.training.config.Config`.
+
+    Raises:
+        ValueError: settings that contradict one another.
+    """
+
+    def __init__(
+        self,
+        trunk: str | TrunkConfig | Trunk = "tiny",
+        tasks: Sequence[str | Task] = (),
+        tokenizer: str | Tokenizer = "",
+        **settings: Any,
+    ):
+        if isinstance(tokenizer, str):
+            settings["tokenizer"] = tokenizer
+        start = trunk if isinstance(trunk, Trunk) else None
+        shape = trunk.config if isinstance(trunk, Trunk) else preset(trunk) if isinstance(trunk, str) else trunk
+        self._hold(Config(tasks=tuple(tasks), trunk=shape, **settings), start)
+        if isinstance(tokenizer, Tokenizer):
+            self.tokenizer = tokenizer
+
+    def _hold(self, config: Config, trunk: Trunk | None = None) -> None:
+        self.config = config
+        self.tasks = in_model_order(config.all_tasks)
+        self.device = torch.device(_default_device() if config.device == "auto" else config.device)
+        self.tokenizer: Tokenizer | None = None
+        self._trunk, self._model = trunk, None
+
+    @classmethod
+    def from_config(cls, config: Config) -> "Engine":
+        engine = cls.__new__(cls)
+        engine._hold(config)
+        return engine
+
+    @property
+    def model(self) -> MultiTaskModel:
+        """Trunk and heads.
+
+        Raises:
+            ValueError: the engine has not been trained or loaded yet, so its vocabulary is not known.
+        """
+        if self._model is None:
+            raise ValueError("this engine has no weights yet: call fit(), or Engine.load(folder)")
+        return self._model
+
+    def build(self, tokenizer: Tokenizer) -> MultiTaskModel:
+        """The model for this tokenizer: the one there is, or a new one from the config's seed."""
+        self.tokenizer = tokenizer
+        if self._model is None:
+            torch.manual_seed(self.config.seed)
+            if self._trunk is None:
+                self.config = replace(self.config, trunk=replace(self.config.trunk, vocab_size=tokenizer.vocab_size))
+                self._trunk = Trunk(self.config.trunk)
+            elif self.config.trunk.vocab_size < tokenizer.vocab_size:
+                raise ValueError(
+                    f"engine: the tokenizer has {tokenizer.vocab_size} entries, "
+                    f"more than the trunk's vocabulary of {self.config.trunk.vocab_size}"
+                )
+            model = MultiTaskModel(self._trunk, self.tasks, self.config.projection, self.config.label_smoothing)
+            self._model = model.to(self.device)
+        return self._model
+
+    def autocast(self) -> AbstractContextManager:
+        """bfloat16 products on GPUs that have them; float32 elsewhere."""
+        if self.device.type == "cuda" and torch.cuda.is_bf16_supported():
+            return torch.autocast("cuda", torch.bfloat16)
+        return nullcontext()
+
+    def fit(self, *, resume: bool = False, overwrite: bool = False, **changes: Any) -> dict[str, Any]:
+        """Trains on the tasks' training splits and writes the run folder.
+
+        Args:
+            resume: go on with the run in the folder.
+            overwrite: replace the run in the folder.
+            changes: fields of the config to change first, such as steps=500.
+
+        Returns:
+            What summary.json holds: per task its metrics, trivial baseline and losses; speed; environment.
+
+        Raises:
+            ValueError: data or settings that cannot be used.
+        """
+        from trunkline.training.loop import train
+
+        self.config = replace(self.config, **changes)
+        return train(self, resume=resume, overwrite=overwrite)
+
+    def evaluate(self, examples: int = 0) -> dict[str, dict[str, float]]:
+        """Loss and metrics of every task on its validation split.
+
+        Args:
+            examples: of each task, evenly spaced; 0: all.
+        """
+        config = self.config
+        corpus = load_corpus(config, self.tokenizer)
+        with self.autocast():
+            scored = evaluate(
+                self.model,
+                corpus.tokenizer,
+                corpus.validation,
+                tokens=config.batch.tokens,
+                search=config.search,
+                examples=examples,
+            )
+        return {name: task.metrics for name, task in scored.items()}
+
+    def predict(self, texts: Sequence[str | Sequence[str]], tasks: Sequence[str] = ()) -> dict[str, list[Any]]:
+        """What the tasks say of each text; all of them share one pass through the trunk.
+
+        Args:
+            texts: each a text, or a tuple of texts for tasks on several (a premise and a hypothesis).
+            tasks: names; none: every task of the engine that predicts classes, numbers, tags or spans.
+
+        Returns:
+            By task, one prediction a text: a class name, a number, a tag for each word, or the words of a span.
+
+        Raises:
+            ValueError: an unknown task, one that generates text, or a text that does not fit the task.
+        """
+        parts = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
+        asked = [self._index(name) for name in tasks] or [
+            t for t, task in enumerate(self.tasks) if HEADS[task.head].group != "vocabulary"
+        ]
+        for t in asked:
+            task = self.tasks[t]
+            if HEADS[task.head].group == "vocabulary":
+                raise ValueError(f"predict: task '{task.name}' writes text: use generate()")
+            for place, text in enumerate(parts):
+                if len(text) != len(task.text) or not any(part.strip() for part in text):
+                    raise ValueError(
+                        f"predict: task '{task.name}' takes {len(task.text)} text(s) {list(task.text)}, "
+                        f"got {text!r} at place {place}"
+                    )
+        layout = Layout(self._tokenizer, self.config.batch.max_length, self.config.trunk.causal)
+        laid = [layout.lay(text) for text in parts]
+        wanted = [[prediction_rows(self.tasks[t], text) for t in asked] for text in laid]
+        examples = [Example(0, text.tokens, np.concatenate(rows)) for text, rows in zip(laid, wanted, strict=True)]
+        predictions: dict[str, list[Any]] = {self.tasks[t].name: [None] * len(texts) for t in asked}
+        model = self.model.eval()
+        with torch.inference_mode(), self.autocast():
+            batch = pack(examples, 1).to(self.device)
+            x = model.trunk(batch.tokens, batch.positions, batch.plan, batch.rows.token)  # (R, D)
+            sizes = [len(rows) for place in batch.order for rows in wanted[place]]
+            own = iter(x.split(sizes))
+            for place in batch.order:
+                for t in asked:
+                    task = self.tasks[t]
+                    value = HEADS[task.head].predict(model.logits(next(own), t).float().cpu())
+                    predictions[task.name][place] = describe(task, value, laid[place])
+        return predictions
+
+    def generate(self, texts: Sequence[str], task: str, search: Search | None = None) -> list[str]:
+        """Writes the text that a task asks for, such as a summary, for each document.
+
+        Args:
+            texts: the documents.
+            task: name of a 'generate' task.
+            search: greedy or beam search and lengths; default: the config's.
+
+        Raises:
+            ValueError: an unknown task, or one that does not generate.
+        """
+        t = self._index(task)
+        if self.tasks[t].head != "generate":
+            raise ValueError(f"generate: task '{task}' has head '{self.tasks[t].head}': use predict()")
+        layout = Layout(self._tokenizer, self.config.batch.max_length, causal=True)
+        prompts = [layout.prompt(text, self.tasks[t].max_target_tokens).tokens for text in texts]
+        model = self.model.eval()
+        with self.autocast():
+            made = generate(
+                model.trunk, partial(model.logits, task=t), prompts, layout.tokenizer.end, search or self.config.search
+            )
+        return [layout.tokenizer.decode(tokens) for tokens in made]
+
+    @property
+    def _tokenizer(self) -> Tokenizer:
+        self.model  # noqa: B018  the error for an engine without weights
+        assert self.tokenizer is not None
+        return self.tokenizer
+
+    def _index(self, name: str) -> int:
+        names = [task.name for task in self.tasks]
+        if name not in names:
+            raise ValueError(f"engine: no task '{name}'; there are {', '.join(names)}")
+        return names.index(name)
+
+    def save(self, folder: str | Path) -> Path:
+        """Writes weights (safetensors), settings (JSON) and tokenizer; nothing is pickled."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(self.model.state_dict(), folder / WEIGHTS)
+        (folder / SETTINGS).write_text(json.dumps(asdict(self.config), indent=1), encoding="utf-8")
+        self._tokenizer.save(folder)
+        return folder
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str = "auto") -> "Engine":
+        """The engine that `save` wrote, or the model of a run folder.
+
+        Raises:
+            ValueError: the folder holds neither.
+        """
+        folder = Path(folder)
+        folder = folder / "model" if (folder / "model" / SETTINGS).is_file() else folder
+        if not (folder / SETTINGS).is_file():
+            raise ValueError(f"engine: {folder} has no {SETTINGS}: it is neither a saved engine nor a finished run")
+        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+        engine = cls.from_config(replace(restore_config(settings), device=device))
+        engine.build(Tokenizer.load(str(folder))).load_state_dict(load_file(folder / WEIGHTS, str(engine.device)))
+        return engine
+
+
+def _default_device() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"

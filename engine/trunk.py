@@ -1,0 +1,277 @@
+"""The shared trunk: a transformer over a packed stream of tokens.
+
+One config covers the GPT-2, Llama / Qwen and BERT shapes. The trunk knows nothing of tasks; `attend`, a function
+(layer, q, k, v) -> output, decides what a token sees: a packed batch in training, a key/value cache in generation.
+
+T tokens, D width, H query heads, G key/value heads, E head width, R rows asked for
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trunkline.engine.packing import PackPlan
+from trunkline.kernels.attention import attention
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class TrunkConfig:
+    """Shape of a trunk.
+
+    Raises:
+        ValueError: the fields contradict one another.
+    """
+
+    vocab_size: int = 8192
+    """Entries of the vocabulary; a run sets it from its tokenizer."""
+    hidden_size: int = 256
+    """D, the width of the residual stream."""
+    num_layers: int = 4
+    """Transformer blocks."""
+    num_heads: int = 4
+    """H, query heads."""
+    num_kv_heads: int | None = None
+    """G, key/value heads; None: as many as query heads."""
+    head_dim: int | None = None
+    """E, width of a head; None: hidden_size / num_heads."""
+    intermediate_size: int | None = None
+    """Width inside the MLP; None: 4 x hidden_size."""
+    max_positions: int = 1024
+    """Longest sequence, in tokens."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """Where a token's place comes from: a learned vector added to the input, or a rotation of queries and keys."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm or RMSNorm."""
+    norm_eps: float = 1e-5
+    """Added to the variance."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """pre: x + f(norm(x)), with one more norm at the end (GPT-2, Llama). post: norm(x + f(x)) (BERT)."""
+    embedding_norm: bool = False
+    """A norm right after the embeddings (BERT)."""
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
+    """Of the MLP; gelu_tanh is GPT-2's approximation, swiglu gates (Llama)."""
+    bias: bool = True
+    """Biases on all linear layers."""
+    qkv_bias: bool | None = None
+    """Biases on the query, key and value projections; None: as `bias`."""
+    qk_norm: bool = False
+    """RMSNorm on every head's queries and keys (Qwen3)."""
+    causal: bool = True
+    """A token sees what stands before it (decoder) or everything (encoder)."""
+    token_types: int = 0
+    """Segment embeddings; every token is of type 0 (BERT)."""
+    dropout: float = 0.0
+    """Probability of zeroing the embeddings' and each sublayer's output in training."""
+    tie_vocabulary: bool = True
+    """The vocabulary head uses the embedding matrix."""
+
+    def __post_init__(self):
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(f"trunk: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"trunk: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
+        if self.positions == "rotary" and self.head_width % 2:
+            raise ValueError(f"trunk: rotary positions need an even head width, got {self.head_width}")
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return 4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size
+
+
+_GPT2 = {"vocab_size": 50257, "max_positions": 1024, "activation": "gelu_tanh"}
+PRESETS: dict[str, dict] = {
+    "tiny": {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "max_positions": 1024},
+    "small": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, **_GPT2},
+    "medium": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, **_GPT2},
+    "bert-base": {
+        "vocab_size": 30522,
+        "hidden_size": 768,
+        "num_layers": 12,
+        "num_heads": 12,
+        "max_positions": 512,
+        "norm_position": "post",
+        "norm_eps": 1e-12,
+        "embedding_norm": True,
+        "causal": False,
+        "token_types": 2,
+    },
+}
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last dimension, as the config says."""
+
+    def __init__(self, config: TrunkConfig, width: int | None = None, kind: str | None = None):
+        super().__init__()
+        width, self.eps = width or config.hidden_size, config.norm_eps
+        self.weight = nn.Parameter(torch.ones(width))
+        layer = (kind or config.norm) == "layer"
+        self.bias = nn.Parameter(torch.zeros(width)) if layer else None
+        self.is_layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_layer:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        # under autocast queries and keys are narrower than the weight
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions on (T, heads, E), the halves of a head as pairs; angles are cos and sin, (T, E / 2) each."""
+    cos, sin = (part[:, None].to(x.dtype) for part in angles)
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+class Block(nn.Module):
+    """Attention and MLP with their residual connections.
+
+    With `rows`, everything after attention is computed for those tokens only: in the last block, where nothing but the
+    labelled rows is used, that saves three quarters of the block's arithmetic.
+    """
+
+    def __init__(self, config: TrunkConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        D, H, G, E = config.hidden_size, config.num_heads, config.kv_heads, config.head_width
+        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        gate = 2 if config.activation == "swiglu" else 1
+        self.attention_norm = Norm(config)
+        self.qkv = nn.Linear(D, (H + 2 * G) * E, bias=qkv_bias)  # queries, keys, values
+        self.attention_out = nn.Linear(H * E, D, bias=config.bias)
+        self.mlp_norm = Norm(config)
+        self.mlp_in = nn.Linear(D, gate * config.mlp_width, bias=config.bias)  # swiglu: gate, then value
+        self.mlp_out = nn.Linear(config.mlp_width, D, bias=config.bias)
+        if config.qk_norm:
+            self.query_norm, self.key_norm = Norm(config, E, "rms"), Norm(config, E, "rms")
+        self.dropout = nn.Dropout(config.dropout)
+
+    def attend(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
+        H, G, E = self.config.num_heads, self.config.kv_heads, self.config.head_width
+        q, k, v = self.qkv(x).view(len(x), H + 2 * G, E).split([H, G, G], 1)
+        if self.config.qk_norm:
+            q, k = self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
+        return attend(self.layer, q, k, v).flatten(1)  # (T, H * E)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        hidden = self.mlp_in(x)
+        if self.config.activation == "swiglu":
+            gate, value = hidden.chunk(2, -1)
+            return self.mlp_out(F.silu(gate) * value)
+        return self.mlp_out(F.gelu(hidden, approximate="tanh" if self.config.activation == "gelu_tanh" else "none"))
+
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend, rows: Tensor | None = None
+    ) -> Tensor:
+        pre = self.config.norm_position == "pre"
+        attended = self.attend(self.attention_norm(x) if pre else x, angles, attend)
+        if rows is not None:
+            x, attended = x[rows], attended[rows]
+        x = x + self.dropout(self.attention_out(attended))
+        if pre:
+            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = self.attention_norm(x)
+        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+
+
+class Trunk(nn.Module):
+    """The shared feature extractor.
+
+    Args:
+        config: a `TrunkConfig`, or the name of a preset: 'tiny', 'small', 'medium', 'bert-base'.
+
+    Raises:
+        ValueError: an unknown preset.
+    """
+
+    def __init__(self, config: TrunkConfig | str = "tiny"):
+        super().__init__()
+        self.config = config = preset(config) if isinstance(config, str) else config
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.positions == "learned":
+            self.positions = nn.Embedding(config.max_positions, config.hidden_size)
+        if config.token_types:
+            self.token_types = nn.Embedding(config.token_types, config.hidden_size)
+        if config.embedding_norm:
+            self.embedding_norm = Norm(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        if config.norm_position == "pre":
+            self.final_norm = Norm(config)
+        self.apply(_initialise)
+        with torch.no_grad():  # GPT-2: the residual stream keeps its variance over the layers
+            for block in self.blocks:
+                for linear in (block.attention_out, block.mlp_out):
+                    linear.weight.mul_((2 * config.num_layers) ** -0.5)
+
+    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        x = self.tokens(tokens)
+        if self.config.positions == "learned":
+            x = x + self.positions(positions)
+        if self.config.token_types:
+            x = x + self.token_types.weight[0]
+        if self.config.embedding_norm:
+            x = self.embedding_norm(x)
+        return self.dropout(x)
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.config.positions == "learned":
+            return None
+        half = torch.arange(0, self.config.head_width, 2, device=positions.device, dtype=torch.float32)
+        frequency = 1 / self.config.rope_theta ** (half / self.config.head_width)  # rounded as Hugging Face does
+        angle = positions[:, None].float() * frequency  # (T, E / 2)
+        return angle.cos(), angle.sin()
+
+    def forward(self, tokens: Tensor, positions: Tensor, plan: PackPlan | Attend, rows: Tensor | None = None) -> Tensor:
+        """Hidden states of a packed stream.
+
+        Args:
+            tokens: (T,) int64, below `vocab_size`.
+            positions: (T,) int, offset of each token inside its own sequence, below `max_positions`.
+            plan: where the sequences lie; or an `attend` function that decides itself what each token sees.
+            rows: (R,) int64, the tokens whose hidden states are wanted; None: all.
+
+        Returns:
+            (R, D), or (T, D) without `rows`; after the final norm.
+        """
+        x, angles = self.embed(tokens, positions), self.angles(positions)
+        if isinstance(plan, PackPlan):
+            attend = lambda layer, q, k, v: attention(q, k, v, plan, causal=self.config.causal)  # noqa: E731
+        else:
+            attend = plan
+        for block in self.blocks[:-1]:
+            x = block(x, angles, attend)
+        x = self.blocks[-1](x, angles, attend, rows)
+        return self.final_norm(x) if self.config.norm_position == "pre" else x
+
+
+def preset(name: str, **changes) -> TrunkConfig:
+    """The config of a preset, with some of its fields changed."""
+    if name not in PRESETS:
+        raise ValueError(f"trunk: unknown preset '{name}'; there are {', '.join(PRESETS)}")
+    return TrunkConfig(**{**PRESETS[name], **changes})
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

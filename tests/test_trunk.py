@@ -1,0 +1,299 @@
+"""The trunk: no sequence of a packed batch sees another, and its shapes are those of Hugging Face's models."""
+
+import re
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from trunkline.engine.packing import Example, PackedBatch, pack
+from trunkline.engine.trunk import Trunk, TrunkConfig, preset
+from trunkline.kernels.attention import attention
+
+_SMALL = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48, "max_positions": 256}
+_GATED = {"norm": "rms", "norm_eps": 1e-6, "activation": "swiglu", "bias": False}
+_LLAMA = {"positions": "rotary", "rope_theta": 500.0, **_GATED}
+SHAPES = {
+    "gpt2": TrunkConfig(**_SMALL, activation="gelu_tanh"),
+    "llama": TrunkConfig(**_SMALL, **_LLAMA, num_kv_heads=2),
+    "qwen2": TrunkConfig(**_SMALL, **_LLAMA, num_kv_heads=1, qkv_bias=True),
+    "qwen3": TrunkConfig(**_SMALL, **_LLAMA, num_kv_heads=2, head_dim=16, qk_norm=True),
+    "bert": TrunkConfig(
+        **_SMALL, norm_position="post", norm_eps=1e-12, embedding_norm=True, causal=False, token_types=2
+    ),
+}
+LENGTHS = [5, 1, 30, 64, 100, 129, 128, 200]
+TAIL = 7  # tokens of the dummy sequence
+BUDGET = sum(LENGTHS) + TAIL
+VOCABULARY = 2 * BUDGET
+
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+causal_or_not = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+
+
+def randomise(module: torch.nn.Module) -> None:
+    """Weights so large that every part of the model shows in its output."""
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+
+
+def make(shape: str, **changes) -> Trunk:
+    trunk = Trunk(replace(SHAPES[shape], vocab_size=VOCABULARY, **changes)).eval()
+    randomise(trunk)
+    return trunk
+
+
+def sequences() -> list[np.ndarray]:
+    """No token occurs twice, so the gradient of the embedding is that of every token of the stream; 0 is the tail's."""
+    return np.split(np.arange(1, sum(LENGTHS) + 1), np.cumsum(LENGTHS)[:-1])
+
+
+def packed(sequences: list[np.ndarray], budget: int | None = None) -> PackedBatch:
+    return pack(
+        [Example(task=0, tokens=tokens, rows=np.array([0, len(tokens) - 1])) for tokens in sequences], 1, budget
+    )
+
+
+def run(trunk: Trunk, batch: PackedBatch, rows: Tensor | None = None) -> Tensor:
+    return trunk(batch.tokens, batch.positions, batch.plan, rows)
+
+
+@every_shape
+@causal_or_not
+def test_no_sequence_sees_another(shape, causal):
+    trunk = make(shape, causal=causal)
+    upstream = torch.randn(BUDGET, 32)
+
+    def states_and_gradients(sequences: list[np.ndarray]) -> tuple[Tensor, Tensor]:
+        """Of every token of the vocabulary; zero for those that the batch lacks."""
+        batch = packed(sequences, BUDGET)
+        states = run(trunk, batch)
+        gradient = torch.autograd.grad(states, trunk.tokens.weight, upstream)[0]
+        return torch.zeros(VOCABULARY, 32).index_copy(0, batch.tokens, states.detach()), gradient
+
+    before = states_and_gradients(sequences())
+    for changed in range(len(LENGTHS)):
+        batch = sequences()
+        others = np.concatenate([[0], *batch[:changed], *batch[changed + 1 :]])
+        batch[changed] = batch[changed] + sum(LENGTHS)
+        after = states_and_gradients(batch)
+        for x, y in zip(before, after, strict=True):
+            assert torch.equal(x[others], y[others])
+            assert not torch.equal(x[batch[changed] - sum(LENGTHS)], y[batch[changed]])
+
+
+@every_shape
+@causal_or_not
+def test_packed_is_what_each_sequence_is_alone(shape, causal):
+    trunk = make(shape, causal=causal)
+    batch = packed(sequences(), BUDGET)
+    states = run(trunk, batch).split(batch.plan.cu_seqlens.diff().tolist())
+    for example, state in zip(batch.order, states, strict=False):  # without the tail
+        torch.testing.assert_close(state, run(trunk, packed([sequences()[example]])))
+
+
+@every_shape
+def test_causal_trunk_does_not_see_the_future(shape):
+    trunk = make(shape, causal=True)
+    tokens = np.arange(200)
+    state, longer = (run(trunk, packed([tokens[:length]])) for length in (150, 200))
+    torch.testing.assert_close(state, longer[:150])
+
+
+@every_shape
+def test_rows_are_rows_of_all(shape):
+    trunk, batch = make(shape), packed(sequences(), BUDGET)
+    token = batch.rows.token
+    upstream = torch.randn(len(token), 32)
+    some, whole = run(trunk, batch, token), run(trunk, batch)[token]
+    assert some.shape == (2 * len(LENGTHS), 32)
+    torch.testing.assert_close(some, whole)
+    parameters = list(trunk.parameters())
+    for got, expected in zip(
+        torch.autograd.grad(some, parameters, upstream),
+        torch.autograd.grad(whole, parameters, upstream),
+        strict=True,
+    ):
+        torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-5)  # sums of 665 tokens in another order
+
+
+def test_function_in_place_of_a_plan_decides_what_is_seen():
+    trunk, batch, layers = make("llama"), packed(sequences()), []
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        layers.append(layer)
+        return attention(q, k, v, batch.plan, causal=True)
+
+    assert torch.equal(trunk(batch.tokens, batch.positions, attend), run(trunk, batch))
+    assert layers == [0, 1]
+
+
+def test_rotary_positions_are_relative():
+    trunk, batch = make("llama"), packed([np.arange(1, 50)])
+    moved = trunk(batch.tokens, batch.positions + 100, batch.plan)
+    torch.testing.assert_close(moved, run(trunk, batch), atol=1e-4, rtol=1e-4)  # angles of 150 in float32
+    assert not torch.allclose(trunk(batch.tokens, 2 * batch.positions, batch.plan), run(trunk, batch), atol=1e-2)
+
+
+@every_shape
+def test_bfloat16(shape):
+    trunk, batch = make(shape), packed(sequences())
+    exact = run(trunk, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = run(trunk, batch)
+    pure = run(trunk.bfloat16(), batch)
+    assert pure.dtype == torch.bfloat16
+    for states in (mixed, pure):
+        assert (states - exact).norm() < 0.05 * exact.norm()
+
+
+def test_dropout_only_in_training():
+    trunk, batch = make("gpt2", dropout=0.5), packed(sequences())
+    assert torch.equal(run(trunk, batch), run(trunk, batch))
+    trunk.train()
+    assert not torch.equal(run(trunk, batch), run(trunk, batch))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+def test_compiles():
+    trunk, batch = make("qwen3", num_layers=1), packed(sequences())
+    compiled = torch.compile(trunk, fullgraph=True, backend="aot_eager")
+    states, expected = run(compiled, batch, batch.rows.token), run(trunk, batch, batch.rows.token)
+    torch.testing.assert_close(states, expected)
+    parameters = list(trunk.parameters())
+    got, wanted = (torch.autograd.grad(x.square().sum(), parameters) for x in (states, expected))
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("small", 124_439_808),  # GPT-2
+        ("medium", 354_823_168),  # GPT-2 medium
+        ("bert-base", 108_891_648),  # BERT base uncased, without its pooler
+    ],
+)
+def test_preset_has_the_published_size(name, parameters):
+    with torch.device("meta"):
+        assert sum(p.numel() for p in Trunk(name).parameters()) == parameters
+
+
+def test_initial_weights():
+    trunk = Trunk(preset("tiny", num_layers=2))
+    deviations = {name: p.std().item() for name, p in trunk.named_parameters() if p.ndim == 2}
+    for name, deviation in deviations.items():  # 0.02, and half of it where the two sublayers of each of two blocks end
+        expected = 0.01 if name.endswith(("attention_out.weight", "mlp_out.weight")) else 0.02
+        assert deviation == pytest.approx(expected, rel=0.02), name
+    assert all(not p.any() for name, p in trunk.named_parameters() if name.endswith("bias"))
+
+
+def test_preset_fields_can_be_changed():
+    assert preset("small", num_layers=3) == replace(preset("small"), num_layers=3)
+    assert preset("small").num_layers == 12
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"hidden_size": 30, "num_heads": 4}, "trunk: hidden_size 30 is not a multiple of num_heads 4"),
+        ({"num_heads": 4, "num_kv_heads": 3}, "trunk: num_heads 4 is not a multiple of num_kv_heads 3"),
+        ({"positions": "rotary", "head_dim": 7}, "trunk: rotary positions need an even head width, got 7"),
+    ],
+)
+def test_contradicting_fields_are_named(fields, message):
+    with pytest.raises(ValueError, match=message):
+        TrunkConfig(**fields)
+
+
+def test_unknown_preset_is_named():
+    with pytest.raises(ValueError, match="trunk: unknown preset 'large'; there are tiny, small, medium, bert-base"):
+        Trunk("large")
+
+
+# Our module -> theirs, joined in this order; * is the layer.
+_GPT2_NAMES = {
+    "tokens": ["wte"],
+    "positions": ["wpe"],
+    "blocks.*.attention_norm": ["h.*.ln_1"],
+    "blocks.*.qkv": ["h.*.attn.c_attn"],
+    "blocks.*.attention_out": ["h.*.attn.c_proj"],
+    "blocks.*.mlp_norm": ["h.*.ln_2"],
+    "blocks.*.mlp_in": ["h.*.mlp.c_fc"],
+    "blocks.*.mlp_out": ["h.*.mlp.c_proj"],
+    "final_norm": ["ln_f"],
+}
+_LLAMA_NAMES = {
+    "tokens": ["embed_tokens"],
+    "blocks.*.attention_norm": ["layers.*.input_layernorm"],
+    "blocks.*.qkv": [f"layers.*.self_attn.{x}_proj" for x in "qkv"],
+    "blocks.*.query_norm": ["layers.*.self_attn.q_norm"],
+    "blocks.*.key_norm": ["layers.*.self_attn.k_norm"],
+    "blocks.*.attention_out": ["layers.*.self_attn.o_proj"],
+    "blocks.*.mlp_norm": ["layers.*.post_attention_layernorm"],
+    "blocks.*.mlp_in": ["layers.*.mlp.gate_proj", "layers.*.mlp.up_proj"],
+    "blocks.*.mlp_out": ["layers.*.mlp.down_proj"],
+    "final_norm": ["norm"],
+}
+_BERT_NAMES = {
+    "tokens": ["embeddings.word_embeddings"],
+    "positions": ["embeddings.position_embeddings"],
+    "token_types": ["embeddings.token_type_embeddings"],
+    "embedding_norm": ["embeddings.LayerNorm"],
+    "blocks.*.qkv": [f"encoder.layer.*.attention.self.{x}" for x in ("query", "key", "value")],
+    "blocks.*.attention_out": ["encoder.layer.*.attention.output.dense"],
+    "blocks.*.attention_norm": ["encoder.layer.*.attention.output.LayerNorm"],
+    "blocks.*.mlp_in": ["encoder.layer.*.intermediate.dense"],
+    "blocks.*.mlp_out": ["encoder.layer.*.output.dense"],
+    "blocks.*.mlp_norm": ["encoder.layer.*.output.LayerNorm"],
+}
+
+
+def hugging_face_model(shape: str) -> torch.nn.Module:
+    transformers = pytest.importorskip("transformers")
+    config = SHAPES[shape]
+    fields = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "max_position_embeddings": config.max_positions,
+        "n_inner" if shape == "gpt2" else "intermediate_size": config.mlp_width,
+    }
+    if config.positions == "rotary":
+        fields["num_key_value_heads"], fields["head_dim"] = config.kv_heads, config.head_width
+        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
+        fields["rms_norm_eps"] = config.norm_eps
+    kind = "GPT2" if shape == "gpt2" else shape.capitalize()
+    theirs = getattr(transformers, f"{kind}Config")(**fields)
+    return getattr(transformers, f"{kind}Model")(theirs, **({"add_pooling_layer": False} if shape == "bert" else {}))
+
+
+def copy_weights(trunk: Trunk, model: torch.nn.Module, names: dict[str, list[str]], inputs_first: bool) -> None:
+    """`inputs_first`: the weights of their linear layers are (in, out)."""
+    theirs = model.state_dict()
+    for name, parameter in trunk.named_parameters():
+        module, _, kind = name.rpartition(".")
+        layer = "".join(filter(str.isdigit, module))
+        sources = [source.replace("*", layer) for source in names[re.sub(r"\d+", "*", module)]]
+        weight = torch.cat([theirs.pop(f"{source}.{kind}") for source in sources])
+        parameter.data.copy_(weight.T if inputs_first and layer and weight.ndim == 2 else weight)
+    assert not theirs  # every weight of theirs has its place
+
+
+@every_shape
+def test_agrees_with_hugging_face(shape):
+    model = hugging_face_model(shape).eval()
+    randomise(model)
+    trunk = make(shape)
+    names = {"gpt2": _GPT2_NAMES, "bert": _BERT_NAMES}.get(shape, _LLAMA_NAMES)
+    copy_weights(trunk, model, names, inputs_first=shape == "gpt2")
+    batch = packed(sequences())
+    with torch.no_grad():
+        for example, states in zip(
+            batch.order, run(trunk, batch).split(batch.plan.cu_seqlens.diff().tolist()), strict=True
+        ):
+            expected = model(torch.from_numpy(sequences()[example])[None]).last_hidden_state[0]
+            torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)
