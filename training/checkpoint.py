@@ -1,0 +1,199 @@
+"""Checkpoints that outlive what happens to runs: a kill in the middle of a save, a full disk, a damaged file.
+
+A checkpoint is a folder: `<group>.safetensors` for each group of tensors, state.json, and last manifest.json with the
+size and SHA-256 of the others. Nothing is ever unpickled. A save goes through two names on its way to <name>:
+
+    .<name>.partial    is being written; the next save removes what a killed one left
+    .<name>.complete   is written, and as long as it is there, it and not <name> is the checkpoint of that name
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import AdamW
+
+Named = Iterable[tuple[str, Tensor]]
+FORMAT = 1  # of the folder; any other is refused
+ENTRIES = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that is absent, damaged or of another model; says which file and what is wrong with it."""
+
+
+def save(folder: Path, name: str, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+    """Writes the checkpoint folder/name; one of that name is only given up once the new one is complete.
+
+    `tensors` are by group ('model', 'optimizer') and name, `state` is a JSON object. Only one run writes to a folder.
+
+    Raises:
+        OSError: the disk is full, not writable, ...; what was written is removed, earlier checkpoints stay.
+    """
+    partial, complete = folder / f".{name}.partial", folder / f".{name}.complete"
+    try:
+        _settle(folder)
+        partial.mkdir(parents=True)
+        for group, members in tensors.items():
+            file = partial / f"{group}.safetensors"
+            save_file({key: tensor.contiguous() for key, tensor in members.items()}, file)
+            file.chmod(partial.stat().st_mode & 0o666)  # safetensors writes for the owner only, whatever the umask
+        (partial / "state.json").write_text(json.dumps(state, indent=2))
+        files = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
+        (partial / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=2))
+        for written in (*partial.iterdir(), partial):
+            _sync(written)
+        partial.rename(complete)
+        _sync(folder)
+        _settle(folder)
+    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by the latter
+        shutil.rmtree(partial, ignore_errors=True)
+        raise OSError(f"checkpoint {folder / name} is not saved, earlier ones are kept: {error}") from error
+    return folder / name
+
+
+def load(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors, by group and name, and the state of a checkpoint, once all its files are found to be whole.
+
+    Raises:
+        CheckpointError: no such checkpoint, or a file of it is missing or damaged.
+    """
+    tensors, state = {}, {}
+    for file in _verified(path):
+        try:
+            if file.suffix == ".safetensors":
+                tensors[file.stem] = load_file(file, str(device))
+            elif file.name == "state.json":
+                state = json.loads(file.read_bytes())
+        except (SafetensorError, ValueError) as error:
+            raise CheckpointError(f"{file} is not what its name says: {error}") from error
+    return tensors, state
+
+
+def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
+    """The valid 'step-<n>' of the largest n, with a warning for each one passed over; None if there is none at all.
+
+    Raises:
+        CheckpointError: there are checkpoints, but not a valid one; says what is wrong with each.
+    """
+    faults = []
+    for path in _steps(folder):
+        try:
+            _verified(path)
+            return path
+        except CheckpointError as error:
+            faults.append(str(error))
+            warn(f"checkpoint {path.name} is passed over: {error}")
+    if faults:
+        raise CheckpointError(f"no valid checkpoint in {folder}: {'; '.join(faults)}")
+    return None
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Removes all checkpoints 'step-<n>' but the `keep`, at least 1, of the largest n."""
+    _settle(folder)
+    for path in _steps(folder)[max(keep, 1) :]:
+        shutil.rmtree(path)
+
+
+def optimizer_tensors(optimizer: AdamW, named_parameters: Named) -> dict[str, Tensor]:
+    """The state of AdamW (without amsgrad), not copied: '<parameter>.exp_avg', '.exp_avg_sq' and '.step'.
+
+    A parameter that had no gradient yet has no state: it gets the zeros that AdamW starts from.
+    """
+    tensors: dict[str, Tensor] = {}
+    names = {parameter: name for name, parameter in named_parameters}
+    for p in [p for group in optimizer.param_groups for p in group["params"]]:
+        state = optimizer.state.get(p) or {e: torch.zeros(() if e == "step" else p.shape) for e in ENTRIES}
+        tensors |= {f"{names[p]}.{e}": state[e] for e in ENTRIES}
+    return tensors
+
+
+def load_optimizer_tensors(optimizer: AdamW, named_parameters: Named, tensors: Mapping[str, Tensor]) -> None:
+    """Gives `optimizer` a copy of what `optimizer_tensors` took; the learning rate and the like stay its own.
+
+    Raises:
+        CheckpointError: an entry is missing, surplus or of another shape; the optimizer is left as it was.
+    """
+    shapes = {key: list(tensor.shape) for key, tensor in optimizer_tensors(optimizer, named_parameters).items()}
+    if differences := list(_differences({key: list(tensor.shape) for key, tensor in tensors.items()}, shapes)):
+        raise CheckpointError(
+            f"optimizer state of another model, {len(differences)} shapes differ: {'; '.join(differences[:9])}"
+        )
+    names = [key.removesuffix(".step") for key in shapes if key.endswith(".step")]  # in the optimizer's own order
+    state = {i: {entry: tensors[f"{name}.{entry}"].clone() for entry in ENTRIES} for i, name in enumerate(names)}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def check_same(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Compares the settings that define a run, from the state of its checkpoint, with those it is to go on with.
+
+    Raises:
+        ValueError: lists all differences, such as 'batch.tokens: 2048 in the checkpoint, 4096 now'.
+    """
+    if differences := "; ".join(_differences(saved, json.loads(json.dumps(current)))):  # as JSON: a tuple is a list
+        raise ValueError(f"a run cannot go on with other settings: {differences}")
+
+
+def _differences(saved: Mapping[str, Any], current: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    for key in {**saved, **current}:
+        before, now = saved.get(key, "absent"), current.get(key, "absent")
+        if isinstance(before, Mapping) and isinstance(now, Mapping):
+            yield from _differences(before, now, f"{prefix}{key}.")
+        elif before != now:
+            yield f"{prefix}{key}: {before} in the checkpoint, {now} now"
+
+
+def _settle(folder: Path) -> None:
+    """Removes the saves that did not get to their end, and brings those that did to their place."""
+    for partial in folder.glob(".*.partial"):
+        shutil.rmtree(partial)
+    for complete in folder.glob(".*.complete"):
+        target = folder / complete.name.removeprefix(".").removesuffix(".complete")
+        shutil.rmtree(target, ignore_errors=True)  # the rename fails if something is left of it
+        complete.rename(target)
+
+
+def _steps(folder: Path) -> list[Path]:
+    """The checkpoints 'step-<n>' of a folder, largest n first."""
+    entries = os.listdir(folder) if folder.exists() else []
+    names = {entry.removeprefix(".").removesuffix(".complete") for entry in entries}
+    steps = [name for name in names if name.startswith("step-") and name[5:].isdecimal()]
+    return [folder / name for name in sorted(steps, key=lambda name: int(name[5:]), reverse=True)]
+
+
+def _verified(path: Path) -> list[Path]:
+    """The files that the manifest of a checkpoint lists, each found to be as it was written."""
+    path = complete if (complete := path.with_name(f".{path.name}.complete")).exists() else path
+    file = path / "manifest.json"
+    try:
+        match json.loads(file.read_bytes()):
+            case {"format": version, "files": {"state.json": _} as files} if version == FORMAT:
+                for name, expected in files.items():
+                    file = path / name
+                    if (found := _fingerprint(file)) != expected:
+                        raise ValueError(f"expected {expected}, got {found}")
+                return [path / name for name in files]
+            case other:
+                raise ValueError(f"expected format {FORMAT} with its files, got {other}")
+    except (OSError, ValueError) as error:  # the latter too where it is not JSON, or not UTF-8
+        raise CheckpointError(f"{file} is missing or damaged: {error}") from error
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    with file.open("rb") as content:
+        return {"size": file.stat().st_size, "sha256": file_digest(content, "sha256").hexdigest()}
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    os.fsync(descriptor)
+    os.close(descriptor)

@@ -1,0 +1,186 @@
+"""The `trunkline` command.
+
+Commands import what they need themselves: `trunkline --help` answers at once.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from trunkline import __version__
+
+USER_ERROR = 2  # exit code for what the user can put right
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    options = parser.parse_args(arguments)
+    try:
+        options.command(options)
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print(f"trunkline: {error}", file=sys.stderr)
+        return USER_ERROR
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "trunkline", description="Train one shared transformer trunk with many task heads."
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    def command(name: str, function, text: str, **settings) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text, **settings)
+        sub.set_defaults(command=function)
+        return sub
+
+    train = command("train", _train, "train as a YAML file says; key=value changes its settings", add_help=False)
+    train.add_argument("config", metavar="CONFIG.yaml", type=Path)
+    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
+    train.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
+    train.add_argument("--help", "-h", action=_TrainHelp, help="show this and all settings, and stop")
+
+    evaluate = command("eval", _evaluate, "score a finished run or saved engine on the validation splits")
+    _run_and_data(evaluate)
+    evaluate.add_argument("--examples", type=int, default=0, help="of each task; default: all")
+
+    predict = command("predict", _predict, "ask a finished run or saved engine about texts")
+    _run_and_data(predict)
+    predict.add_argument(
+        "--task", action="append", default=[], help="may be given several times; default: all that fit"
+    )
+    predict.add_argument(
+        "texts", nargs="*", help="default: the lines of standard input; a tab parts two texts of a pair"
+    )
+
+    tasks = command("tasks", _tasks, "list the embedded tasks")
+    tasks.add_argument("--data", type=Path, help="folder laid out like the hub, to count examples in")
+
+    doctor = command("doctor", _doctor, "check the installation and, with a config, all of its data")
+    doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml", type=Path)
+    doctor.add_argument("overrides", nargs="*", metavar="key=value")
+
+    report = command("report", _report, "write report.html of a run anew, also while the run goes on")
+    report.add_argument("run", type=Path)
+    return parser
+
+
+def _run_and_data(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run", type=Path, help="a run folder, or what Engine.save wrote")
+    parser.add_argument("--data", help="folder laid out like the hub; default: as in training")
+
+
+class _TrainHelp(argparse.Action):
+    """The options, and every key of a config with its meaning and default."""
+
+    def __init__(self, *args, **settings):
+        super().__init__(*args, nargs=0, **settings)
+
+    def __call__(self, parser, *_):
+        from trunkline.training.config import config_parser
+
+        print(parser.format_help())
+        keys = config_parser().format_help()
+        print("settings, in CONFIG.yaml or as key=value:" + keys.partition("options:")[2])
+        parser.exit()
+
+
+def _train(options: argparse.Namespace) -> None:
+    from trunkline.training.config import load_config
+
+    config = load_config(options.config, options.overrides)
+
+    from trunkline.engine.engine import Engine
+
+    summary = Engine.from_config(config).fit(resume=options.resume, overwrite=options.overwrite)
+    _print_scores(summary["tasks"])
+    print(f"{summary['wall_time_seconds'] / 60:.1f} minutes; report: {Path(config.run) / 'report.html'}")
+
+
+def _print_scores(tasks: dict) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("task", "metric", "score", "trivial baseline", "loss", box=None, header_style="bold")
+    for name, task in tasks.items():
+        baseline = task["baseline"]
+        trivial = f"{baseline['metrics'][task['metric']]:.3f} ({baseline['name']})" if baseline else "-"
+        score, losses = f"{task['metrics'][task['metric']]:.3f}", f"{task['first_loss']:.3f} -> {task['last_loss']:.3f}"
+        table.add_row(name, task["metric"], score, trivial, losses)
+    Console().print(table)
+
+
+def _load(options: argparse.Namespace):
+    from dataclasses import replace
+
+    from trunkline.engine.engine import Engine
+
+    engine = Engine.load(options.run)
+    if options.data:
+        engine.config = replace(engine.config, data=options.data)
+    return engine
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    print(json.dumps(_load(options).evaluate(options.examples), indent=1))
+
+
+def _predict(options: argparse.Namespace) -> None:
+    engine = _load(options)
+    lines = options.texts or [line.rstrip("\n") for line in sys.stdin]
+    texts = [tuple(line.split("\t")) for line in lines]
+    writing = {task.name for task in engine.tasks if task.head == "generate"}
+    asked = options.task or [
+        task.name
+        for task in engine.tasks
+        if task.head != "language-model" and all(len(text) == len(task.text) for text in texts)
+    ]
+    answers = engine.predict(texts, reading) if (reading := [name for name in asked if name not in writing]) else {}
+    answers |= {name: engine.generate([text[0] for text in texts], name) for name in asked if name in writing}
+    for place, line in enumerate(lines):
+        print(json.dumps({"text": line, **{name: answers[name][place] for name in asked}}, ensure_ascii=False))
+
+
+def _tasks(options: argparse.Namespace) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from trunkline.training.builtin import BUILTIN
+    from trunkline.training.metrics import metric_names
+    from trunkline.training.sources import read_rows
+
+    table = Table("task", "head", "metrics", "train", "validation", "from", box=None, header_style="bold")
+    for task in BUILTIN.values():
+        sizes = ["-", "-"]
+        if task.generated or options.data:
+            try:
+                sizes = [f"{len(read_rows(task, split, options.data)):,}" for split in ("train", "validation")]
+            except ValueError:
+                sizes = ["not there"] * 2
+        source = "generated" if task.generated else " ".join(filter(None, (task.hub, task.subset)))
+        table.add_row(task.name, task.head, ", ".join(metric_names(task)), *sizes, source)
+    Console().print(table)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from trunkline.training.doctor import check_data, check_installation
+
+    check_installation()
+    if options.config:
+        from trunkline.training.config import load_config
+
+        check_data(load_config(options.config, options.overrides))
+
+
+def _report(options: argparse.Namespace) -> None:
+    from trunkline.training.report import write_report
+
+    print(write_report(options.run))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

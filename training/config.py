@@ -1,0 +1,243 @@
+"""A run's settings: frozen dataclasses, read from YAML with key=value overrides, saved beside what the run made."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from difflib import get_close_matches
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+
+from trunkline.engine.generate import Search
+from trunkline.engine.trunk import PRESETS, TrunkConfig
+from trunkline.training.builtin import get_task
+from trunkline.training.mixing import Mixing
+from trunkline.training.tasks import Task
+
+if TYPE_CHECKING:
+    import jsonargparse
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What goes into one step."""
+
+    tokens: int = 2048
+    """Token budget of a packed batch."""
+    accumulate: int = 1
+    """Batches whose gradients make one step."""
+    max_length: int = 512
+    """Longest example, in tokens; what happens to longer ones is their task's policy."""
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with a linear warm-up and a cosine to a tenth of the learning rate."""
+
+    learning_rate: float = 1e-3
+    """Highest learning rate."""
+    warmup: float = 0.05
+    """Share of the steps in which it rises."""
+    weight_decay: float = 0.01
+    """Of matrices; biases and norms are not decayed."""
+    beta1: float = 0.9
+    beta2: float = 0.98
+    clip: float = 1.0
+    """Longest gradient, in the 2-norm over all parameters; longer ones are scaled down."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """When and on how much of the validation splits the model is scored."""
+
+    every: int = 200
+    """Steps between evaluations during training; each writes a checkpoint."""
+    examples: int = 256
+    """Of each task, during training; 0: all. The last evaluation takes all."""
+    texts: int = 16
+    """Of each generating task, texts written and scored during training; 0: none. The last evaluation takes all."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on besides its data."""
+
+    tasks: tuple[str | Task, ...]
+    """Names of embedded tasks (`trunkline tasks` lists them), or the fields of your own."""
+    data: str = ""
+    """Folder laid out like the Hugging Face hub; empty: the hub itself. Generated tasks and files need neither."""
+    run: str = "runs/run"
+    """Folder that the run writes: configuration, tokenizer, metrics, checkpoints, model, report."""
+    base: str = ""
+    """Folder that file names of tasks start from; set to that of the YAML file."""
+    trunk: TrunkConfig = field(default_factory=TrunkConfig)
+    """Fields of the trunk, or the name of a preset (tiny, small, medium, bert-base), or both: {preset: tiny, ...}."""
+    projection: Literal["", "none", "gelu", "relu", "tanh"] = ""
+    """Activation of a per-task projection before every head; empty: no projection; none: a linear one."""
+    label_smoothing: float = 0.0
+    """Share of the probability spread over all classes."""
+    tokenizer: str = ""
+    """Folder, tokenizer.json or hub id; empty: a byte-level BPE trained on the run's training text."""
+    vocab_size: int = 8192
+    """Entries of a tokenizer that is trained."""
+    steps: int = 1000
+    """Optimizer steps."""
+    batch: Batch = Batch()
+    mixing: Mixing = Mixing()
+    optimizer: Optimizer = Optimizer()
+    evaluation: Evaluation = Evaluation()
+    search: Search = Search()
+    """How texts are generated."""
+    seed: int = 0
+    """Of weights, order, dropout and generated data."""
+    device: str = "auto"
+    """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
+
+    def __post_init__(self):
+        names = [task.name for task in self.all_tasks]
+        if not names:
+            raise ValueError("config: tasks is empty")
+        if repeated := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"config: tasks names {', '.join(repeated)} twice")
+        if self.batch.max_length > self.batch.tokens:
+            raise ValueError(
+                f"config: batch.max_length {self.batch.max_length} is more than a batch holds, "
+                f"batch.tokens {self.batch.tokens}"
+            )
+        generates = any(task.head == "generate" for task in self.all_tasks)
+        positions = self.batch.max_length + (self.search.max_new_tokens if generates else 0)
+        if positions > self.trunk.max_positions:
+            raise ValueError(
+                f"config: batch.max_length {self.batch.max_length} and search.max_new_tokens "
+                f"{self.search.max_new_tokens} need more than trunk.max_positions {self.trunk.max_positions}"
+            )
+        if self.mixing.method == "fixed" and not all(task.share > 0 for task in self.all_tasks):
+            missing = ", ".join(task.name for task in self.all_tasks if not task.share)
+            raise ValueError(f"config: mixing.method fixed needs a share for every task; {missing} have none")
+        for name in ("steps", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"config: {name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def all_tasks(self) -> list[Task]:
+        return [get_task(task) if isinstance(task, str) else task for task in self.tasks]
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+    """Reads a run's YAML and changes what `overrides` say.
+
+    Args:
+        path: the file; relative file names of its tasks start from its folder.
+        overrides: 'key=value' or 'key.inner=value', the value in YAML.
+
+    Raises:
+        ValueError: no such file, not YAML, an unknown key (the nearest valid one is named) or a wrong type.
+    """
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"config {path}: {error}") from error
+    if not isinstance(settings, dict):
+        raise ValueError(f"config {path}: expected 'key: value' lines, got {settings!r}")
+    settings = {"run": f"runs/{path.stem}", "base": str(path.parent), **settings}
+    for override in overrides:
+        _override(settings, override)
+    return config_from(settings)
+
+
+def config_from(settings: Mapping[str, Any]) -> Config:
+    """The config that plain dicts, lists and values describe.
+
+    Raises:
+        ValueError: an unknown key (the nearest valid one is named) or a wrong type.
+    """
+    import jsonargparse
+
+    settings = {**settings, "trunk": _expand_preset(settings.get("trunk", {}))}
+    _check_keys(settings, Config, "")
+    parser = config_parser()
+    try:
+        return Config(**vars(parser.instantiate(parser.parse_object(settings))))
+    except jsonargparse.ArgumentError as error:
+        raise ValueError(f"config: {' '.join(str(error).split())}") from error
+
+
+def config_parser() -> "jsonargparse.ArgumentParser":
+    """A parser that knows every key, its type, its default and what its docstring says."""
+    import jsonargparse
+
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, prog="trunkline train CONFIG.yaml")
+    parser.add_class_arguments(Config)
+    return parser
+
+
+def restore_config(settings: Mapping[str, Any]) -> Config:
+    """The config whose `asdict` these settings are."""
+    inner = {f.name: f.type for f in fields(Config) if isinstance(f.type, type) and is_dataclass(f.type)}
+    values = {key: inner[key](**value) if key in inner else value for key, value in settings.items()}
+    tasks = [task if isinstance(task, str) else _restore_task(task) for task in values.pop("tasks")]
+    return Config(tasks=tuple(tasks), **values)
+
+
+def _restore_task(settings: Mapping[str, Any]) -> Task:
+    return Task(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes a config that `load_config` reads back."""
+    path.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _plain(value: Any) -> Any:
+    """Tuples as lists, which is what YAML has."""
+    if isinstance(value, dict):
+        return {key: _plain(inner) for key, inner in value.items()}
+    return [_plain(inner) for inner in value] if isinstance(value, tuple | list) else value
+
+
+def _override(settings: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    if not equals:
+        raise ValueError(f"config: expected key=value, got '{override}'")
+    *path, last = key.split(".")
+    for name in path:
+        inner = settings.get(name)
+        settings[name] = {"preset": inner} if name == "trunk" and isinstance(inner, str) else (inner or {})
+        settings = settings[name]
+        if not isinstance(settings, dict):
+            raise ValueError(f"config: '{override}': '{name}' is {settings!r} and has no keys")
+    try:
+        settings[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise ValueError(f"config: '{override}': {error}") from error
+
+
+def _expand_preset(trunk: Any) -> Any:
+    """The fields of the trunk, with those of its preset where it does not give them itself."""
+    if isinstance(trunk, str):
+        trunk = {"preset": trunk}
+    if not isinstance(trunk, dict) or "preset" not in trunk:
+        return trunk
+    name = trunk["preset"]
+    if name not in PRESETS:
+        raise ValueError(f"config: trunk '{name}' is no preset; there are {', '.join(PRESETS)}")
+    return {**PRESETS[name], **{key: value for key, value in trunk.items() if key != "preset"}}
+
+
+def _check_keys(settings: Any, of: type, where: str) -> None:
+    """Names the nearest valid key for one that does not exist."""
+    if not isinstance(settings, Mapping):
+        raise ValueError(f"config: expected keys and values for {where.rstrip('.')}, got {settings!r}")
+    known = {field.name: field.type for field in fields(of)}
+    for key, value in settings.items():
+        if key not in known:
+            near = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"config: unknown key '{where}{key}'; did you mean '{where}{near}'?")
+        inner = known[key]
+        if isinstance(inner, type) and is_dataclass(inner):
+            _check_keys(value, inner, f"{where}{key}.")
+        if of is Config and key == "tasks" and isinstance(value, Iterable):
+            for number, task in enumerate(value):
+                if not isinstance(task, str):
+                    _check_keys(task, Task, f"tasks[{number}].")

@@ -1,0 +1,92 @@
+"""Everything a run reads: its tokenizer and the encoded splits of all its tasks, checked before the first step."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from trunkline.engine.model import in_model_order
+from trunkline.training import cache
+from trunkline.training.config import Config
+from trunkline.training.data import Encoded, encode
+from trunkline.training.metrics import metric_names
+from trunkline.training.sources import Rows, read_rows
+from trunkline.training.tasks import Task
+from trunkline.training.tokenizer import Tokenizer
+
+TOKENIZER_TEXTS = 20_000  # of each task that a tokenizer is trained on
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """The data of a run; a task's place in `tasks` is its number everywhere."""
+
+    tasks: tuple[Task, ...]
+    tokenizer: Tokenizer
+    train: tuple[Encoded, ...]
+    validation: tuple[Encoded, ...]
+
+
+def load_corpus(
+    config: Config, tokenizer: Tokenizer | None = None, tell: Callable[[str], None] = lambda _: None
+) -> Corpus:
+    """Reads, checks and encodes the data of a run, or takes it from the cache.
+
+    Args:
+        tokenizer: to encode with; None: the one the config names, or one trained on the training text.
+        tell: is told what takes time.
+
+    Raises:
+        ValueError: anything in the data that cannot be used; names task, file, row and value.
+    """
+    tasks = in_model_order(config.all_tasks)
+    data, base = Path(config.data) if config.data else None, Path(config.base)
+    for task in tasks:
+        metric_names(task)  # a wrong metric is found now, not after training
+    rows = {
+        (task, split): read_rows(task, split, data, base, config.seed)
+        for task in tasks
+        for split in ("train", "validation")
+    }
+    if tokenizer is None:
+        training = [(task, rows[task, "train"]) for task in tasks]
+        tokenizer = _tokenizer(config, training, tell)
+
+    def encoded(task: Task, split: str) -> Encoded:
+        def make() -> Encoded:
+            tell(f"encoding {task.name}, {split}: {len(source)} rows")
+            return encode(task, source, tokenizer, config.batch.max_length, config.trunk.causal)
+
+        source = rows[task, split]
+        key = [split, source.digest, tokenizer.digest, config.batch.max_length]
+        return cache.encoded(task, key, config.trunk.causal, make)
+
+    return Corpus(
+        tuple(tasks),
+        tokenizer,
+        tuple(encoded(task, "train") for task in tasks),
+        tuple(encoded(task, "validation") for task in tasks),
+    )
+
+
+def _tokenizer(config: Config, training: list[tuple[Task, Rows]], tell: Callable[[str], None]) -> Tokenizer:
+    if config.tokenizer:
+        return Tokenizer.load(config.tokenizer)
+
+    def texts() -> Iterator[str]:
+        for task, rows in training:
+            columns = [*task.text, *([task.label] if task.head == "generate" else [])]
+            for column in columns:
+                for value in rows.columns[column][:TOKENIZER_TEXTS]:
+                    yield from value if isinstance(value, list) else [value or ""]
+
+    def make() -> Tokenizer:
+        tell(f"training a tokenizer of {config.vocab_size} entries")
+        return Tokenizer.train(texts(), config.vocab_size)
+
+    key = [config.vocab_size, TOKENIZER_TEXTS, [[task.text, task.label, rows.digest] for task, rows in training]]
+    return cache.tokenizer(key, make)
+
+
+def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:
+    """The config with a trunk that has an embedding for every token."""
+    return replace(config, trunk=replace(config.trunk, vocab_size=tokenizer.vocab_size))

@@ -1,0 +1,345 @@
+"""From rows to encoded examples: every label checked, every text turned into tokens.
+
+    text classification   text [SEPARATOR text] END           (bidirectional trunks: END first)
+    tag, span             the same; the label is at tokens of the text
+    generate              document SUMMARY target END
+    language-model        END text END, in pieces of the longest length
+
+n examples, L tokens of an example
+"""
+
+import math
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from trunkline.engine.heads import HEADS, pooled
+from trunkline.engine.packing import Example
+from trunkline.training.sources import Rows
+from trunkline.training.tasks import Task
+from trunkline.training.tokenizer import Ids, Tokenizer
+
+ENCODED_AT_ONCE = 10_000  # texts whose offsets are in memory at a time
+UNLABELLED = ("-1", "-1.0", "-100")  # what data sets and loss functions write for "no class"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows that are not, or not wholly, among the examples."""
+
+    empty: int = 0
+    too_long: int = 0
+    unlabelled: int = 0
+    truncated: int = 0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One split of one task, as flat arrays."""
+
+    task: Task
+    causal: bool
+    tokens: np.ndarray  # all examples' tokens, int32
+    bounds: np.ndarray  # (n + 1,) first token of each example
+    labels: np.ndarray  # all examples' labels, float64; what they say is the head's business
+    label_bounds: np.ndarray  # (n + 1,)
+    references: list[str] | list[list[str]]  # (n,) generate: the texts to be matched; empty otherwise
+    counts: Counts
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(n,) tokens of each example"""
+        return np.diff(self.bounds)
+
+    def tokens_of(self, i: int) -> np.ndarray:
+        return self.tokens[self.bounds[i] : self.bounds[i + 1]]
+
+    def label_of(self, i: int) -> np.ndarray:
+        return self.labels[self.label_bounds[i] : self.label_bounds[i + 1]]
+
+    def prompt_of(self, i: int) -> np.ndarray:
+        """What stands before the text to be generated; of other heads, everything."""
+        tokens = self.tokens_of(i)
+        return tokens[: int(self.label_of(i)[0])] if self.task.head == "generate" else tokens
+
+    def example(self, i: int, task: int) -> Example:
+        """Example `i`, with its labelled rows, as one of task number `task` of a model."""
+        tokens = self.tokens_of(i)
+        return Example(task, tokens, *HEADS[self.task.head].label(tokens, self.label_of(i), self.causal))
+
+    def reference(self, i: int) -> Any:
+        """The label as metrics want it: a class, a number, a text, tags, a span, or the number of predicted tokens."""
+        label = self.label_of(i)
+        match self.task.head:
+            case "classify":
+                return int(label[0])
+            case "regress":
+                return float(label[0])
+            case "generate":
+                return self.references[i]
+            case "tag":
+                return label[label >= 0].astype(int).tolist()
+            case "span":
+                first, _, start, last = label.astype(int).tolist()
+                return start - first, last - first
+            case "language-model":
+                return int(self.lengths[i]) - 1
+
+
+def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal: bool) -> Encoded:
+    """Encodes all rows of a split and checks every label on the way.
+
+    Args:
+        max_length: longest example, in tokens.
+        causal: the kind of trunk it is for, which decides where the END token stands.
+
+    Raises:
+        ValueError: a row's text or label cannot be used; names task, file, row and value.
+    """
+    layout = Layout(tokenizer, max_length, causal)
+    counts = dict.fromkeys(("empty", "too_long", "unlabelled", "truncated"), 0)
+    pieces: list[_Piece] = []
+    row = 0
+    try:
+        usable = []
+        for row in range(len(rows)):
+            problem = _problem(task, rows, row)
+            if not problem:
+                usable.append(row)
+            elif getattr(task, problem) == "error":
+                raise ValueError(f"{problem} row, and the task's policy for them is 'error'")
+            else:
+                counts[problem] += 1
+        for first in range(0, len(usable), ENCODED_AT_ONCE):
+            chunk = usable[first : first + ENCODED_AT_ONCE]
+            columns = [[_text(rows.columns[column][row]) for row in chunk] for column in task.text]
+            encoded = [tokenizer.encode(column) for column in columns]
+            for i, row in enumerate(chunk):
+                texts, ids = [column[i] for column in columns], [column[i] for column in encoded]
+                label = rows.columns[task.label][row] if task.label else None
+                start = rows.columns[task.start][row] if task.start else None
+                made, cut = _ENCODERS[task.head](layout, task, texts, ids, label, start)
+                if cut and task.too_long == "error":
+                    raise ValueError(f"longer than {max_length} tokens, and the task's policy for that is 'error'")
+                if not made or (cut and task.too_long == "drop"):
+                    counts["too_long"] += 1
+                else:
+                    counts["truncated"] += cut
+                    pieces += made
+    except ValueError as error:
+        raise ValueError(f"task '{task.name}': {error} ({rows.where(row)})") from error
+    if not pieces:
+        raise ValueError(
+            f"task '{task.name}': none of the {len(rows)} rows of {rows.origins[0][0]} can be used: {counts}"
+        )
+    return Encoded(
+        task=task,
+        causal=causal,
+        tokens=np.concatenate([piece.tokens for piece in pieces]).astype(np.int32),
+        bounds=np.cumsum([0, *(len(piece.tokens) for piece in pieces)]),
+        labels=np.concatenate([piece.label for piece in pieces]).astype(np.float64),
+        label_bounds=np.cumsum([0, *(len(piece.label) for piece in pieces)]),
+        references=[piece.reference for piece in pieces] if task.head == "generate" else [],
+        counts=Counts(**counts),
+    )
+
+
+def _problem(task: Task, rows: Rows, row: int) -> Literal["empty", "unlabelled", ""]:
+    """Whether a row lacks its text or its label."""
+    if not any(_text(rows.columns[column][row]).strip() for column in task.text):
+        return "empty"
+    label = rows.columns[task.label][row] if task.label else 0
+    missing = label is None or label == "" or label == [] or (isinstance(label, float) and math.isnan(label))
+    if missing or (task.head == "classify" and str(label) in UNLABELLED and label not in task.labels):
+        return "unlabelled"
+    return ""
+
+
+class _Piece(NamedTuple):
+    """One encoded example."""
+
+    tokens: np.ndarray
+    label: Sequence[float] | np.ndarray
+    reference: str | list[str] | None = None
+
+
+class Laid(NamedTuple):
+    """One row's text as a sequence, and where its last column lies in it."""
+
+    tokens: np.ndarray
+    first: int  # first token of the last text column
+    end: int  # its end
+    offsets: list[tuple[int, int]]  # characters of that column that each of those tokens covers
+    text: str  # that column
+    causal: bool
+    cut: bool  # whether some of the text found no room
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How texts are put together into one sequence."""
+
+    tokenizer: Tokenizer
+    max_length: int
+    causal: bool
+
+    def lay(self, texts: Sequence[str], encoded: Sequence[Ids] | None = None) -> Laid:
+        """The sequence of a row's text columns; where they are too long, the longest loses its tail."""
+        encoded = encoded or self.tokenizer.encode(texts)
+        lengths = [len(ids) for ids, _ in encoded]
+        excess = sum(lengths) + len(texts) - self.max_length  # a separator between each two, and END
+        for _ in range(excess):
+            lengths[lengths.index(max(lengths))] -= 1
+        sequence: list[int] = [] if self.causal else [self.tokenizer.end]
+        for c, ((ids, _), length) in enumerate(zip(encoded, lengths, strict=True)):
+            if c:
+                sequence.append(self.tokenizer.separator)
+            first = len(sequence)
+            sequence.extend(ids[:length].tolist())
+        end = len(sequence)
+        tokens = np.array(sequence + [self.tokenizer.end] * self.causal)
+        return Laid(tokens, first, end, encoded[-1][1][: lengths[-1]], texts[-1], self.causal, excess > 0)
+
+    def prompt(self, document: str, max_target_tokens: int, encoded: Ids | None = None) -> Laid:
+        """The document and the SUMMARY token, with room left for the longest target."""
+        room = Layout(self.tokenizer, self.max_length - max_target_tokens - 1, causal=True)
+        laid = room.lay([document], encoded and [encoded])
+        laid.tokens[-1] = self.tokenizer.summary
+        return laid
+
+
+def word_rows(laid: Laid) -> np.ndarray:
+    """The last token of every word of the last text column; words are what white space separates."""
+    last = {end: laid.first + i for i, (_, end) in enumerate(laid.offsets)}  # of several that end there, the last
+    return np.array([last[word.end()] for word in re.finditer(r"\S+", laid.text) if word.end() in last], np.int64)
+
+
+def prediction_rows(task: Task, laid: Laid) -> np.ndarray:
+    """Offsets of the tokens whose hidden states a task's head looks at."""
+    match task.head:
+        case "tag":
+            return word_rows(laid)
+        case "span":
+            return np.arange(laid.first, laid.end)
+        case _:
+            return np.array([pooled(laid.tokens, laid.causal)])
+
+
+def describe(task: Task, value: Any, laid: Laid) -> Any:
+    """A head's prediction in words: class names for ids, the text of a span."""
+    match task.head:
+        case "classify":
+            return task.labels[value]
+        case "tag":
+            return [task.labels[tag] for tag in value]
+        case "span":
+            return laid.text[laid.offsets[value[0]][0] : laid.offsets[value[1]][1]].strip()
+        case _:
+            return value
+
+
+_Made = tuple[list[_Piece], bool]  # the examples of a row, none if it is too long to be used; whether text was cut
+
+
+def _encode_class(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
+    laid = layout.lay(texts, ids)
+    return [_Piece(laid.tokens, [_class_id(task, label)])], laid.cut
+
+
+def _encode_number(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
+    try:
+        number = float(label)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"label must be a finite number, got {label!r}")
+    laid = layout.lay(texts, ids)
+    return [_Piece(laid.tokens, [number])], laid.cut
+
+
+def _encode_tags(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
+    """`label` is one tag for each word of the last text column: a list, or separated by white space."""
+    words, tags = texts[-1].split(), label.split() if isinstance(label, str) else list(label)
+    if len(tags) != len(words):
+        raise ValueError(f"label must have one tag for each of the {len(words)} words, got {len(tags)}: {label!r}")
+    classes = [_class_id(task, tag) for tag in tags]
+    laid = layout.lay(texts, ids)
+    rows = word_rows(laid)
+    of_token = np.full(len(laid.tokens), -1.0)
+    of_token[rows] = classes[: len(rows)]  # words that were cut off have no row
+    return [_Piece(laid.tokens, of_token)] if len(rows) else [], laid.cut
+
+
+def _encode_span(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
+    """`label` is the answer's text, inside the last text column."""
+    answer = _text(label)
+    begin = texts[-1].find(answer) if start is None else int(start)
+    end = begin + len(answer)
+    if begin < 0 or texts[-1][begin:end] != answer:
+        place = "" if start is None else f" at character {start}"
+        raise ValueError(f"label {answer!r} does not stand{place} in column '{task.text[-1]}'")
+    laid = layout.lay(texts, ids)
+    inside = [i for i, (first, last) in enumerate(laid.offsets) if first < end and last > begin]
+    if not inside or laid.offsets[inside[-1]][1] < end:  # the answer was cut off
+        return [], laid.cut
+    return [_Piece(laid.tokens, [laid.first, laid.end, laid.first + inside[0], laid.first + inside[-1]])], laid.cut
+
+
+def _encode_target(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
+    """`label` is the text to be generated; of several references the first is learnt."""
+    references = [label] if isinstance(label, str) else [_text(reference) for reference in label]
+    ((target, _),) = layout.tokenizer.encode([" " + references[0].strip()])
+    kept = target[: task.max_target_tokens]
+    prompt = layout.prompt(texts[0], task.max_target_tokens, ids[0])
+    tokens = np.concatenate([prompt.tokens, kept, [layout.tokenizer.end]])
+    reference = references[0] if len(references) == 1 else references
+    return [_Piece(tokens, [len(prompt.tokens)], reference)], prompt.cut or len(kept) < len(target)
+
+
+def _encode_text(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
+    """A text of any length, in as many pieces as it takes; nothing is cut off."""
+    whole = np.concatenate([[layout.tokenizer.end], ids[0][0], [layout.tokenizer.end]])
+    step = layout.max_length - 1  # the last token of a piece is the first of the next, so that each is predicted once
+    return [_Piece(whole[i : i + step + 1], []) for i in range(0, len(whole) - 1, step)], False
+
+
+_ENCODERS: dict[str, Callable[[Layout, Task, list[str], list[Ids], Any, Any], _Made]] = {
+    "classify": _encode_class,
+    "regress": _encode_number,
+    "tag": _encode_tags,
+    "span": _encode_span,
+    "generate": _encode_target,
+    "language-model": _encode_text,
+}
+
+
+def _text(value: Any) -> str:
+    """A text column's value; a list of sentences is joined."""
+    if value is None:
+        return ""
+    if isinstance(value, list):
+        return " ".join(_text(part) for part in value)
+    if not isinstance(value, str):
+        raise ValueError(f"text must be a string, got {value!r}")
+    return value
+
+
+def _class_id(task: Task, label: Any) -> int:
+    """A class given by name, or by id as a number or its digits."""
+    if isinstance(label, str):
+        if label in task.labels:
+            return task.labels.index(label)
+        number = int(label) if re.fullmatch(r"-?\d+", label) else None
+    else:
+        number = int(label) if isinstance(label, int | float) and label == int(label) else None
+    if number is None or not 0 <= number < len(task.labels):
+        known = ", ".join(task.labels)
+        raise ValueError(f"label must be a class id in [0, {len(task.labels)}) or one of {known}, got {label!r}")
+    return number

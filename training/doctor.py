@@ -1,0 +1,66 @@
+"""`trunkline doctor`: what is installed, which backend runs, and whether a config's data can be used."""
+
+import importlib.util
+from importlib import metadata
+
+import numpy as np
+import torch
+
+from trunkline.engine.engine import Engine
+from trunkline.engine.packing import Example, pack
+from trunkline.kernels.attention import attention, attention_reference
+from trunkline.training.config import Config
+from trunkline.training.corpus import load_corpus
+from trunkline.training.summary import environment
+
+OPTIONAL = {
+    "triton": "kernels on NVIDIA GPUs",
+    "datasets": "data from the Hugging Face hub",
+    "transformers": "Hugging Face models",
+    "rouge_score": "ROUGE",
+    "tensorboard": "TensorBoard logs",
+}
+
+
+def check_installation() -> None:
+    """Prints versions, devices and optional packages, and runs one kernel against its definition.
+
+    Raises:
+        ValueError: attention gives wrong numbers on this machine.
+    """
+    for name, value in environment().items():
+        print(f"{name:14} {value}")
+    for name, purpose in OPTIONAL.items():
+        found = metadata.version(name) if importlib.util.find_spec(name) else f"not installed ({purpose})"
+        print(f"{name:14} {found}")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    error = _attention_error(device)
+    print(f"{'attention':14} on {device}: largest error {error:.1e}")
+    if not error < 1e-4:
+        raise ValueError(f"attention on {device} errs by {error:.1e}, expected less than 1e-4: is torch intact?")
+
+
+def _attention_error(device: torch.device) -> float:
+    """The largest error of packed attention on three sequences, against the definition in float64."""
+    plan = pack([Example(0, np.zeros(length), np.zeros(0)) for length in (40, 60, 200)], num_tasks=1).plan.to(device)
+    q, k, v = torch.randn(3, 300, 4, 64, device=device)
+    out = attention(q, k, v, plan, causal=True)
+    exact = attention_reference(q.double(), k.double(), v.double(), plan.cu_seqlens, True, 64**-0.5)
+    return float((out - exact).abs().max())
+
+
+def check_data(config: Config) -> None:
+    """Reads and encodes every example of a config and prints what was found.
+
+    Raises:
+        ValueError: something cannot be used; names task, file, row and value.
+    """
+    corpus = load_corpus(config, tell=print)
+    Engine.from_config(config).build(corpus.tokenizer)
+    for train, validation in zip(corpus.train, corpus.validation, strict=True):
+        counts = "".join(f", {number} {what}" for what, number in vars(train.counts).items() if number)
+        print(
+            f"{train.task.name:14} {len(train):>8,} train, {len(validation):>6,} validation, "
+            f"{train.lengths.mean():.0f} tokens on average, {train.lengths.max()} at most{counts}"
+        )
+    print(f"vocabulary of {corpus.tokenizer.vocab_size:,}; the data is ready")

@@ -1,0 +1,124 @@
+"""Scores a model on the validation splits: loss and metrics of every task, and what it predicted."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from trunkline.engine.generate import Search, generate
+from trunkline.engine.heads import HEADS
+from trunkline.engine.model import MultiTaskModel
+from trunkline.engine.packing import pack
+from trunkline.training.data import Encoded
+from trunkline.training.metrics import metric_names, score
+from trunkline.training.tokenizer import Tokenizer
+
+TEXTS_AT_ONCE = 64  # prompts that are continued together
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One task's scores, and the predictions they come from."""
+
+    metrics: dict[str, float]  # 'loss', the mean over labelled rows, and the task's metrics
+    examples: list[int]  # of the validation split that were predicted
+    predictions: list[Any]
+
+
+def evaluate(
+    model: MultiTaskModel,
+    tokenizer: Tokenizer,
+    validation: Sequence[Encoded],
+    *,
+    tokens: int,
+    search: Search,
+    examples: int = 0,
+    texts: int | None = None,
+) -> dict[str, Scored]:
+    """Scores every task.
+
+    Args:
+        validation: the splits, in the order of the model's tasks.
+        tokens: budget of a packed batch.
+        examples: of each task, evenly spaced over the split; 0: all.
+        texts: of those, how many texts are generated and scored; None: all. With 0, such a task has a loss only.
+    """
+    model.eval()
+    with torch.inference_mode():
+        return {
+            split.task.name: _evaluate_task(model, tokenizer, split, task, tokens, search, examples, texts)
+            for task, split in enumerate(validation)
+        }
+
+
+def _evaluate_task(
+    model: MultiTaskModel,
+    tokenizer: Tokenizer,
+    split: Encoded,
+    task: int,
+    tokens: int,
+    search: Search,
+    examples: int,
+    texts: int | None,
+) -> Scored:
+    chosen = spaced(len(split), examples)
+    loss, weight = 0.0, 0.0
+    predicted: dict[int, Any] = {}
+    for members in _batches(split, chosen, tokens):
+        batch = pack([split.example(i, task) for i in members], len(model.tasks)).to(model.device)
+        x = model.hidden(batch)  # (R, D)
+        sums = model.losses(x, batch)
+        loss += float(sums.loss[task])
+        weight += float(sums.weight[task])
+        if split.task.head not in ("generate", "language-model"):
+            logits = model.logits(x, task).float().cpu()  # (R, C)
+            ordered = [members[place] for place in batch.order]
+            rows = [len(split.example(i, task).rows) for i in ordered]
+            for i, own in zip(ordered, logits.split(rows), strict=True):
+                predicted[i] = HEADS[split.task.head].predict(own)
+    mean = loss / weight
+    if split.task.head == "language-model":
+        return Scored({"loss": mean, **score(metric_names(split.task), [mean], [int(weight)])}, [], [])
+    if split.task.head == "generate":
+        chosen = spaced(len(split), len(chosen) if texts is None else texts) if texts != 0 else []
+        predicted = _texts(model, tokenizer, split, task, chosen, search)
+    predictions = [predicted[i] for i in chosen]
+    metrics = score(metric_names(split.task), predictions, [split.reference(i) for i in chosen]) if chosen else {}
+    return Scored({"loss": mean, **metrics}, chosen, predictions)
+
+
+def _texts(
+    model: MultiTaskModel, tokenizer: Tokenizer, split: Encoded, task: int, chosen: Sequence[int], search: Search
+) -> dict[int, str]:
+    """Texts generated for the prompts of these examples."""
+    texts: dict[int, str] = {}
+    by_length = sorted(chosen, key=lambda i: len(split.prompt_of(i)))
+    for first in range(0, len(by_length), TEXTS_AT_ONCE):
+        members = by_length[first : first + TEXTS_AT_ONCE]
+        prompts = [split.prompt_of(i) for i in members]
+        made = generate(model.trunk, partial(model.logits, task=task), prompts, tokenizer.end, search)
+        texts.update(zip(members, map(tokenizer.decode, made), strict=True))
+    return texts
+
+
+def spaced(count: int, wanted: int) -> list[int]:
+    """`wanted` of `count` indices, evenly spaced; all if `wanted` is 0 or there are no more."""
+    if wanted == 0 or wanted >= count:
+        return list(range(count))
+    return np.linspace(0, count - 1, wanted).round().astype(int).tolist()
+
+
+def _batches(split: Encoded, chosen: Sequence[int], tokens: int) -> list[list[int]]:
+    """Examples in batches of at most `tokens`, shortest first."""
+    batches: list[list[int]] = []
+    room = 0
+    for i in sorted(chosen, key=lambda i: split.lengths[i]):
+        if split.lengths[i] > room:
+            batches.append([])
+            room = tokens
+        batches[-1].append(i)
+        room -= split.lengths[i]
+    return batches

@@ -1,0 +1,253 @@
+"""Training: one function, from a config to a run folder.
+
+Every step is a pure function of the weights, the seed and the number of the step: what it sees comes from
+(seed, step), and so does dropout. So a checkpoint holds no random state, and a resumed run repeats the bits of an
+uninterrupted one.
+"""
+
+import json
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trunkline.engine.memory import keep_freed_memory
+from trunkline.engine.packing import PackedBatch, pack
+from trunkline.training import checkpoint
+from trunkline.training.config import Config, Optimizer, save_config
+from trunkline.training.corpus import Corpus, load_corpus
+from trunkline.training.data import Encoded
+from trunkline.training.evaluation import Scored, evaluate
+from trunkline.training.metrics import higher_is_better, metric_names
+from trunkline.training.mixing import Mixer
+from trunkline.training.progress import Display, Interval, Log, Progress
+from trunkline.training.report import write_report
+from trunkline.training.summary import summarise
+
+if TYPE_CHECKING:
+    from trunkline.engine.engine import Engine
+
+LOG_EVERY = 10  # steps between lines of metrics.jsonl
+CHECKPOINTS = 2  # of the newest that are kept: one to fall back to
+
+
+def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+    """Trains an engine as its config says and writes the run folder. `Engine.fit` says what comes back."""
+    began = time.perf_counter()
+    config, run = engine.config, Path(engine.config.run)
+    keep_freed_memory()
+    _open_run(run, resume, overwrite)
+    corpus = load_corpus(config, engine.tokenizer, tell=print)
+    model = engine.build(corpus.tokenizer)
+    config = engine.config
+
+    names = [task.name for task in corpus.tasks]
+    weights = torch.tensor([task.weight for task in corpus.tasks], device=engine.device)  # (N,) lambda of every task
+    batches = config.steps * config.batch.accumulate
+    mixer = Mixer(
+        [split.lengths for split in corpus.train],
+        config.mixing,
+        [task.share for task in corpus.tasks],
+        config.batch.tokens,
+        batches,
+        config.seed,
+    )
+    optimizer = make_optimizer(model, config.optimizer)
+    fingerprint = _fingerprint(config, corpus)
+    progress = _resume(run, model, optimizer, fingerprint) if resume else Progress()
+    began -= progress.wall_seconds
+    save_config(config, run / "config.yaml")
+    corpus.tokenizer.save(run)
+    display = Display({task.name: metric_names(task)[0] for task in corpus.tasks}, config.steps, progress.step)
+    log = Log(run, progress.step)
+
+    def evaluation(step: int, texts: int | None, examples: int = config.evaluation.examples) -> dict[str, Scored]:
+        with engine.autocast():
+            scored = evaluate(
+                model,
+                corpus.tokenizer,
+                corpus.validation,
+                tokens=config.batch.tokens,
+                search=config.search,
+                examples=examples,
+                texts=texts,
+            )
+        metrics = {name: task.metrics for name, task in scored.items()}
+        log.write(event="evaluation", step=step, seconds=progress.seconds, metrics=metrics)
+        display.evaluation(step, metrics)
+        return scored
+
+    with display, log:
+        if progress.step == 0:
+            progress.first_loss = {name: task.metrics["loss"] for name, task in evaluation(0, texts=0).items()}
+        interval = Interval(names, engine.device)
+        while progress.step < config.steps:
+            step = progress.step
+            started = time.perf_counter()
+            torch.manual_seed(config.seed * 1_000_003 + step)  # dropout
+            model.train()
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(config.optimizer, step, config.steps)
+
+            micro_batches = [
+                next_batch(corpus.train, mixer, step * config.batch.accumulate + i, config.batch.tokens)
+                for i in range(config.batch.accumulate)
+            ]
+            # loss_t = sum w l / sum w over the whole step; a task that is absent contributes nothing
+            total_weight = sum(weight_sums(batch, len(names)) for batch in micro_batches).to(engine.device)
+            factor = torch.where(total_weight > 0, weights / total_weight, 0.0)
+            for batch in micro_batches:
+                with engine.autocast():
+                    sums = model(batch.to(engine.device))
+                (sums.loss * factor).sum().backward()
+                interval.add(batch, sums.loss, sums.weight)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            progress.step = step = step + 1
+            evaluate_now = step % config.evaluation.every == 0 or step == config.steps
+            log_now = step % LOG_EVERY == 0 or evaluate_now
+            if log_now:
+                loss = interval.losses(step)  # waits for the device
+            progress.seconds += time.perf_counter() - started
+            interval.seconds += time.perf_counter() - started
+            if log_now:
+                progress.add(interval)
+                log.write(
+                    event="step",
+                    step=step,
+                    seconds=progress.seconds,
+                    tokens=progress.tokens,
+                    real_tokens=progress.real_tokens,
+                    tokens_per_second=interval.tokens_per_second,
+                    padding_waste=interval.padding_waste,
+                    learning_rate=optimizer.param_groups[0]["lr"],
+                    gradient_norm=float(norm),
+                    loss=loss,
+                    examples=interval.examples,
+                )
+                display.step(step, loss, interval.tokens_per_second)
+                interval = Interval(names, engine.device)
+            if evaluate_now:
+                scored = evaluation(step, texts=config.evaluation.texts)
+                mean = mean_score(corpus, scored)
+                if mean > progress.best_score:
+                    progress.best_score, progress.best_step = mean, step
+                    checkpoint.save(run / "checkpoints", "best", {"model": model.state_dict()}, {"step": step})
+                progress.wall_seconds = time.perf_counter() - began
+                _save(run, model, optimizer, progress, fingerprint)
+
+        display.tell(f"scoring the best checkpoint, of step {progress.best_step}, on all validation examples")
+        best, _ = checkpoint.load(run / "checkpoints" / "best", str(engine.device))
+        model.load_state_dict(best["model"])
+        final = evaluation(config.steps, texts=None, examples=0)
+    engine.save(run / "model")
+    progress.wall_seconds = time.perf_counter() - began
+    summary = summarise(engine, corpus, progress, final)
+    write_report(run)
+    return summary
+
+
+def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
+    """AdamW; only matrices are decayed."""
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    others = [p for p in model.parameters() if p.ndim <= 1]
+    groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), fused=True)
+
+
+def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
+    """Linear warm-up, then a cosine from the highest rate to a tenth of it at the last step."""
+    warmup = max(1, round(settings.warmup * steps))
+    if step < warmup:
+        return settings.learning_rate * (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    return settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+
+
+def next_batch(train: Sequence[Encoded], mixer: Mixer, number: int, tokens: int) -> PackedBatch:
+    """Batch `number` of the run, on the host."""
+    return pack([train[task].example(i, task) for task, i in mixer.batch(number)], len(train), tokens)
+
+
+def weight_sums(batch: PackedBatch, num_tasks: int) -> Tensor:
+    """(N,) sum of the row weights of every task."""
+    return torch.zeros(num_tasks).index_add_(0, batch.rows.task, batch.rows.weight)
+
+
+def mean_score(corpus: Corpus, scored: dict[str, Scored]) -> float:
+    """What checkpoints are compared by: the mean of the tasks' first metrics, or less the loss where there is none."""
+    values = []
+    for task in corpus.tasks:
+        metrics, name = scored[task.name].metrics, metric_names(task)[0]
+        values.append(metrics[name] if name in metrics and higher_is_better(name) else -metrics["loss"])
+    return sum(values) / len(values)
+
+
+def _open_run(run: Path, resume: bool, overwrite: bool) -> None:
+    """Makes the run folder, or says why it cannot be used, before any work is done."""
+    checkpoints = run / "checkpoints"
+    if run.exists() and not run.is_dir():
+        raise ValueError(f"run folder {run} is a file")
+    if resume and not checkpoints.is_dir():
+        raise ValueError(f"run folder {run} has no checkpoints to resume from")
+    if checkpoints.exists() and not resume:
+        if not overwrite:
+            raise ValueError(
+                f"run folder {run} holds a run: resume it (--resume), replace it (--overwrite), or name another"
+            )
+        shutil.rmtree(run)
+    try:
+        checkpoints.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=run):
+            pass
+    except OSError as error:
+        raise ValueError(f"run folder {run} cannot be written: {error}") from error
+
+
+def _fingerprint(config: Config, corpus: Corpus) -> dict[str, Any]:
+    """What must be the same for a run to go on; where it lies and what it runs on may change."""
+    settings = asdict(config)
+    for name in ("run", "base", "data", "device", "tasks"):
+        del settings[name]
+    data = {
+        split.task.name: asdict(split.task) | {"examples": len(split), "tokens": int(split.lengths.sum())}
+        for split in corpus.train
+    }
+    return json.loads(json.dumps(settings | {"data": data, "tokenizer_digest": corpus.tokenizer.digest}))
+
+
+def _save(run: Path, model: nn.Module, optimizer: torch.optim.AdamW, progress: Progress, fingerprint: dict) -> None:
+    tensors = {
+        "model": model.state_dict(),
+        "optimizer": checkpoint.optimizer_tensors(optimizer, model.named_parameters()),
+    }
+    state = {"progress": asdict(progress), "settings": fingerprint}
+    checkpoint.save(run / "checkpoints", f"step-{progress.step}", tensors, state)
+    checkpoint.prune(run / "checkpoints", CHECKPOINTS)
+
+
+def _resume(run: Path, model: nn.Module, optimizer: torch.optim.AdamW, fingerprint: dict) -> Progress:
+    """Puts the newest valid checkpoint into model and optimizer.
+
+    Raises:
+        ValueError: there is none, or it belongs to a run with other settings or data.
+    """
+    path = checkpoint.newest(run / "checkpoints", warn=print)
+    if path is None:
+        raise ValueError(f"run folder {run} has no checkpoint to resume from")
+    tensors, state = checkpoint.load(path)
+    checkpoint.check_same(state["settings"], fingerprint)
+    model.load_state_dict(tensors["model"])
+    checkpoint.load_optimizer_tensors(optimizer, model.named_parameters(), tensors.get("optimizer", {}))
+    progress = Progress(**state["progress"])
+    print(f"resuming at step {progress.step}")
+    return progress

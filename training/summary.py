@@ -1,0 +1,150 @@
+"""What is left of a run: summary.json and samples.json."""
+
+import json
+import os
+import platform
+import resource
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trunkline.training.corpus import Corpus
+from trunkline.training.data import Encoded
+from trunkline.training.evaluation import Scored, spaced
+from trunkline.training.metrics import metric_names, score, trivial_baseline
+from trunkline.training.progress import Progress
+from trunkline.training.report import SAMPLES
+
+if TYPE_CHECKING:
+    from trunkline.engine.engine import Engine
+
+
+def summarise(engine: "Engine", corpus: Corpus, progress: Progress, final: dict[str, Scored]) -> dict[str, Any]:
+    """Writes summary.json and samples.json into the run folder and returns the summary."""
+    run = Path(engine.config.run)
+    tasks = {
+        split.task.name: _task_summary(engine, corpus, train, split, progress, final[split.task.name])
+        for train, split in zip(corpus.train, corpus.validation, strict=True)
+    }
+    summary = {
+        "name": run.name,
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "device": str(engine.device),
+        "steps": progress.step,
+        "tokens": progress.tokens,
+        "real_tokens": progress.real_tokens,
+        "tokens_per_second": progress.real_tokens / progress.seconds,
+        "padding_waste": 1 - progress.real_tokens / progress.tokens,
+        "training_seconds": progress.seconds,
+        "wall_time_seconds": progress.wall_seconds,
+        "peak_memory_bytes": peak_memory(engine.device),
+        "parameters": sum(p.numel() for p in engine.model.parameters()),
+        "best_step": progress.best_step,
+        "tasks": tasks,
+        "environment": environment(),
+    }
+    samples = {
+        split.task.name: _samples(corpus, split, final[split.task.name])
+        for split in corpus.validation
+        if final[split.task.name].examples
+    }
+    for name, content in (("summary.json", summary), ("samples.json", samples)):
+        (run / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    return summary
+
+
+def _task_summary(
+    engine: "Engine", corpus: Corpus, train: Encoded, validation: Encoded, progress: Progress, final: Scored
+) -> dict[str, Any]:
+    task = train.task
+    return {
+        "head": task.head,
+        "metric": metric_names(task)[0],
+        "metrics": final.metrics,
+        "baseline": _baseline(corpus, train, validation, final),
+        "first_loss": progress.first_loss[task.name],
+        "last_loss": final.metrics["loss"],
+        "train_examples": len(train),
+        "validation_examples": len(validation),
+        "examples_seen": progress.examples.get(task.name, 0),
+        "dropped": {name: getattr(train.counts, name) for name in ("empty", "too_long", "unlabelled")},
+        "truncated": train.counts.truncated,
+    }
+
+
+def _baseline(corpus: Corpus, train: Encoded, validation: Encoded, final: Scored) -> dict[str, Any] | None:
+    """The scores of the trivial predictions on the examples that the model was scored on."""
+    task = train.task
+    generates = task.head == "generate"
+    documents = [corpus.tokenizer.decode(validation.prompt_of(i)) for i in final.examples] if generates else []
+    references = [validation.reference(i) for i in final.examples]
+    trivial = trivial_baseline(task, [train.reference(i) for i in range(len(train))], documents, references)
+    if trivial is None:
+        return None
+    name, predictions = trivial
+    return {"name": name, "metrics": score(metric_names(task), predictions, references)}
+
+
+def _samples(corpus: Corpus, split: Encoded, scored: Scored) -> list[dict[str, Any]]:
+    """Some validation examples with what was predicted, evenly spaced."""
+    return [
+        {
+            "input": corpus.tokenizer.decode(split.prompt_of(scored.examples[place])),
+            "reference": _in_words(corpus, split, scored.examples[place], split.reference(scored.examples[place])),
+            "prediction": _in_words(corpus, split, scored.examples[place], scored.predictions[place]),
+        }
+        for place in spaced(len(scored.examples), SAMPLES)
+    ]
+
+
+def _in_words(corpus: Corpus, split: Encoded, i: int, value: Any) -> str:
+    """A label or prediction of example `i` as a reader wants it."""
+    match split.task.head:
+        case "classify":
+            return split.task.labels[value]
+        case "regress":
+            return f"{value:.2f}"
+        case "tag":
+            return " ".join(split.task.labels[tag] for tag in value)
+        case "span":
+            first = int(split.label_of(i)[0])  # of the text in the example
+            return corpus.tokenizer.decode(split.tokens_of(i)[first + value[0] : first + value[1] + 1])
+        case _:
+            return value if isinstance(value, str) else " / ".join(value)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's memory, or of this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def environment() -> dict[str, Any]:
+    """What a run's numbers depend on besides its settings."""
+    versions = {}
+    for package in ("trunkline", "torch", "tokenizers", "numpy"):
+        try:
+            versions[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # run from its source folder
+            versions[package] = "not installed"
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:  # not Linux
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

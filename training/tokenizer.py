@@ -1,0 +1,98 @@
+"""Text to token ids and back: a tokenizer of the user's, or one trained on the run's own text.
+
+The file name is that of Hugging Face: a folder with a tokenizer.json serves here, and one of ours serves there.
+"""
+
+from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+
+Ids = tuple[np.ndarray, list[tuple[int, int]]]  # token ids of a text, (l,) int32, and the characters each covers
+FILE = "tokenizer.json"
+# What marks the end of a text, what stands between two texts, and where a summary begins. A tokenizer that comes with
+# a token for the purpose keeps it; otherwise the first name is added to its vocabulary.
+END = ("<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "[CLS]")
+SEPARATOR = ("<|separator|>", "[SEP]")
+SUMMARY = ("<|summary|>",)
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with the three special tokens that tasks are put together with."""
+
+    def __init__(self, inner: tokenizers.Tokenizer):
+        inner.no_truncation()
+        inner.no_padding()
+        self.inner = inner
+        self.end, self.separator, self.summary = (self._special(names) for names in (END, SEPARATOR, SUMMARY))
+
+    def _special(self, names: tuple[str, ...]) -> int:
+        present = [name for name in names if self.inner.token_to_id(name) is not None]
+        if not present:
+            self.inner.add_special_tokens([names[0]])
+        return self.inner.token_to_id((present or names)[0])
+
+    @classmethod
+    def load(cls, source: str) -> "Tokenizer":
+        """From a tokenizer.json, a folder that has one, or the Hugging Face hub.
+
+        Raises:
+            ValueError: it is neither.
+        """
+        path = Path(source)
+        path = path / FILE if path.is_dir() else path
+        if path.is_file():
+            try:
+                return cls(tokenizers.Tokenizer.from_file(str(path)))
+            except Exception as error:
+                raise ValueError(f"{path} is not a tokenizer: {error}") from error
+        try:
+            return cls(tokenizers.Tokenizer.from_pretrained(source))
+        except Exception as error:
+            raise ValueError(
+                f"tokenizer '{source}' is no file, no folder with a {FILE}, and not to be had from the hub: {error}"
+            ) from error
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """A byte-level BPE made for these texts; the same texts give the same tokenizer."""
+        inner = tokenizers.Tokenizer(tokenizers.models.BPE())
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = tokenizers.decoders.ByteLevel()
+        trainer = tokenizers.trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[END[0], SEPARATOR[0], SUMMARY[0]],
+            initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        )
+        inner.train_from_iterator(texts, trainer)
+        return cls(inner)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.inner.get_vocab_size()
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the whole tokenizer; keys what is encoded with it."""
+        return sha256(self.inner.to_str().encode()).hexdigest()
+
+    def save(self, folder: Path) -> None:
+        self.inner.save(str(folder / FILE))
+
+    def encode(self, texts: Sequence[str]) -> list[Ids]:
+        """Every text without special tokens."""
+        encodings = self.inner.encode_batch(list(texts), add_special_tokens=False)
+        return [(np.array(encoding.ids, np.int32), encoding.offsets) for encoding in encodings]
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of the tokens; special ones are left out, and what they separate is joined by ' | '."""
+        parts: list[list[int]] = [[]]
+        for token in tokens:
+            if token in (self.end, self.separator, self.summary):
+                parts.append([])
+            else:
+                parts[-1].append(int(token))
+        return " | ".join(text for part in parts if (text := self.inner.decode(part).strip()))
