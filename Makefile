@@ -12,7 +12,7 @@ READY := $(VENV)/.ready
 .PHONY: demo test gpu lint clean
 
 demo: $(READY)
-	$(BIN)/trunkline train training/configs/demo.yaml
+	$(BIN)/trunkline train training/configs/demo.yaml --overwrite
 	@echo "The report is in $(CURDIR)/runs/demo/report.html"
 
 test: $(READY)

@@ -28,6 +28,7 @@ from trunkline.training.tasks import Task
 from trunkline.training.tokenizer import Tokenizer
 
 WEIGHTS, SETTINGS = "model.safetensors", "engine.json"
+FIXED = ("tasks", "trunk", "projection", "label_smoothing", "tokenizer", "device")  # what an engine is made from
 
 
 class Engine:
@@ -125,6 +126,8 @@ class Engine:
         """
         from trunkline.training.loop import train
 
+        if fixed := ", ".join(name for name in changes if name in FIXED):
+            raise ValueError(f"fit: {fixed} cannot be changed once there is an engine: make another one")
         self.config = replace(self.config, **changes)
         return train(self, resume=resume, overwrite=overwrite)
 
@@ -135,7 +138,7 @@ class Engine:
             examples: of each task, evenly spaced; 0: all.
         """
         config = self.config
-        corpus = load_corpus(config, self.tokenizer)
+        corpus = load_corpus(config, self._tokenizer)
         with self.autocast():
             scored = evaluate(
                 self.model,
@@ -169,7 +172,8 @@ class Engine:
             if HEADS[task.head].group == "vocabulary":
                 raise ValueError(f"predict: task '{task.name}' writes text: use generate()")
             for place, text in enumerate(parts):
-                if len(text) != len(task.text) or not any(part.strip() for part in text):
+                needed = text[-1:] if task.head in ("tag", "span") else text
+                if len(text) != len(task.text) or not any(part.strip() for part in needed):
                     raise ValueError(
                         f"predict: task '{task.name}' takes {len(task.text)} text(s) {list(task.text)}, "
                         f"got {text!r} at place {place}"

@@ -63,7 +63,7 @@ class PackedBatch(_OnDevice):
     """What the model takes: one stream of tokens, where its sequences lie, and which rows carry labels."""
 
     tokens: Tensor  # (T,) int64
-    positions: Tensor  # (T,) int64, offset inside its own sequence
+    positions: Tensor  # (T,) int32, offset inside its own sequence
     plan: PackPlan
     rows: LabelledRows
     order: tuple[int, ...]  # the examples in the order in which they lie in the stream
@@ -119,6 +119,7 @@ def pack(examples: Sequence[Example], num_tasks: int, budget: int | None = None)
     Raises:
         ValueError: no examples, or more tokens than the budget.
     """
+    assert all(example.task < num_tasks for example in examples)
     lengths = [len(example.tokens) for example in examples]
     total = sum(lengths)
     budget = total if budget is None else budget

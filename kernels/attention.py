@@ -10,6 +10,7 @@ Source: Dao, FlashAttention-2, arXiv:2307.08691, section 3.1; block-diagonal til
 
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -39,19 +40,35 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, cu_seqlens: Tensor, cau
     return out
 
 
-def _problems(
-    cu_seqlens: Tensor, tiles: Tensor, blocks: Tensor, causal: bool, dtype: torch.dtype
-) -> Iterator[tuple[Tensor | slice, Tensor | slice, Tensor | None, Tensor | None]]:
-    """Splits packed attention into dense problems: (queries, keys, bias (n, M, N), filler (n, M)), the first by token.
+Problem = tuple[Tensor | slice, Tensor | slice, Tensor | None, Tensor | None]
+
+
+def _problems(cu_seqlens: Tensor, tiles: Tensor, blocks: Tensor, causal: bool, dtype: torch.dtype) -> Iterator[Problem]:
+    """Splits packed attention into dense problems: (queries, keys, bias, filler), the first two by token.
 
     All tiles of one width are one problem of n small matrices: queries and keys are indices (n, M). Slots beyond a
-    tile's end repeat its last token; as keys they are hidden, as queries they are `filler` and do not count.
+    tile's end repeat its last token; as keys they are hidden, as queries they are `filler` (n, M) and do not count.
     A block of a long sequence is a problem of its own: queries and keys are slices, without filler.
-    The bias is 0 where a query sees a key and -inf where it does not.
+    The bias (n, M, last keys) is 0 where a query sees a key and -inf where it does not; keys before those are seen.
     """
-    device = cu_seqlens.device
+    versions = [-1 if x.is_inference() else x._version for x in (cu_seqlens, tiles)]  # counts changes in place
+    yield from _tile_problems(cu_seqlens, tiles, *versions, causal, dtype)
     bounds = cu_seqlens.tolist()
-    sequence = torch.bucketize(torch.arange(bounds[-1], device=device), cu_seqlens[1:], right=True)  # (T,)
+    for s, block in blocks.tolist():
+        first = bounds[s] + block * QUERY_BLOCK
+        last = min(first + QUERY_BLOCK, bounds[s + 1])
+        if causal:
+            yield slice(first, last), slice(bounds[s], last), _future(last - first, dtype, cu_seqlens.device), None
+        else:
+            yield slice(first, last), slice(bounds[s], bounds[s + 1]), None, None
+
+
+@lru_cache(maxsize=2)  # every layer asks for the same, forward and backward
+def _tile_problems(
+    cu_seqlens: Tensor, tiles: Tensor, cu_version: int, tiles_version: int, causal: bool, dtype: torch.dtype
+) -> list[Problem]:
+    device, problems = cu_seqlens.device, []
+    sequence = torch.bucketize(torch.arange(int(cu_seqlens[-1]), device=device), cu_seqlens[1:], right=True)  # (T,)
     length = tiles[:, 1] - tiles[:, 0]
     for low, high in ((0, 64), (64, 128)):
         start, end = tiles[(length > low) & (length <= high)].long().unbind(1)
@@ -62,19 +79,15 @@ def _problems(
             hidden = (sequence[index][:, :, None] != sequence[index][:, None]) | filler[:, None]  # (n, M, M)
             if causal:
                 hidden |= slot[:, :, None] < slot[:, None]
-            yield index, index, _bias(hidden, dtype), filler
-    for s, block in blocks.tolist():
-        first = bounds[s] + block * QUERY_BLOCK
-        last = min(first + QUERY_BLOCK, bounds[s + 1])
-        if causal:
-            visible = torch.arange(first, last, device=device)[:, None] >= torch.arange(bounds[s], last, device=device)
-            yield slice(first, last), slice(bounds[s], last), _bias(~visible[None], dtype), None
-        else:
-            yield slice(first, last), slice(bounds[s], bounds[s + 1]), None, None
+            bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
+            problems.append((index, index, bias, filler))
+    return problems
 
 
-def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))
+@lru_cache(maxsize=8)
+def _future(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(1, size, size): hides from every query the keys after it."""
+    return torch.full((1, size, size), float("-inf"), dtype=dtype, device=device).triu_(1)
 
 
 def _by_head(x: Tensor, heads: int) -> Tensor:
@@ -101,7 +114,8 @@ def _add(total: Tensor, where: Tensor | slice, x: Tensor) -> None:
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None) -> Tensor:
     scores = q @ k.transpose(1, 2)  # (H * n, M, D) @ (H * n, D, N) -> (H * n, M, N)
     if bias is not None:
-        scores.view(-1, *bias.shape).add_(bias)
+        n, M, seen_by_some = bias.shape
+        scores.view(-1, n, M, scores.shape[2])[..., -seen_by_some:].add_(bias)
     return scores
 
 

@@ -1,6 +1,15 @@
-"""What every test file shares: two threads, fixed seeds, real data where it is there, GPU tests only on a GPU."""
+"""What every test file shares: two threads, fixed seeds, real data where it is there, GPU tests only on a GPU.
 
+And one tiny run of six tasks, trained once by the command line, that the tests of engine, training and report look at.
+"""
+
+import json
+import os
 import random
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy
@@ -29,3 +38,129 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"needs real data in {folder}")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Encoded data and tokenizers are kept for this session only."""
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("TRUNKLINE_CACHE", str(folder))
+        yield folder
+
+
+ANIMALS = "cat dog cow hen fox owl".split()
+PLACES = "barn kitchen garden river forest house".split()
+COLOURS = "red black white brown".split()
+
+
+def _sentence(rng: random.Random) -> tuple[list[str], list[str]]:
+    """Words and their parts of speech."""
+    words = ["the", rng.choice(COLOURS), rng.choice(ANIMALS), "is in", "the", rng.choice(PLACES)]
+    return words, ["article", "adjective", "noun", "verb", "article", "noun"]
+
+
+def tiny_rows(task: str, count: int, seed: int) -> list[dict]:
+    """Rows of the tiny run: a small farm, with an answer to learn for every head."""
+    rng, rows = random.Random(f"{task} {seed}"), []
+    for index in range(count):
+        words, parts = _sentence(rng)
+        other, _ = _sentence(rng)
+        text, colour, animal, place = " ".join(words), words[1], words[2], words[5]
+        match task:
+            case "colour":
+                rows.append({"text": text, "label": COLOURS.index(colour) if index % 2 else colour})
+            case "closeness":
+                same = sum(a == b for a, b in zip(words, other, strict=True))
+                rows.append({"first": text, "second": " ".join(other), "score": same / 2})
+            case "parts":
+                tags = [tag for word, tag in zip(words, parts, strict=True) for _ in word.split()]
+                rows.append({"text": text, "tags": tags})
+            case "where":
+                rows.append({"question": f"where is the {animal} ?", "context": f"well , {text} .", "answer": place})
+            case "retell":
+                rows.append({"document": text, "summary": f"{animal} : {place}"})
+            case "prose":
+                rows.append({"text": f"{text} and {' '.join(other)} ."})
+    return rows
+
+
+TINY_TASKS = {
+    "colour": "{head: classify, text: [text], label: label, labels: [red, black, white, brown]}",
+    "closeness": "{head: regress, text: [first, second], label: score}",
+    "parts": "{head: tag, text: [text], label: tags, labels: [article, adjective, noun, verb]}",
+    "where": "{head: span, text: [question, context], label: answer}",
+    "retell": "{head: generate, text: [document], label: summary, max_target_tokens: 12}",
+    "prose": "{head: language-model, text: [text]}",
+}
+TINY_SETTINGS = """
+trunk: {hidden_size: 32, num_layers: 2, num_heads: 4, max_positions: 160, dropout: 0.1}
+projection: gelu
+vocab_size: 512
+steps: 24
+batch: {tokens: 512, accumulate: 2, max_length: 128}
+optimizer: {learning_rate: 0.003}
+evaluation: {every: 4, examples: 8, texts: 2}
+search: {max_new_tokens: 8}
+device: cpu
+"""
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture(scope="session")
+def tiny_config(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """tiny.yaml with its data beside it; every task has 60 rows to train on and 20 to be scored on."""
+    folder = tmp_path_factory.mktemp("tiny")
+    tasks = ""
+    for name, fields in TINY_TASKS.items():
+        write_jsonl(folder / f"{name}.jsonl", tiny_rows(name, 60, seed=0))
+        write_jsonl(folder / f"{name}-validation.jsonl", tiny_rows(name, 20, seed=1))
+        files = f"name: {name}, train: {name}.jsonl, validation: {name}-validation.jsonl"
+        tasks += f"- {{{files}, {fields[1:]}\n"
+    (folder / "tiny.yaml").write_text(f"tasks:\n{tasks}{TINY_SETTINGS}")
+    return folder / "tiny.yaml"
+
+
+Command = Callable[..., subprocess.CompletedProcess[str]]
+
+
+def command_line(*arguments: str | Path) -> tuple[list[str], dict[str, str]]:
+    """The `trunkline` command as a program of its own: its arguments and environment."""
+    source = Path(__file__).resolve().parents[1] / "src"
+    program = [sys.executable, "-W", "error", "-m", "trunkline.training.cli"]
+    # one thread: others run beside it, and the numbers are the same wherever it runs
+    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    return [*program, *map(str, arguments)], environment
+
+
+@pytest.fixture(scope="session")
+def trunkline(cache: Path) -> Command:
+    """Runs the `trunkline` command; `expect` is its exit code."""
+
+    def run(*arguments: str | Path, expect: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
+        program, environment = command_line(*arguments)
+        result = subprocess.run(program, env=environment, input=stdin, capture_output=True, text=True, timeout=100)
+        assert result.returncode == expect, result.stdout + result.stderr
+        assert "Traceback" not in result.stderr
+        return result
+
+    return run
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A finished run."""
+
+    config: Path
+    run: Path
+    output: str  # of the command
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_config: Path, trunkline: Command, tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """The tiny run, trained without interruption. Not to be changed."""
+    run = tmp_path_factory.mktemp("finished") / "farm"
+    return Finished(tiny_config, run, trunkline("train", tiny_config, f"run={run}").stdout)

@@ -60,7 +60,8 @@ def test_matches_definition(runs, causal, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 def test_half_precision(causal, dtype, device):
-    assert_matches(*make(RAGGED, dtype=dtype, device=device), causal)
+    # sums in float32: better than the definition, which rounds the scores and the probabilities
+    assert_matches(*make(RAGGED, dtype=dtype, device=device), causal, slack=0.5)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (6, 2), (4, 1)])
@@ -171,9 +172,10 @@ def test_single_token_gets_its_own_value():
     assert torch.equal(attention(q, k, v, plan, causal=True), v)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("layout", ["tokens first", "heads first"])
-def test_op_contract(layout):
-    q, k, v, plan = make([[3, 0, 5], [66], [130]])
+def test_op_contract(layout, dtype):
+    q, k, v, plan = make([[3, 0, 5], [66], [130]], dtype=dtype)
     dout = torch.randn_like(q)
     if layout == "heads first":
         q, k, v, dout = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v, dout))

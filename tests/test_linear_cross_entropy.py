@@ -252,9 +252,10 @@ def test_views():
     assert_matches(inputs)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
-def test_op_contract(with_bias):
-    x, weight, bias, *rest = make(3)
+def test_op_contract(with_bias, dtype):
+    x, weight, bias, *rest = make(3, dtype)
     bias = bias if with_bias else None
     torch.library.opcheck(_forward, (x, weight, bias, *rest, N, 0.1, 0.01, 3.0))
     *_, lse = _forward(x, weight, bias, *rest, N, 0.1, 0.01, 3.0)

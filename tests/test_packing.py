@@ -141,7 +141,8 @@ def test_dtypes():
     batch = pack(make(LENGTHS["mixed"]), TASKS)
     plan, rows = batch.plan, batch.rows
     assert [x.dtype for x in (batch.tokens, rows.token, rows.task, rows.target)] == [torch.int64] * 4
-    assert [x.dtype for x in (plan.cu_seqlens, plan.tiles, plan.blocks, rows.offsets)] == [torch.int32] * 4
+    small = (batch.positions, plan.cu_seqlens, plan.tiles, plan.blocks, rows.offsets)
+    assert [x.dtype for x in small] == [torch.int32] * 5
     assert [x.dtype for x in (rows.value, rows.weight)] == [torch.float32] * 2
 
 

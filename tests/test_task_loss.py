@@ -12,7 +12,6 @@ from trunkline.kernels.task_loss import (
     LossSums,
     _backward,
     _forward,
-    logits_reference,
     task_loss,
     task_loss_reference,
 )
@@ -201,18 +200,6 @@ def test_certain_prediction_is_finite():
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_logits(dtype):
-    inputs = make(ROWS["mixed"], dtype)
-    logits = logits_reference(*inputs[:4], inputs.class_offsets, max(CLASSES))
-    assert logits.dtype == torch.float32
-    for row, t in enumerate(ROWS["mixed"][:10]):
-        own = slice(inputs.class_offsets[t], inputs.class_offsets[t + 1])
-        expected = inputs.weight[own].float() @ inputs.x[row].float() + inputs.bias[own].float()
-        torch.testing.assert_close(logits[row, : CLASSES[t]], expected)
-        assert (logits[row, CLASSES[t] :] == float("-inf")).all()
-
-
 @pytest.mark.parametrize("device", DEVICES)
 def test_memory_around_the_inputs_is_never_read(device):
     inputs = make(ROWS["mixed"], device=device)
@@ -237,8 +224,9 @@ def test_views():
     assert_matches(inputs)
 
 
-def test_op_contract():
-    inputs = make([0, 1, 5, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_op_contract(dtype):
+    inputs = make([0, 1, 5, 1], dtype)
     *_, gradient = _forward(*inputs, max(CLASSES), 0.1)
     torch.library.opcheck(_forward, (*inputs, max(CLASSES), 0.1))
     dloss = torch.randn(len(CLASSES))

@@ -99,7 +99,7 @@ def test_task_without_rows_has_zero_gradients():
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_op_contract(activation):
-    x, weight, bias, offsets = make([3, 0, 2])
+    x, weight, bias, offsets = make([3, 0, 2], torch.bfloat16)
     torch.library.opcheck(_forward, (x, weight, bias, offsets, activation))
     y, z = _forward(x, weight, bias, offsets, activation)
     torch.library.opcheck(_backward, (torch.randn_like(y), x, weight, bias, z, offsets, activation))

@@ -16,7 +16,11 @@ USER_ERROR = 2  # exit code for what the user can put right
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
-    options = parser.parse_args(arguments)
+    options, late = parser.parse_known_args(arguments)
+    if late:  # before Python 3.13 argparse takes no values that stand after an option after the first ones
+        if "values" not in options or any(value.startswith("-") for value in late):
+            parser.error(f"unrecognized arguments: {' '.join(late)}")
+        options.values += late
     try:
         options.command(options)
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -39,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "train as a YAML file says; key=value changes its settings", add_help=False)
     train.add_argument("config", metavar="CONFIG.yaml", type=Path)
-    train.add_argument("overrides", nargs="*", metavar="key=value")
+    train.add_argument("values", nargs="*", metavar="key=value")
     train.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
     train.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
     train.add_argument("--help", "-h", action=_TrainHelp, help="show this and all settings, and stop")
@@ -54,7 +58,10 @@ def _parser() -> argparse.ArgumentParser:
         "--task", action="append", default=[], help="may be given several times; default: all that fit"
     )
     predict.add_argument(
-        "texts", nargs="*", help="default: the lines of standard input; a tab parts two texts of a pair"
+        "values",
+        nargs="*",
+        metavar="TEXT",
+        help="default: the lines of standard input; a tab parts two texts of a pair",
     )
 
     tasks = command("tasks", _tasks, "list the embedded tasks")
@@ -62,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = command("doctor", _doctor, "check the installation and, with a config, all of its data")
     doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml", type=Path)
-    doctor.add_argument("overrides", nargs="*", metavar="key=value")
+    doctor.add_argument("values", nargs="*", metavar="key=value")
 
     report = command("report", _report, "write report.html of a run anew, also while the run goes on")
     report.add_argument("run", type=Path)
@@ -92,7 +99,7 @@ class _TrainHelp(argparse.Action):
 def _train(options: argparse.Namespace) -> None:
     from trunkline.training.config import load_config
 
-    config = load_config(options.config, options.overrides)
+    config = load_config(options.config, options.values)
 
     from trunkline.engine.engine import Engine
 
@@ -131,7 +138,9 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 def _predict(options: argparse.Namespace) -> None:
     engine = _load(options)
-    lines = options.texts or [line.rstrip("\n") for line in sys.stdin]
+    lines = options.values or [line.rstrip("\n") for line in sys.stdin]
+    if not lines:
+        raise ValueError("predict: no text, neither as an argument nor on standard input")
     texts = [tuple(line.split("\t")) for line in lines]
     writing = {task.name for task in engine.tasks if task.head == "generate"}
     asked = options.task or [
@@ -139,8 +148,10 @@ def _predict(options: argparse.Namespace) -> None:
         for task in engine.tasks
         if task.head != "language-model" and all(len(text) == len(task.text) for text in texts)
     ]
+    if not asked:
+        raise ValueError("predict: no task takes all of these texts; a tab parts two texts of a pair")
     answers = engine.predict(texts, reading) if (reading := [name for name in asked if name not in writing]) else {}
-    answers |= {name: engine.generate([text[0] for text in texts], name) for name in asked if name in writing}
+    answers |= {name: engine.generate(lines, name) for name in asked if name in writing}
     for place, line in enumerate(lines):
         print(json.dumps({"text": line, **{name: answers[name][place] for name in asked}}, ensure_ascii=False))
 
@@ -173,7 +184,7 @@ def _doctor(options: argparse.Namespace) -> None:
     if options.config:
         from trunkline.training.config import load_config
 
-        check_data(load_config(options.config, options.overrides))
+        check_data(load_config(options.config, options.values))
 
 
 def _report(options: argparse.Namespace) -> None:

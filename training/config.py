@@ -72,8 +72,10 @@ class Config:
     """Folder that file names of tasks start from; set to that of the YAML file."""
     trunk: TrunkConfig = field(default_factory=TrunkConfig)
     """Fields of the trunk, or the name of a preset (tiny, small, medium, bert-base), or both: {preset: tiny, ...}."""
-    projection: Literal["", "none", "gelu", "relu", "tanh"] = ""
+    projection: Literal["", "none", "gelu", "tanh"] = ""
     """Activation of a per-task projection before every head; empty: no projection; none: a linear one."""
+    weights: dict[str, float] = field(default_factory=dict)
+    """Factor of each task's mean loss in the sum over tasks, by name; 1 where none is given."""
     label_smoothing: float = 0.0
     """Share of the probability spread over all classes."""
     tokenizer: str = ""
@@ -111,12 +113,38 @@ class Config:
                 f"config: batch.max_length {self.batch.max_length} and search.max_new_tokens "
                 f"{self.search.max_new_tokens} need more than trunk.max_positions {self.trunk.max_positions}"
             )
-        if self.mixing.method == "fixed" and not all(task.share > 0 for task in self.all_tasks):
-            missing = ", ".join(task.name for task in self.all_tasks if not task.share)
-            raise ValueError(f"config: mixing.method fixed needs a share for every task; {missing} have none")
-        for name in ("steps", "vocab_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"config: {name} must be at least 1, got {getattr(self, name)}")
+        for key, given in (("weights", self.weights), ("mixing.shares", self.mixing.shares)):
+            if strangers := [name for name in given if name not in names]:
+                raise ValueError(f"config: {key} names {', '.join(strangers)}, which is none of {', '.join(names)}")
+            if wrong := {name: value for name, value in given.items() if not value > 0}:
+                raise ValueError(f"config: {key} must be above 0, got {wrong}")
+        if self.mixing.method == "fixed" and (missing := [name for name in names if name not in self.mixing.shares]):
+            raise ValueError(
+                f"config: mixing.method fixed needs mixing.shares for every task; {', '.join(missing)} lack"
+            )
+        for task in self.all_tasks:
+            others = task.max_target_tokens + 2 if task.head == "generate" else len(task.text)
+            if self.batch.max_length <= others:
+                raise ValueError(
+                    f"config: batch.max_length {self.batch.max_length} leaves no room for the text of task "
+                    f"'{task.name}', whose separators and target take {others} tokens"
+                )
+        least = {
+            "steps": (self.steps, 1),
+            "vocab_size": (self.vocab_size, 1),
+            "seed": (self.seed, 0),
+            "batch.accumulate": (self.batch.accumulate, 1),
+            "evaluation.every": (self.evaluation.every, 1),
+            "evaluation.examples": (self.evaluation.examples, 0),
+            "evaluation.texts": (self.evaluation.texts, 0),
+            "search.max_new_tokens": (self.search.max_new_tokens, 1),
+            "search.beams": (self.search.beams, 1),
+        }
+        for name, (value, minimum) in least.items():
+            if value < minimum:
+                raise ValueError(f"config: {name} must be at least {minimum}, got {value}")
+        if self.mixing.temperature <= 0:
+            raise ValueError(f"config: mixing.temperature must be more than 0, got {self.mixing.temperature}")
 
     @property
     def all_tasks(self) -> list[Task]:
@@ -208,7 +236,7 @@ def _override(settings: dict[str, Any], override: str) -> None:
         if not isinstance(settings, dict):
             raise ValueError(f"config: '{override}': '{name}' is {settings!r} and has no keys")
     try:
-        settings[last] = yaml.safe_load(value)
+        settings[last] = yaml.safe_load(value) if value else ""
     except yaml.YAMLError as error:
         raise ValueError(f"config: '{override}': {error}") from error
 
@@ -229,12 +257,14 @@ def _check_keys(settings: Any, of: type, where: str) -> None:
     """Names the nearest valid key for one that does not exist."""
     if not isinstance(settings, Mapping):
         raise ValueError(f"config: expected keys and values for {where.rstrip('.')}, got {settings!r}")
-    known = {field.name: field.type for field in fields(of)}
+    known = {field.name: field for field in fields(of)}
     for key, value in settings.items():
         if key not in known:
             near = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
             raise ValueError(f"config: unknown key '{where}{key}'; did you mean '{where}{near}'?")
-        inner = known[key]
+        if value is None and known[key].default is not None:
+            raise ValueError(f"config: '{where}{key}' has no value")
+        inner = known[key].type
         if isinstance(inner, type) and is_dataclass(inner):
             _check_keys(value, inner, f"{where}{key}.")
         if of is Config and key == "tasks" and isinstance(value, Iterable):

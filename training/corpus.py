@@ -7,7 +7,7 @@ from pathlib import Path
 from trunkline.engine.model import in_model_order
 from trunkline.training import cache
 from trunkline.training.config import Config
-from trunkline.training.data import Encoded, encode
+from trunkline.training.data import Encoded, encode, text_of
 from trunkline.training.metrics import metric_names
 from trunkline.training.sources import Rows, read_rows
 from trunkline.training.tasks import Task
@@ -76,15 +76,18 @@ def _tokenizer(config: Config, training: list[tuple[Task, Rows]], tell: Callable
         for task, rows in training:
             columns = [*task.text, *([task.label] if task.head == "generate" else [])]
             for column in columns:
-                for value in rows.columns[column][:TOKENIZER_TEXTS]:
-                    yield from value if isinstance(value, list) else [value or ""]
+                for row, value in enumerate(rows.columns[column][:TOKENIZER_TEXTS]):
+                    try:
+                        yield text_of(value)
+                    except ValueError as error:
+                        raise ValueError(f"task '{task.name}': {error} ({rows.where(row)})") from error
 
     def make() -> Tokenizer:
         tell(f"training a tokenizer of {config.vocab_size} entries")
         return Tokenizer.train(texts(), config.vocab_size)
 
-    key = [config.vocab_size, TOKENIZER_TEXTS, [[task.text, task.label, rows.digest] for task, rows in training]]
-    return cache.tokenizer(key, make)
+    sources = [[task.head, task.text, task.label, rows.digest] for task, rows in training]
+    return cache.tokenizer([config.vocab_size, TOKENIZER_TEXTS, sources], make)
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:

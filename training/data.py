@@ -114,12 +114,13 @@ def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal
             if not problem:
                 usable.append(row)
             elif getattr(task, problem) == "error":
-                raise ValueError(f"{problem} row, and the task's policy for them is 'error'")
+                column = task.label if problem == "unlabelled" else task.text[0]
+                raise ValueError(f"{problem} row: '{column}' is {rows.columns[column][row]!r}; policy is 'error'")
             else:
                 counts[problem] += 1
         for first in range(0, len(usable), ENCODED_AT_ONCE):
             chunk = usable[first : first + ENCODED_AT_ONCE]
-            columns = [[_text(rows.columns[column][row]) for row in chunk] for column in task.text]
+            columns = [[text_of(rows.columns[column][row]) for row in chunk] for column in task.text]
             encoded = [tokenizer.encode(column) for column in columns]
             for i, row in enumerate(chunk):
                 texts, ids = [column[i] for column in columns], [column[i] for column in encoded]
@@ -153,13 +154,14 @@ def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal
 
 def _problem(task: Task, rows: Rows, row: int) -> Literal["empty", "unlabelled", ""]:
     """Whether a row lacks its text or its label."""
-    if not any(_text(rows.columns[column][row]).strip() for column in task.text):
+    texts = [text_of(rows.columns[column][row]) for column in task.text]  # all of them: each has to be text
+    if not any(text.strip() for text in texts):
         return "empty"
     label = rows.columns[task.label][row] if task.label else 0
-    missing = label is None or label == "" or label == [] or (isinstance(label, float) and math.isnan(label))
-    if missing or (task.head == "classify" and str(label) in UNLABELLED and label not in task.labels):
-        return "unlabelled"
-    return ""
+    missing = label is None or label == [] or (isinstance(label, float) and math.isnan(label))
+    blank = (isinstance(label, str) or task.head == "generate") and not missing and not text_of(label).strip()
+    no_class = task.head == "classify" and str(label) in UNLABELLED and label not in task.labels
+    return "unlabelled" if missing or blank or no_class else ""
 
 
 class _Piece(NamedTuple):
@@ -216,16 +218,20 @@ class Layout:
 
 
 def word_rows(laid: Laid) -> np.ndarray:
-    """The last token of every word of the last text column; words are what white space separates."""
+    """(words,) the last token of every word of the last text column; words are what white space separates.
+
+    -1 where no token ends with the word: it was cut off, or its end is a character that the tokenizer leaves out.
+    """
     last = {end: laid.first + i for i, (_, end) in enumerate(laid.offsets)}  # of several that end there, the last
-    return np.array([last[word.end()] for word in re.finditer(r"\S+", laid.text) if word.end() in last], np.int64)
+    return np.array([last.get(word.end(), -1) for word in re.finditer(r"\S+", laid.text)], np.int64)
 
 
 def prediction_rows(task: Task, laid: Laid) -> np.ndarray:
     """Offsets of the tokens whose hidden states a task's head looks at."""
     match task.head:
         case "tag":
-            return word_rows(laid)
+            rows = word_rows(laid)
+            return rows[rows >= 0]
         case "span":
             return np.arange(laid.first, laid.end)
         case _:
@@ -254,33 +260,28 @@ def _encode_class(layout: Layout, task: Task, texts: list[str], ids: list[Ids], 
 
 
 def _encode_number(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
-    try:
-        number = float(label)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"label must be a finite number, got {label!r}")
     laid = layout.lay(texts, ids)
-    return [_Piece(laid.tokens, [number])], laid.cut
+    return [_Piece(laid.tokens, [_number(label, "label")])], laid.cut
 
 
 def _encode_tags(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
     """`label` is one tag for each word of the last text column: a list, or separated by white space."""
-    words, tags = texts[-1].split(), label.split() if isinstance(label, str) else list(label)
+    tags = label.split() if isinstance(label, str) else label if isinstance(label, list) else [label]
+    words = texts[-1].split()
     if len(tags) != len(words):
         raise ValueError(f"label must have one tag for each of the {len(words)} words, got {len(tags)}: {label!r}")
-    classes = [_class_id(task, tag) for tag in tags]
+    classes = np.array([_class_id(task, tag) for tag in tags])
     laid = layout.lay(texts, ids)
     rows = word_rows(laid)
     of_token = np.full(len(laid.tokens), -1.0)
-    of_token[rows] = classes[: len(rows)]  # words that were cut off have no row
-    return [_Piece(laid.tokens, of_token)] if len(rows) else [], laid.cut
+    of_token[rows[rows >= 0]] = classes[rows >= 0]
+    return [_Piece(laid.tokens, of_token)] if (rows >= 0).any() else [], laid.cut
 
 
 def _encode_span(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
     """`label` is the answer's text, inside the last text column."""
-    answer = _text(label)
-    begin = texts[-1].find(answer) if start is None else int(start)
+    answer = text_of(label)
+    begin = texts[-1].find(answer) if start is None else int(_number(start, "start"))
     end = begin + len(answer)
     if begin < 0 or texts[-1][begin:end] != answer:
         place = "" if start is None else f" at character {start}"
@@ -294,7 +295,8 @@ def _encode_span(layout: Layout, task: Task, texts: list[str], ids: list[Ids], l
 
 def _encode_target(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
     """`label` is the text to be generated; of several references the first is learnt."""
-    references = [label] if isinstance(label, str) else [_text(reference) for reference in label]
+    texts_of_label = label if isinstance(label, list) else [label]
+    references = [text for reference in texts_of_label if (text := text_of(reference)).strip()]
     ((target, _),) = layout.tokenizer.encode([" " + references[0].strip()])
     kept = target[: task.max_target_tokens]
     prompt = layout.prompt(texts[0], task.max_target_tokens, ids[0])
@@ -320,15 +322,30 @@ _ENCODERS: dict[str, Callable[[Layout, Task, list[str], list[Ids], Any, Any], _M
 }
 
 
-def _text(value: Any) -> str:
-    """A text column's value; a list of sentences is joined."""
+def text_of(value: Any) -> str:
+    """A text column's value; a list of sentences is joined.
+
+    Raises:
+        ValueError: it is not text, or has half a character, as JSON can.
+    """
     if value is None:
         return ""
     if isinstance(value, list):
-        return " ".join(_text(part) for part in value)
+        return " ".join(text_of(part) for part in value)
     if not isinstance(value, str):
         raise ValueError(f"text must be a string, got {value!r}")
+    value.encode()  # an error for half a character
     return value
+
+
+def _number(value: Any, name: str) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{name} must be a finite number, got {value!r}")
+    return number
 
 
 def _class_id(task: Task, label: Any) -> int:
@@ -338,7 +355,7 @@ def _class_id(task: Task, label: Any) -> int:
             return task.labels.index(label)
         number = int(label) if re.fullmatch(r"-?\d+", label) else None
     else:
-        number = int(label) if isinstance(label, int | float) and label == int(label) else None
+        number = int(label) if isinstance(label, int | float) and label % 1 == 0 else None
     if number is None or not 0 <= number < len(task.labels):
         known = ", ".join(task.labels)
         raise ValueError(f"label must be a class id in [0, {len(task.labels)}) or one of {known}, got {label!r}")

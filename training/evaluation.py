@@ -83,7 +83,8 @@ def _evaluate_task(
     if split.task.head == "language-model":
         return Scored({"loss": mean, **score(metric_names(split.task), [mean], [int(weight)])}, [], [])
     if split.task.head == "generate":
-        chosen = spaced(len(split), len(chosen) if texts is None else texts) if texts != 0 else []
+        count = len(chosen) if texts is None else min(texts, len(chosen))
+        chosen = [chosen[place] for place in spaced(len(chosen), count)] if count else []
         predicted = _texts(model, tokenizer, split, task, chosen, search)
     predictions = [predicted[i] for i in chosen]
     metrics = score(metric_names(split.task), predictions, [split.reference(i) for i in chosen]) if chosen else {}

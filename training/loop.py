@@ -36,6 +36,7 @@ if TYPE_CHECKING:
 
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
 CHECKPOINTS = 2  # of the newest that are kept: one to fall back to
+FIRST_LOOK = 64  # validation examples of each task before the first step: their loss is near that of a uniform guess
 
 
 def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
@@ -49,12 +50,12 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
     config = engine.config
 
     names = [task.name for task in corpus.tasks]
-    weights = torch.tensor([task.weight for task in corpus.tasks], device=engine.device)  # (N,) lambda of every task
+    weights = torch.tensor([config.weights.get(name, 1.0) for name in names], device=engine.device)  # (N,)
     batches = config.steps * config.batch.accumulate
     mixer = Mixer(
         [split.lengths for split in corpus.train],
         config.mixing,
-        [task.share for task in corpus.tasks],
+        [config.mixing.shares.get(name, 0.0) for name in names],
         config.batch.tokens,
         batches,
         config.seed,
@@ -63,6 +64,7 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
     fingerprint = _fingerprint(config, corpus)
     progress = _resume(run, model, optimizer, fingerprint) if resume else Progress()
     began -= progress.wall_seconds
+    (run / "checkpoints").mkdir(exist_ok=True)  # from here on the folder holds a run
     save_config(config, run / "config.yaml")
     corpus.tokenizer.save(run)
     display = Display({task.name: metric_names(task)[0] for task in corpus.tasks}, config.steps, progress.step)
@@ -86,7 +88,8 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
 
     with display, log:
         if progress.step == 0:
-            progress.first_loss = {name: task.metrics["loss"] for name, task in evaluation(0, texts=0).items()}
+            before = evaluation(0, texts=0, examples=FIRST_LOOK)
+            progress.first_loss = {name: task.metrics["loss"] for name, task in before.items()}
         interval = Interval(names, engine.device)
         while progress.step < config.steps:
             step = progress.step
@@ -158,8 +161,9 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
 
 def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
     """AdamW; only matrices are decayed."""
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    others = [p for p in model.parameters() if p.ndim <= 1]
+    is_matrix = {p: p.ndim > 1 and not name.endswith("bias") for name, p in model.named_parameters()}
+    matrices = [p for p in model.parameters() if is_matrix[p]]
+    others = [p for p in model.parameters() if not is_matrix[p]]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), fused=True)
 
@@ -206,7 +210,7 @@ def _open_run(run: Path, resume: bool, overwrite: bool) -> None:
             )
         shutil.rmtree(run)
     try:
-        checkpoints.mkdir(parents=True, exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=run):
             pass
     except OSError as error:
@@ -216,8 +220,9 @@ def _open_run(run: Path, resume: bool, overwrite: bool) -> None:
 def _fingerprint(config: Config, corpus: Corpus) -> dict[str, Any]:
     """What must be the same for a run to go on; where it lies and what it runs on may change."""
     settings = asdict(config)
-    for name in ("run", "base", "data", "device", "tasks"):
+    for name in ("run", "base", "data", "device"):
         del settings[name]
+    settings["tasks"] = [task.name for task in corpus.tasks]  # in the order of the heads
     data = {
         split.task.name: asdict(split.task) | {"examples": len(split), "tokens": int(split.lengths.sum())}
         for split in corpus.train

@@ -10,7 +10,7 @@ Source: annealed sampling is that of Stickland & Murray, BERT and PALs, arXiv:19
 
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -31,6 +31,7 @@ FILLS = (
     0.5,
 )  # of the budget; the first that fits is taken
 PROBED = 16  # windows that a fill is tried on
+GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are spread evenly, however many there are
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,11 @@ class Mixing:
 
     method: Literal["proportional", "temperature", "annealed", "fixed"] = "temperature"
     """An example of a task with n of them is drawn in proportion to: n; n^(1/temperature); n^(1 - 0.8 progress), where
-    progress goes from 0 to 1 over the run; or the task's `share`."""
+    progress goes from 0 to 1 over the run; or the task's share in `shares`."""
     temperature: float = 2.0
     """Of method 'temperature': 1 is proportional, larger is more even."""
+    shares: dict[str, float] = field(default_factory=dict)
+    """Of method 'fixed': every task's share of the examples, by name; they need not add up to 1."""
 
 
 def shares(mixing: Mixing, sizes: Sequence[int], fixed: Sequence[float], progress: float) -> np.ndarray:
@@ -78,23 +81,27 @@ def spread(lengths: Sequence[int], bins: int, capacity: int) -> tuple[list[list[
 
 
 class _Stream:
-    """The examples of one task, shuffled anew every epoch, one after the other as an endless stream of tokens."""
+    """The examples of one task, shuffled anew every epoch, one after the other as an endless stream of tokens.
 
-    def __init__(self, lengths: np.ndarray, seed: Sequence[int]):
-        self.lengths, self.seed = lengths, seed
+    `mark`, in [0, 1), is where in an example the token lies that says which stretch has it. With the first token of
+    every task's examples, the first window would have one example of each task too many.
+    """
+
+    def __init__(self, lengths: np.ndarray, seed: Sequence[int], mark: float):
+        self.lengths, self.seed, self.mark = lengths, seed, mark
         self.tokens = int(lengths.sum())  # of an epoch
-        self.epoch: tuple[int, np.ndarray, np.ndarray] | None = None  # number, order, first token of each example
+        self.epoch: tuple[int, np.ndarray, np.ndarray] | None = None  # number, order, marked token of each example
 
     def between(self, first: int, last: int) -> list[int]:
-        """Examples whose first token lies in [first, last)."""
+        """Examples whose marked token lies in [first, last)."""
         taken: list[int] = []
         for number in range(first // self.tokens, (max(last, 1) - 1) // self.tokens + 1):
             if self.epoch is None or self.epoch[0] != number:
                 order = np.random.default_rng([*self.seed, number]).permutation(len(self.lengths))
                 lengths = self.lengths[order]
-                self.epoch = number, order, np.cumsum(lengths) - lengths
-            _, order, starts = self.epoch
-            a, b = np.searchsorted(starts, [first - number * self.tokens, last - number * self.tokens])
+                self.epoch = number, order, np.cumsum(lengths) - lengths + (self.mark * lengths).astype(np.int64)
+            _, order, marks = self.epoch
+            a, b = np.searchsorted(marks, [first - number * self.tokens, last - number * self.tokens])
             taken += order[a:b].tolist()
         return taken
 
@@ -110,7 +117,8 @@ class Mixer:
     """The training batches of a run, as lists of (task, example).
 
     How full a batch can be made depends on the lengths: the fullest plan that loses no example is taken. Should a later
-    window still lose one for want of room, it is counted in `Plan.left_out` and seen again in the next epoch.
+    window still lose one for want of room, it is counted in `Plan.left_out` and seen again in the next epoch. Of
+    examples longer than half a batch there may be fewer than batches: those left empty repeat examples of their window.
 
     Args:
         lengths: tokens of every training example, one array a task.
@@ -131,7 +139,7 @@ class Mixer:
         seed: int,
     ):
         self.lengths, self.budget = lengths, budget
-        self.streams = [_Stream(task, [seed, t]) for t, task in enumerate(lengths)]
+        self.streams = [_Stream(task, [seed, t], t * GOLDEN % 1.0) for t, task in enumerate(lengths)]
         self.planned: tuple[int, Plan] | None = None  # the window in hand
         windows, sizes = -(-steps // WINDOW), [len(task) for task in lengths]
         progress = [window / max(1, windows - 1) for window in range(windows)]
@@ -158,4 +166,5 @@ class Mixer:
             for example in stream.between(*self.starts[window : window + 2, t].tolist())
         ]
         batches, left_out = spread([int(self.lengths[t][e]) for t, e in taken], WINDOW, self.budget)
+        batches = [batch or batches[b % len(taken)] for b, batch in enumerate(batches)]
         return Plan([[taken[i] for i in batch] for batch in batches], len(left_out))

@@ -31,7 +31,6 @@ class Progress:
     wall_seconds: float = 0.0  # spent on everything
     tokens: int = 0
     real_tokens: int = 0
-    left_out: int = 0  # examples that found no room in their window
     examples: dict[str, int] = field(default_factory=dict)
     first_loss: dict[str, float] = field(default_factory=dict)  # on the validation split, before the first step
     best_score: float = -math.inf
@@ -89,12 +88,12 @@ class Log:
     """metrics.jsonl, and TensorBoard where it is installed; a context manager."""
 
     def __init__(self, run: Path, step: int):
-        """Lines after `step`, of a run that is resumed from there, are forgotten."""
-        path = run / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        self.file = path.open("w", encoding="utf-8")
-        self.file.writelines(line + "\n" for line in kept)
+        """Lines after `step`, where a run is resumed, are forgotten; at step 0 all are."""
+        path, kept = run / "metrics.jsonl", run / ".metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if step and path.exists() else []  # whole lines
+        kept.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        kept.replace(path)  # so that a kill costs no line
+        self.file = path.open("a", encoding="utf-8")
         self.board = None
         if importlib.util.find_spec("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter

@@ -50,10 +50,6 @@ class Task:
     """What happens to a row longer than the sequence limit; dropped and truncated rows are counted."""
     unlabelled: Literal["drop", "error"] = "error"
     """What happens to a row without a label (empty, null, -1 or -100)."""
-    weight: float = 1.0
-    """Factor of this task's loss in the sum over tasks."""
-    share: float = 0.0
-    """With mixing.method = 'fixed': this task's share of the examples; shares are normalised over the tasks."""
     max_target_tokens: int = 100
     """Generate only: longest target text, in tokens; longer ones are cut and counted as truncated."""
 
@@ -72,4 +68,4 @@ class Task:
         require(not classes or len(self.labels) > 0, f"head '{self.head}' needs labels: the class names in id order")
         require(classes or not self.labels, f"labels belong to classify and tag, not to '{self.head}'")
         require(len(set(self.labels)) == len(self.labels), f"labels name a class twice: {list(self.labels)}")
-        require(self.weight >= 0 and self.share >= 0, "weight and share must not be negative")
+        require(self.max_target_tokens >= 1, f"max_target_tokens must be at least 1, got {self.max_target_tokens}")

@@ -25,6 +25,7 @@ class Tokenizer:
     def __init__(self, inner: tokenizers.Tokenizer):
         inner.no_truncation()
         inner.no_padding()
+        inner.encode_special_tokens = True  # a text that spells '<|end|>' out has no END token
         self.inner = inner
         self.end, self.separator, self.summary = (self._special(names) for names in (END, SEPARATOR, SUMMARY))
 
@@ -72,7 +73,8 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        return self.inner.get_vocab_size()
+        """One more than the largest id; a vocabulary may have gaps."""
+        return max(self.inner.get_vocab().values()) + 1
 
     @property
     def digest(self) -> str:

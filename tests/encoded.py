@@ -1,0 +1,48 @@
+"""What tests of encoded data share: a task for every head, a tokenizer of bytes, and rows made on the spot."""
+
+from typing import Any
+
+import pytest
+
+from trunkline.training.data import Encoded, encode
+from trunkline.training.sources import Rows
+from trunkline.training.tasks import Task
+from trunkline.training.tokenizer import Tokenizer
+
+BYTES = Tokenizer.train([], 259)  # a character of ASCII is a token, so that places in texts are places in examples
+END, SEPARATOR, SUMMARY = BYTES.end, BYTES.separator, BYTES.summary
+CLASSIFY = Task("toy", "classify", ("text",), "label", ("no", "yes", "maybe"))
+PAIR = Task("pair", "classify", ("first", "second"), "label", ("no", "yes"))
+REGRESS = Task("score", "regress", ("text",), "label")
+TAG = Task("pos", "tag", ("text",), "label", ("noun", "verb", "other"))
+SPAN = Task("answer", "span", ("question", "text"), "label")
+GENERATE = Task("short", "generate", ("text",), "label", max_target_tokens=10)
+TEXT = Task("books", "language-model", ("text",))
+
+either_trunk = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+
+
+def rows_of(**columns: list[Any]) -> Rows:
+    return Rows(columns, (("train.csv", len(next(iter(columns.values())))),), "digest")
+
+
+def made(task: Task, max_length: int = 64, causal: bool = True, tokenizer: Tokenizer = BYTES, **columns) -> Encoded:
+    return encode(task, rows_of(**columns), tokenizer, max_length, causal)
+
+
+def error_of(task: Task, max_length: int = 64, tokenizer: Tokenizer = BYTES, **columns) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the callers check the words)
+        made(task, max_length, tokenizer=tokenizer, **columns)
+    return str(caught.value)
+
+
+def ids(text: str, tokenizer: Tokenizer = BYTES) -> list[int]:
+    return tokenizer.encode([text])[0][0].tolist()
+
+
+def changed(task: Task, **fields) -> Task:
+    return Task(**{**vars(task), **fields})
+
+
+def tokens(encoded: Encoded) -> list[list[int]]:
+    return [encoded.tokens_of(i).tolist() for i in range(len(encoded))]

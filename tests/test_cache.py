@@ -1,0 +1,238 @@
+"""What is made once is found again, whole and only for the same inputs; what was not finished is not there."""
+
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from encoded import BYTES, CLASSIFY, GENERATE, PAIR, REGRESS, SPAN, TAG, TEXT, changed, made
+from trunkline.engine.trunk import TrunkConfig
+from trunkline.training import cache
+from trunkline.training.config import Batch, Config
+from trunkline.training.corpus import load_corpus
+from trunkline.training.data import Encoded
+from trunkline.training.tasks import Task
+from trunkline.training.tokenizer import Tokenizer
+
+KEY = ["train", "digest of rows", "digest of tokenizer", 64]
+COLUMNS = {
+    "classify": {"text": ["a", "bc"], "label": [2, 0]},
+    "regress": {"text": ["a", "bc"], "label": [0.1, -2.5e-7]},
+    "tag": {"text": ["dogs bark", "a"], "label": ["noun verb", "other"]},
+    "span": {"question": ["?", "??"], "text": ["abc", "de f"], "label": ["b", "f"]},
+    "generate": {"text": ["a", "b" * 99, "c"], "label": ["x\n🎉", ["y", "", "z"], ["w"]]},
+    "language-model": {"text": ["x" * 200, "y"]},
+}
+MISHAPS = {"text": ["a", "", "b", "c" * 99], "label": [0, 0, -1, 1]}
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("TRUNKLINE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def not_again() -> None:
+    pytest.fail("made a second time")
+
+
+def files(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir()}
+
+
+def assert_same(found: Encoded, expected: Encoded) -> None:
+    for name in ("tokens", "bounds", "labels", "label_bounds"):
+        mine, other = getattr(found, name), getattr(expected, name)
+        np.testing.assert_array_equal(mine, other)
+        assert mine.dtype == other.dtype
+    for name in ("task", "causal", "references", "counts"):
+        assert getattr(found, name) == getattr(expected, name)
+    for i in range(len(expected)):
+        assert found.reference(i) == expected.reference(i)
+        for mine, other in zip(vars(found.example(i, 1)).values(), vars(expected.example(i, 1)).values(), strict=True):
+            np.testing.assert_array_equal(mine, other)
+
+
+# Where
+
+
+def test_the_folder_is_the_one_the_environment_names(folder, tmp_path, monkeypatch):
+    assert cache.folder() == folder
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    assert cache.folder() == folder
+    monkeypatch.delenv("TRUNKLINE_CACHE")
+    assert cache.folder() == tmp_path / "xdg" / "trunkline"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert cache.folder() == tmp_path / "home" / ".cache" / "trunkline"
+
+
+# What
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("task", [CLASSIFY, REGRESS, TAG, SPAN, GENERATE, TEXT], ids=lambda task: task.head)
+def test_the_second_time_it_is_read_and_equal(task, causal, folder):
+    encoded = made(task, causal=causal, **COLUMNS[task.head])
+    assert cache.encoded(task, KEY, causal, lambda: encoded) is encoded
+    assert len(files(folder)) == 1
+    assert_same(cache.encoded(task, KEY, causal, not_again), encoded)
+
+
+def test_counts_are_kept():
+    task = changed(CLASSIFY, unlabelled="drop")
+    encoded = made(task, **MISHAPS)
+    assert list(vars(encoded.counts).values()) == [1, 0, 1, 1]
+    cache.encoded(task, KEY, True, lambda: encoded)
+    assert_same(cache.encoded(task, KEY, True, not_again), encoded)
+
+
+def test_a_tokenizer_is_trained_once(folder):
+    trained = Tokenizer.train(["some text", "more text"], 270)
+    for make in (lambda: trained, not_again):
+        found = cache.tokenizer([270, "digest"], make)
+        assert found.digest == trained.digest
+        assert (found.end, found.separator, found.summary) == (trained.end, trained.separator, trained.summary)
+    cache.tokenizer([271, "digest"], lambda: trained)
+    assert len(files(folder)) == 2
+
+
+# Another input, another file
+
+
+@pytest.mark.parametrize("place", range(len(KEY)))
+def test_another_key_is_another_file(place, folder):
+    encoded = made(CLASSIFY, **COLUMNS["classify"])
+    cache.encoded(CLASSIFY, KEY, True, lambda: encoded)
+    other = made(CLASSIFY, text=["z"], label=[1])
+    key = [*KEY[:place], 65 if place == 3 else "other", *KEY[place + 1 :]]
+    assert cache.encoded(CLASSIFY, key, True, lambda: other) is other
+    assert cache.encoded(CLASSIFY, KEY, False, lambda: other) is other
+    assert len(files(folder)) == 3
+    assert_same(cache.encoded(CLASSIFY, KEY, True, not_again), encoded)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"name": "other"},
+        {"text": ("second", "first")},
+        {"labels": ("yes", "no")},
+        {"too_long": "drop"},
+        {"unlabelled": "drop"},
+        {"empty": "error"},
+    ],
+    ids=lambda fields: next(iter(fields)),
+)
+def test_another_task_is_another_file(fields, folder):
+    encoded = made(PAIR, first=["a"], second=["b"], label=[0])
+    for task in (PAIR, changed(PAIR, **fields)):
+        assert cache.encoded(task, KEY, True, lambda: encoded) is encoded
+    assert len(files(folder)) == 2
+
+
+def test_another_format_is_another_file(folder, monkeypatch):
+    encoded = made(CLASSIFY, **COLUMNS["classify"])
+    cache.encoded(CLASSIFY, KEY, True, lambda: encoded)
+    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
+    assert cache.encoded(CLASSIFY, KEY, True, lambda: encoded) is encoded
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Config:
+    for split in ("train", "validation"):
+        (tmp_path / f"{split}.csv").write_text(f"text,label\nsome words of {split},1\nmore words,0\n")
+    task = Task("toy", "classify", ("text",), "label", ("no", "yes"), train="train.csv", validation="validation.csv")
+    return Config(tasks=(task,), base=str(tmp_path), vocab_size=270)
+
+
+def test_a_run_encodes_again_only_what_has_changed(config, folder, tmp_path):
+    def new_files(config: Config, tokenizer: Tokenizer | None = BYTES) -> int:
+        before, told = files(folder) if folder.is_dir() else set(), []
+        load_corpus(config, tokenizer, tell=told.append)
+        assert len(told) == len(files(folder) - before)
+        return len(told)
+
+    (task,) = config.tasks
+    assert new_files(config) == 2
+    assert new_files(config) == 0
+    assert new_files(replace(config, steps=7, seed=8, run="elsewhere", vocab_size=280)) == 0
+    assert new_files(replace(config, batch=Batch(max_length=64))) == 2
+    assert new_files(replace(config, trunk=TrunkConfig(causal=False))) == 2
+    assert new_files(replace(config, tasks=(changed(task, too_long="drop"),))) == 2
+    assert new_files(config, Tokenizer.train(["other words"], 262)) == 2
+    (tmp_path / "validation.csv").write_text("text,label\nother words,1\n")
+    assert new_files(config) == 1
+    assert new_files(config, None) == 3  # a tokenizer as well
+    assert new_files(config, None) == 0
+    assert new_files(replace(config, vocab_size=271), None) == 3
+    (tmp_path / "train.csv").write_text("text,label\nother words,1\n")
+    assert new_files(config, None) == 3
+
+
+def test_the_head_decides_what_a_tokenizer_is_trained_on(config, folder):
+    """Targets are text to be learnt, the words of a span are in the text already."""
+    (task,) = config.tasks
+    for head in ("regress", "generate"):
+        load_corpus(replace(config, tasks=(changed(task, head=head, labels=()),)))
+    assert len(list(folder.glob("*.tokenizer.json"))) == 2
+
+
+# What was not finished
+
+
+def test_nothing_is_left_when_making_fails(folder):
+    def fail():
+        raise ValueError("a bad row")
+
+    with pytest.raises(ValueError, match="a bad row"):
+        cache.encoded(CLASSIFY, KEY, True, fail)
+    with pytest.raises(ValueError, match="a bad row"):
+        cache.tokenizer([1], fail)
+    assert not folder.exists() or not files(folder)
+
+
+def test_nothing_is_left_when_writing_fails(folder, monkeypatch):
+    def write_half(table, path):
+        Path(path).write_bytes(b"PAR1 and no more")
+        raise OSError(28, "No space left on device")
+
+    encoded = made(CLASSIFY, **COLUMNS["classify"])
+    with monkeypatch.context() as patch:
+        patch.setattr(cache.pq, "write_table", write_half)
+        with pytest.raises(OSError, match="No space left"):
+            cache.encoded(CLASSIFY, KEY, True, lambda: encoded)
+    assert not files(folder)
+    cache.encoded(CLASSIFY, KEY, True, lambda: encoded)
+    assert_same(cache.encoded(CLASSIFY, KEY, True, not_again), encoded)
+
+
+KILLED = """
+import os, signal
+from pathlib import Path
+from encoded import CLASSIFY, made
+from trunkline.training import cache
+
+def killed(table, path):
+    Path(path).write_bytes(b"PAR1 and no more")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+cache.pq.write_table = killed
+cache.encoded(CLASSIFY, [], True, lambda: made(CLASSIFY, text=["a"], label=[1]))
+"""
+
+
+def test_a_killed_writer_leaves_nothing_that_is_read(folder):
+    here = Path(__file__).resolve().parent
+    path = os.pathsep.join([str(here), str(here.parent / "src")])
+    killed = subprocess.run([sys.executable, "-c", KILLED], env={**os.environ, "PYTHONPATH": path})
+    assert killed.returncode == -signal.SIGKILL
+    assert not [name for name in files(folder) if name.endswith(".parquet")]
+    encoded = made(CLASSIFY, text=["a"], label=[1])
+    assert cache.encoded(CLASSIFY, [], True, lambda: encoded) is encoded
+    assert_same(cache.encoded(CLASSIFY, [], True, not_again), encoded)
