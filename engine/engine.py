@@ -48,6 +48,9 @@ class Engine:
         ValueError: settings that contradict one another.
     """
 
+    tokenizer: Tokenizer | None  # None before fit() or load(), as is the model
+    _model: MultiTaskModel | None
+
     def __init__(
         self,
         trunk: str | TrunkConfig | Trunk = "tiny",
@@ -67,7 +70,7 @@ class Engine:
         self.config = config
         self.tasks = in_model_order(config.all_tasks)
         self.device = torch.device(_default_device() if config.device == "auto" else config.device)
-        self.tokenizer: Tokenizer | None = None
+        self.tokenizer = None
         self._trunk, self._model = trunk, None
 
     @classmethod
@@ -252,7 +255,9 @@ class Engine:
         if not (folder / SETTINGS).is_file():
             raise ValueError(f"engine: {folder} has no {SETTINGS}: it is neither a saved engine nor a finished run")
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        engine = cls.from_config(replace(restore_config(settings), device=device))
+        config = replace(restore_config(settings), device=device)
+        engine = cls.__new__(cls)
+        engine._hold(config, Trunk(config.trunk))
         engine.build(Tokenizer.load(str(folder))).load_state_dict(load_file(folder / WEIGHTS, str(engine.device)))
         return engine
 

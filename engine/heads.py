@@ -6,10 +6,12 @@ tokens (`linear_cross_entropy`). Adding a head is one class here and one line in
 L tokens of an example, r labelled rows of it, C columns of the task
 """
 
-from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from trunkline.kernels.task_loss import LossSums, sum_by_task
@@ -36,7 +38,12 @@ class Labels(NamedTuple):
     weights: np.ndarray  # (r,) float
 
 
-def _labels(rows, targets=None, values=None, weights=None) -> Labels:
+def _labels(
+    rows: ArrayLike,
+    targets: ArrayLike | None = None,
+    values: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+) -> Labels:
     rows = np.asarray(rows)
     zeros, ones = np.zeros(len(rows)), np.ones(len(rows))
     return Labels(
@@ -47,7 +54,25 @@ def _labels(rows, targets=None, values=None, weights=None) -> Labels:
     )
 
 
-class Classify:
+class Head(ABC):
+    """What a task predicts."""
+
+    group: ClassVar[Group]
+
+    @abstractmethod
+    def columns(self, task: "Task") -> int:
+        """C, the logits that are the task's own; 0 for the vocabulary, which tasks share."""
+
+    @abstractmethod
+    def label(self, tokens: np.ndarray, label: np.ndarray, causal: bool) -> Labels:
+        """The labelled rows of an example with tokens (L,); what is in `label` is each head's own business."""
+
+    def predict(self, logits: Tensor) -> Any:
+        """The prediction for an example, from the logits (r, C) of its rows; heads that write text have none."""
+        raise NotImplementedError
+
+
+class Classify(Head):
     """A class per example, from the last token of a causal trunk and the first of a bidirectional one."""
 
     group: ClassVar[Group] = "table"
@@ -64,7 +89,7 @@ class Classify:
         return int(logits[0].argmax())
 
 
-class Regress:
+class Regress(Head):
     """A number per example, from the same token as a class."""
 
     group: ClassVar[Group] = "table"
@@ -81,7 +106,7 @@ class Regress:
         return float(logits[0, 0])
 
 
-class Tag:
+class Tag(Head):
     """A class per word, from the word's last token."""
 
     group: ClassVar[Group] = "table"
@@ -99,7 +124,7 @@ class Tag:
         return logits.argmax(-1).tolist()
 
 
-class Span:
+class Span(Head):
     """The first and the last token of a stretch of the text; every token of the text is a row and may be either."""
 
     group: ClassVar[Group] = "span"
@@ -123,7 +148,7 @@ class Span:
         return best // len(logits), best % len(logits)
 
 
-class Generate:
+class Generate(Head):
     """A text that follows the prompt: every token of the target is predicted from the one before it."""
 
     group: ClassVar[Group] = "vocabulary"
@@ -145,7 +170,7 @@ class LanguageModel(Generate):
         return _labels(np.arange(len(tokens) - 1), targets=tokens[1:])
 
 
-HEADS: dict[str, Classify | Regress | Tag | Span | Generate] = {
+HEADS: dict[str, Head] = {
     "classify": Classify(),
     "regress": Regress(),
     "tag": Tag(),

@@ -41,6 +41,9 @@ class MultiTaskModel(nn.Module):
         ValueError: a task that predicts tokens on a bidirectional trunk, or tasks out of order.
     """
 
+    class_offsets: Tensor  # (tasks of the table + 1,) int32, first column of each and the end of the last
+    regression: Tensor  # (tasks of the table,) bool
+
     def __init__(self, trunk: Trunk, tasks: Sequence["Task"], projection: str = "", label_smoothing: float = 0.0):
         super().__init__()
         if list(tasks) != in_model_order(tasks):

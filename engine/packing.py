@@ -10,6 +10,7 @@ T tokens, S sequences, R labelled rows, N tasks
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -21,11 +22,12 @@ SHORT = 128  # longest sequence that fits a tile
 TILE_SIZES = (64, 128)  # powers of two that keep the matrix units busy; sequences up to 64 share the smaller tile
 
 
+@dataclass(frozen=True)
 class _OnDevice:
     """A dataclass of tensors that moves to a device as one."""
 
-    def to(self, device: torch.device | str, non_blocking: bool = True):
-        def move(value):
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        def move(value: Any) -> Any:
             return value.to(device, non_blocking=non_blocking) if hasattr(value, "to") else value
 
         return replace(self, **{field.name: move(getattr(self, field.name)) for field in fields(self)})

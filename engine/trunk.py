@@ -8,7 +8,7 @@ T tokens, D width, H query heads, G key/value heads, E head width, R rows asked 
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -213,12 +213,13 @@ class Trunk(nn.Module):
         if config.embedding_norm:
             self.embedding_norm = Norm(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_layers))
+        blocks = [Block(config, layer) for layer in range(config.num_layers)]
+        self.blocks = nn.ModuleList(blocks)
         if config.norm_position == "pre":
             self.final_norm = Norm(config)
         self.apply(_initialise)
         with torch.no_grad():  # GPT-2: the residual stream keeps its variance over the layers
-            for block in self.blocks:
+            for block in blocks:
                 for linear in (block.attention_out, block.mlp_out):
                     linear.weight.mul_((2 * config.num_layers) ** -0.5)
 
@@ -263,7 +264,7 @@ class Trunk(nn.Module):
         return self.final_norm(x) if self.config.norm_position == "pre" else x
 
 
-def preset(name: str, **changes) -> TrunkConfig:
+def preset(name: str, **changes: Any) -> TrunkConfig:
     """The config of a preset, with some of its fields changed."""
     if name not in PRESETS:
         raise ValueError(f"trunk: unknown preset '{name}'; there are {', '.join(PRESETS)}")

@@ -67,7 +67,8 @@ def _problems(cu_seqlens: Tensor, tiles: Tensor, blocks: Tensor, causal: bool, d
 def _tile_problems(
     cu_seqlens: Tensor, tiles: Tensor, cu_version: int, tiles_version: int, causal: bool, dtype: torch.dtype
 ) -> list[Problem]:
-    device, problems = cu_seqlens.device, []
+    problems: list[Problem] = []
+    device = cu_seqlens.device
     sequence = torch.bucketize(torch.arange(int(cu_seqlens[-1]), device=device), cu_seqlens[1:], right=True)  # (T,)
     length = tiles[:, 1] - tiles[:, 0]
     for low, high in ((0, 64), (64, 128)):
@@ -170,7 +171,8 @@ def _backward_reference(
         _add(dk, keys, dscores.transpose(1, 2) @ block_q)
     dq.mul_(scale)
     dk, dv = (x.unflatten(0, (G, H // G)).sum(1) for x in (dk.div_(LOG2_E), dv))
-    return tuple(x.transpose(0, 1).to(dtype).contiguous() for x in (dq, dk, dv))
+    dq, dk, dv = (x.transpose(0, 1).to(dtype).contiguous() for x in (dq, dk, dv))
+    return dq, dk, dv
 
 
 def _forward_fake(q, k, v, cu_seqlens, tiles, blocks, causal, scale):

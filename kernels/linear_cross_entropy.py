@@ -85,7 +85,8 @@ def _forward_reference(
     row_weight = row_weight.to(loss.dtype)
     counted = (row_weight > 0).to(loss.dtype)
     columns = (row_weight * loss, row_weight, counted, counted * correct)
-    return *(sum_by_task(values, task, num_tasks) for values in columns), lse
+    sums = LossSums(*(sum_by_task(values, task, num_tasks) for values in columns))
+    return *sums, lse
 
 
 def _backward_reference(

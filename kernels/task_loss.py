@@ -28,7 +28,7 @@ class LossSums(NamedTuple):
 
     loss: Tensor  # (N,) sum of weight * loss, float32
     weight: Tensor  # (N,) sum of weights, float32
-    count: Tensor  # (N,) rows with weight > 0, float32
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count; (N,) rows with weight > 0, float32
     correct: Tensor  # (N,) of those, rows whose highest logit is the target; 0 for regression, float32
 
 
@@ -119,7 +119,8 @@ def _forward_reference(
 
     counted = (row_weight > 0).to(logits.dtype)
     correct = counted * (logits.argmax(-1) == target) * ~number
-    sums = (sum_by_task(values, task, N) for values in (row_weight * loss, row_weight, counted, correct))
+    columns = (row_weight * loss, row_weight, counted, correct)
+    sums = LossSums(*(sum_by_task(values, task, N) for values in columns))
     return *sums, gradient * row_weight[:, None]
 
 

@@ -8,7 +8,7 @@ R rows, N tasks, D width in, C width out
 Source: the task-specific modules over a shared extractor of Collobert & Weston, ICML 2008.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,13 @@ from torch import Tensor
 
 from trunkline.kernels.dispatch import register
 
-_ACTIVATIONS = {"none": lambda z: z, "gelu": F.gelu, "relu": F.relu, "tanh": torch.tanh}
-_DERIVATIVES = {
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda z: z,
+    "gelu": F.gelu,
+    "relu": F.relu,
+    "tanh": torch.tanh,
+}
+_DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "none": lambda dy, z: dy,
     "gelu": torch.ops.aten.gelu_backward,
     "relu": lambda dy, z: dy * (z > 0),

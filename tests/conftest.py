@@ -31,6 +31,15 @@ def seed() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For tiny models, which two threads only slow down, a lot where the cores are busy with something else."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """The folder shared/data beside the repository: real data sets, laid out as on the Hugging Face hub."""

@@ -23,20 +23,21 @@ from trunkline.training.corpus import load_corpus
 from trunkline.training.mixing import Mixing
 from trunkline.training.tasks import Task
 
-OWN = Task("mine", "classify", ("first|text", "second"), "gold", ("no", "yes"), metrics=("f1",), train="a.csv", share=2)
+OWN = Task("mine", "classify", ("first|text", "second"), "gold", ("no", "yes"), metrics=("f1",), train="a.csv")
 FULL = Config(
-    tasks=("sst2", OWN, Task("notes", "language-model", ("text",), hub="somebody/notes", share=0.5)),
+    tasks=("sst2", OWN, Task("notes", "language-model", ("text",), hub="somebody/notes")),
     data="some where",
     run="runs/é",
     base="configs",
     trunk=TrunkConfig(hidden_size=96, num_heads=6, num_kv_heads=2, positions="rotary", norm="rms", bias=False),
     projection="gelu",
+    weights={"mine": 2.0, "sst2": 0.5},
     label_smoothing=0.1,
     tokenizer="toks",
     vocab_size=300,
     steps=7,
     batch=Batch(tokens=4096, accumulate=2, max_length=256),
-    mixing=Mixing("annealed"),
+    mixing=Mixing("fixed", 3.0, {"sst2": 1.0, "mine": 2.5, "notes": 0.1}),
     optimizer=Optimizer(learning_rate=3e-5, warmup=0.1, clip=0.5),
     evaluation=Evaluation(every=3, examples=0, texts=0),
     search=Search(max_new_tokens=32, beams=4, length_penalty=0.8),
@@ -155,6 +156,8 @@ def test_overrides_change_values_at_every_depth(demo):
             "search.beams=3",
             "trunk.num_layers=2",
             "tasks=[sst2]",
+            "weights.sst2=2",
+            "mixing.shares={sst2: 3}",
             "steps=6",
         ],
     )
@@ -162,6 +165,7 @@ def test_overrides_change_values_at_every_depth(demo):
     assert config.batch == Batch(tokens=1024, max_length=64)
     assert config.optimizer == Optimizer(learning_rate=1e-4)
     assert (config.search.beams, config.trunk.num_layers) == (3, 2)
+    assert (config.weights, config.mixing.shares) == ({"sst2": 2.0}, {"sst2": 3.0})
 
 
 def test_an_override_without_a_value_empties_a_text(demo):
@@ -260,7 +264,11 @@ def test_an_unknown_key_is_an_error_with_the_nearest(settings, wrong, right):
         ({"tasks": [FIELDS | {"head": "clasify"}]}, '"head"'),
         ({"tasks": [FIELDS | {"labels": [False, True]}]}, '"labels"'),  # what YAML makes of [no, yes]
         ({"tasks": [FIELDS | {"text": "a"}]}, '"text"'),
-        ({"tasks": [FIELDS | {"weight": "much"}]}, '"weight"'),
+        ({"tasks": [FIELDS | {"generated": "perhaps"}]}, '"generated"'),
+        ({"weights": {"sst2": "much"}}, "weights"),
+        ({"weights": {"sst2": None}}, "weights"),
+        ({"weights": ["sst2"]}, "weights"),
+        ({"mixing": {"shares": {"sst2": [1]}}}, "mixing.shares"),
     ],
     ids=str,
 )
@@ -323,7 +331,18 @@ def test_numbers_may_be_written_as_whole_or_with_an_exponent(demo):
             "take 102 tokens",
         ),
         ({"tasks": ["rte"], "batch": {"max_length": 2}}, "config: batch.max_length 2 leaves no room for the text of "),
-        ({"mixing": {"method": "fixed"}}, "config: mixing.method fixed needs a share for every task; sst2 have none"),
+        (
+            {"tasks": ["sst2", "rte"], "mixing": {"method": "fixed", "shares": {"rte": 1}}},
+            "config: mixing.method fixed needs mixing.shares for every task; sst2 lack",
+        ),
+        (
+            {"mixing": {"shares": {"sst2": 1, "rte": 1}}},
+            "config: mixing.shares names rte, which is none of sst2",
+        ),
+        ({"mixing": {"shares": {"sst2": 0}}}, "config: mixing.shares must be above 0, got {'sst2': 0.0}"),
+        ({"weights": {"sst-2": 1}}, "config: weights names sst-2, which is none of sst2"),
+        ({"weights": {"sst2": -1}}, "config: weights must be above 0, got {'sst2': -1.0}"),
+        ({"weights": {"sst2": float("nan")}}, "config: weights must be above 0, got {'sst2': nan}"),
         ({"mixing": {"temperature": 0}}, "config: mixing.temperature must be more than 0, got 0"),
         ({"steps": 0}, "config: steps must be at least 1, got 0"),
         ({"vocab_size": -1}, "config: vocab_size must be at least 1, got -1"),
@@ -349,7 +368,7 @@ def test_settings_that_cannot_be(settings, message):
         {"tasks": ["dialogsum"], "batch": {"max_length": 960}},
         {"tasks": ["dialogsum"], "batch": {"max_length": 103}},
         {"tasks": ["rte"], "batch": {"max_length": 3}},
-        {"tasks": [FIELDS | {"share": 1}, FIELDS | {"name": "b", "share": 0.1}], "mixing": {"method": "fixed"}},
+        {"tasks": ["sst2", FIELDS], "mixing": {"method": "fixed", "shares": {"sst2": 1, "mine": 0.1}}},
         {"evaluation": {"examples": 0, "texts": 0}},
     ],
     ids=str,

@@ -6,10 +6,14 @@ Commands import what they need themselves: `trunkline --help` answers at once.
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from trunkline import __version__
+
+if TYPE_CHECKING:
+    from trunkline.engine.engine import Engine
 
 USER_ERROR = 2  # exit code for what the user can put right
 
@@ -36,7 +40,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    def command(name: str, function, text: str, **settings) -> argparse.ArgumentParser:
+    def command(
+        name: str, function: Callable[[argparse.Namespace], None], text: str, **settings: Any
+    ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, **settings)
         sub.set_defaults(command=function)
         return sub
@@ -84,8 +90,8 @@ def _run_and_data(parser: argparse.ArgumentParser) -> None:
 class _TrainHelp(argparse.Action):
     """The options, and every key of a config with its meaning and default."""
 
-    def __init__(self, *args, **settings):
-        super().__init__(*args, nargs=0, **settings)
+    def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any):
+        super().__init__(option_strings, dest, nargs=0, **settings)
 
     def __call__(self, parser, *_):
         from trunkline.training.config import config_parser
@@ -121,7 +127,7 @@ def _print_scores(tasks: dict) -> None:
     Console().print(table)
 
 
-def _load(options: argparse.Namespace):
+def _load(options: argparse.Namespace) -> "Engine":
     from dataclasses import replace
 
     from trunkline.engine.engine import Engine

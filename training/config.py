@@ -203,13 +203,14 @@ def config_parser() -> "jsonargparse.ArgumentParser":
 def restore_config(settings: Mapping[str, Any]) -> Config:
     """The config whose `asdict` these settings are."""
     inner = {f.name: f.type for f in fields(Config) if isinstance(f.type, type) and is_dataclass(f.type)}
-    values = {key: inner[key](**value) if key in inner else value for key, value in settings.items()}
+    values: dict[str, Any] = {key: inner[key](**value) if key in inner else value for key, value in settings.items()}
     tasks = [task if isinstance(task, str) else _restore_task(task) for task in values.pop("tasks")]
     return Config(tasks=tuple(tasks), **values)
 
 
 def _restore_task(settings: Mapping[str, Any]) -> Task:
-    return Task(**{key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()})
+    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
+    return Task(**values)
 
 
 def save_config(config: Config, path: Path) -> None:

@@ -47,7 +47,7 @@ class Encoded:
     bounds: np.ndarray  # (n + 1,) first token of each example
     labels: np.ndarray  # all examples' labels, float64; what they say is the head's business
     label_bounds: np.ndarray  # (n + 1,)
-    references: list[str] | list[list[str]]  # (n,) generate: the texts to be matched; empty otherwise
+    references: list[str | list[str]]  # (n,) generate: the texts to be matched; empty otherwise
     counts: Counts
 
     def __len__(self) -> int:
@@ -147,7 +147,7 @@ def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal
         bounds=np.cumsum([0, *(len(piece.tokens) for piece in pieces)]),
         labels=np.concatenate([piece.label for piece in pieces]).astype(np.float64),
         label_bounds=np.cumsum([0, *(len(piece.label) for piece in pieces)]),
-        references=[piece.reference for piece in pieces] if task.head == "generate" else [],
+        references=[piece.reference for piece in pieces if piece.reference is not None],
         counts=Counts(**counts),
     )
 

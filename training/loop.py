@@ -104,7 +104,8 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
                 for i in range(config.batch.accumulate)
             ]
             # loss_t = sum w l / sum w over the whole step; a task that is absent contributes nothing
-            total_weight = sum(weight_sums(batch, len(names)) for batch in micro_batches).to(engine.device)
+            sums_of_weights = (weight_sums(batch, len(names)) for batch in micro_batches)
+            total_weight = sum(sums_of_weights, torch.zeros(len(names))).to(engine.device)
             factor = torch.where(total_weight > 0, weights / total_weight, 0.0)
             for batch in micro_batches:
                 with engine.autocast():

@@ -33,7 +33,9 @@ class Tokenizer:
         present = [name for name in names if self.inner.token_to_id(name) is not None]
         if not present:
             self.inner.add_special_tokens([names[0]])
-        return self.inner.token_to_id((present or names)[0])
+        token = self.inner.token_to_id((present or names)[0])
+        assert token is not None
+        return token
 
     @classmethod
     def load(cls, source: str) -> "Tokenizer":
