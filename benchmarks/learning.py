@@ -12,9 +12,11 @@ import json
 import time
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from hugging_face import WAYS, HuggingFaceModel, batches
+from record import record
 
 from trunkline.engine.engine import Engine
 from trunkline.training.corpus import Corpus, load_corpus
@@ -45,24 +47,21 @@ def main() -> None:
     names = {task.name: metric_names(task)[0] for task in corpus.tasks}
     ours = {name: summary["tasks"][name]["metrics"][metric] for name, metric in names.items()}
     theirs = {name: scores[name][metric] for name, metric in names.items()}
+    mean = {"trunkline": fmean(ours.values()), "hugging_face": fmean(theirs.values())}
     print(f"{'task':12} {'metric':10} {'trunkline':>10} {options.way:>10}")
     for name, metric in names.items():
         print(f"{name:12} {metric:10} {ours[name]:10.3f} {theirs[name]:10.3f}")
-    means = {system: sum(values.values()) / len(values) for system, values in (("ours", ours), ("theirs", theirs))}
-    print(f"{'mean':23} {means['ours']:10.3f} {means['theirs']:10.3f}")
+    print(f"{'mean':23} {mean['trunkline']:10.3f} {mean['hugging_face']:10.3f}")
     print(f"{summary['steps']} steps against {steps} in {summary['training_seconds']:.0f} seconds of training")
     content = {
+        "command": f"python benchmarks/learning.py RUN --way {options.way}",
         "way": options.way,
-        "seconds": summary["training_seconds"],
-        "steps": {"trunkline": summary["steps"], options.way: steps},
-        "metrics": {
-            name: {"metric": names[name], "trunkline": ours[name], options.way: theirs[name]} for name in names
-        },
-        "mean": means,
+        "steps": steps,
+        "mean": mean,
         "hugging_face": scores,
-        "environment": summary["environment"],
+        "run": {key: value for key, value in summary.items() if key != "environment"},
     }
-    (options.run / "learning.json").write_text(json.dumps(content, indent=1))
+    record("learning", content, summary["environment"])
 
 
 def train(model: HuggingFaceModel, corpus: Corpus, config, way: str, seconds: float) -> int:

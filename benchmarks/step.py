@@ -10,10 +10,7 @@ The table also has 9 against 300 classification heads on the same tokens.
 """
 
 import argparse
-import json
 import multiprocessing
-import platform
-import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -22,6 +19,7 @@ from statistics import median
 
 import numpy as np
 import torch
+from record import record
 
 from trunkline.engine.memory import keep_freed_memory
 from trunkline.engine.model import MultiTaskModel
@@ -31,7 +29,6 @@ from trunkline.engine.trunk import Trunk, preset
 BUDGET, MAX_LENGTH, VOCABULARY, EXAMPLES = 2048, 512, 8192, 2000
 TASKS = ("cola", "sst2", "mrpc", "stsb", "rte", "qqp", "qnli", "mnli", "dialogsum")
 WARM_UP = 5  # steps
-RESULTS = Path(__file__).parent / "results"
 
 
 def main() -> None:
@@ -137,7 +134,6 @@ SYSTEMS = {"trunkline": trunkline, "9 heads": heads(9), "300 heads": heads(300)}
 
 
 def hugging_face(data: Path, way: str) -> tuple[Step, int]:
-    sys.path.insert(0, str(Path(__file__).parent))
     from hugging_face import HuggingFaceModel
     from hugging_face import batches as made
 
@@ -162,8 +158,8 @@ def hugging_face(data: Path, way: str) -> tuple[Step, int]:
 
 
 def shape(vocab_size: int):
-    """The GPT-2 shape, with GPT-2's own activation."""
-    return preset("tiny", vocab_size=vocab_size, activation="gelu_tanh")
+    """The GPT-2 shape, with GPT-2's own positions and activation."""
+    return preset("tiny", vocab_size=vocab_size, positions="learned", activation="gelu_tanh")
 
 
 def trunk(vocab_size: int) -> Trunk:
@@ -198,22 +194,16 @@ def report(rates: dict[str, list[float]], waste: dict[str, float], options: argp
         print(f"{system:12} {rate:14,.0f} {ratio:>17} {waste[system]:8.1%}   {turns}")
     print(f"300 heads take {middle['9 heads'] / middle['300 heads']:.3f}x the time of 9 heads")
 
-    where = environment()
-    device = f"{platform.machine()}-{where['processor']}-{where['cores']}-cores".lower().replace(" ", "-")
-    path = RESULTS / device / "step.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
     content = {
         "command": f"python benchmarks/step.py DATA --seconds {options.seconds:g} --rounds {options.rounds}",
         "unit": "real tokens/s, median of the turns",
         "tokens_per_second": middle,
         "turns": rates,
         "padding": waste,
-        "ratio_to_best_peer": middle["trunkline"] / best,
+        "best_peer": best,
         "time_300_heads_over_9": middle["9 heads"] / middle["300 heads"],
-        "environment": where,
     }
-    path.write_text(json.dumps(content, indent=1))
-    print(f"written to {path}")
+    record("step", content, environment())
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ class Engine:
             What summary.json holds: per task its metrics, trivial baseline and losses; speed; environment.
 
         Raises:
-            ValueError: data or settings that cannot be used.
+            ValueError: data or settings that cannot be used, or a change of what the engine is made of.
         """
         from trunkline.training.loop import train
 

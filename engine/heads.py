@@ -20,11 +20,7 @@ if TYPE_CHECKING:
     from trunkline.training.tasks import Task
 
 Group = Literal["table", "span", "vocabulary"]
-GROUPS: tuple[Group, ...] = (
-    "table",
-    "span",
-    "vocabulary",
-)  # the order of tasks in a model
+GROUPS: tuple[Group, ...] = ("table", "span", "vocabulary")  # the order of tasks in a model
 
 START, END = 1, 2  # bits of a span row's target
 

@@ -96,7 +96,7 @@ class TrunkConfig:
 
 _GPT2 = {"vocab_size": 50257, "max_positions": 1024, "activation": "gelu_tanh"}
 PRESETS: dict[str, dict] = {
-    "tiny": {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "max_positions": 1024},
+    "tiny": {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "max_positions": 1024, "positions": "rotary"},
     "small": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, **_GPT2},
     "medium": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, **_GPT2},
     "bert-base": {
@@ -164,11 +164,12 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
         H, G, E = self.config.num_heads, self.config.kv_heads, self.config.head_width
-        q, k, v = self.qkv(x).view(len(x), H + 2 * G, E).split([H, G, G], 1)
+        qk, v = self.qkv(x).view(len(x), H + 2 * G, E).split([H + G, G], 1)
         if self.config.qk_norm:
-            q, k = self.query_norm(q).to(v.dtype), self.key_norm(k).to(v.dtype)
+            qk = torch.cat([self.query_norm(qk[:, :H]), self.key_norm(qk[:, H:])], 1).to(v.dtype)
         if angles is not None:
-            q, k = rotate(q, angles), rotate(k, angles)
+            qk = rotate(qk, angles)
+        q, k = qk.split([H, G], 1)
         return attend(self.layer, q, k, v).flatten(1)  # (T, H * E)
 
     def mlp(self, x: Tensor) -> Tensor:

@@ -86,7 +86,8 @@ def tiny_rows(task: str, count: int, seed: int) -> list[dict]:
                 tags = [tag for word, tag in zip(words, parts, strict=True) for _ in word.split()]
                 rows.append({"text": text, "tags": tags})
             case "where":
-                rows.append({"question": f"where is the {animal} ?", "context": f"well , {text} .", "answer": place})
+                context = f"{text} ." if index % 3 else f"well , {text} ."
+                rows.append({"question": f"where is the {animal} ?", "context": context, "answer": place})
             case "retell":
                 rows.append({"document": text, "summary": f"{animal} : {place}"})
             case "prose":

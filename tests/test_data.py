@@ -226,3 +226,14 @@ def test_tokens_are_entries_of_the_vocabulary(task):
     assert encoded.tokens.min() >= 0
     assert encoded.tokens.max() < merged.vocab_size
     assert (encoded.tokens == merged.end).sum() == (2 if task is TEXT else 1)  # a text that spells it has none
+
+
+def test_a_prompt_can_be_learnt_beside_the_target():
+    encoded = made(GENERATE, text=["abcd"], label=["xy"])
+    target_only, both = encoded.example(0, task=0), encoded.example(0, task=0, prompt_weight=0.25)
+    prompt = len(encoded.prompt_of(0))
+    assert both.rows.tolist() == list(range(len(both.tokens) - 1))
+    assert both.targets.tolist() == both.tokens[1:].tolist()
+    assert both.weights.tolist() == [0.25] * (prompt - 1) + [1.0] * len(target_only.rows)
+    assert both.rows[prompt - 1 :].tolist() == target_only.rows.tolist()
+    assert target_only.weights.tolist() == [1.0] * len(target_only.rows)

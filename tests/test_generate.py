@@ -12,6 +12,8 @@ from trunkline.engine.generate import Search, generate
 from trunkline.engine.packing import Example, pack
 from trunkline.engine.trunk import Trunk, TrunkConfig
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 VOCABULARY, END = 40, 3
 GPT = TrunkConfig(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, max_positions=220)
 LLAMA = {"positions": "rotary", "norm": "rms", "activation": "swiglu", "bias": False, "num_kv_heads": 2}

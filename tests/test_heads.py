@@ -154,8 +154,8 @@ def test_characters_of_several_tokens_are_in_the_answer_as_a_whole():
 def test_an_answer_that_is_not_there_is_an_error():
     message = error_of(SPAN, question=["?", "?"], text=["ab", "abc"], label=["b", "d"])
     assert message == "task 'answer': label 'd' does not stand in column 'text' (train.csv, row 2)"
-    task, columns = changed(SPAN, start="start"), {"question": ["?"], "text": ["Bob or Bob"], "label": ["Bob"]}
-    for start in (1, -3, 100):
+    task, columns = changed(SPAN, start="start"), {"question": ["?"], "text": ["Bob or Bob."], "label": ["Bob"]}
+    for start in (1, -4, 100):
         message = error_of(task, **columns, start=[start])
         assert message.startswith(f"task 'answer': label 'Bob' does not stand at character {start} in column 'text'")
     for start in ("x", [7], math.nan):
@@ -194,6 +194,8 @@ def test_the_first_of_several_references_is_learnt():
     assert tokens(encoded)[0] == [*ids("a"), SUMMARY, *ids(" x"), END]
     assert tokens(encoded)[2] == [*ids("c"), SUMMARY, *ids(" v"), END]
     assert [encoded.reference(i) for i in range(3)] == [["x", "yz"], "w", "v"]
+    drop = changed(GENERATE, unlabelled="drop")
+    assert made(drop, text=["a", "b"], label=["x", [" ", None]]).counts == Counts(unlabelled=1)
 
 
 def test_a_long_target_is_cut_and_counted():

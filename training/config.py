@@ -76,6 +76,9 @@ class Config:
     """Activation of a per-task projection before every head; empty: no projection; none: a linear one."""
     weights: dict[str, float] = field(default_factory=dict)
     """Factor of each task's mean loss in the sum over tasks, by name; 1 where none is given."""
+    prompt_weight: float = 0.0
+    """Of generating tasks: how much a token of the prompt counts beside one of the target; above 0, writing is learnt
+    from documents as well as from summaries."""
     label_smoothing: float = 0.0
     """Share of the probability spread over all classes."""
     tokenizer: str = ""
@@ -133,6 +136,7 @@ class Config:
             "steps": (self.steps, 1),
             "vocab_size": (self.vocab_size, 1),
             "seed": (self.seed, 0),
+            "prompt_weight": (self.prompt_weight, 0),
             "batch.accumulate": (self.batch.accumulate, 1),
             "evaluation.every": (self.evaluation.every, 1),
             "evaluation.examples": (self.evaluation.examples, 0),

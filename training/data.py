@@ -69,10 +69,18 @@ class Encoded:
         tokens = self.tokens_of(i)
         return tokens[: int(self.label_of(i)[0])] if self.task.head == "generate" else tokens
 
-    def example(self, i: int, task: int) -> Example:
-        """Example `i`, with its labelled rows, as one of task number `task` of a model."""
-        tokens = self.tokens_of(i)
-        return Example(task, tokens, *HEADS[self.task.head].label(tokens, self.label_of(i), self.causal))
+    def example(self, i: int, task: int, prompt_weight: float = 0.0) -> Example:
+        """Example `i`, with its labelled rows, as one of task number `task` of a model.
+
+        With a `prompt_weight`, the next tokens of a prompt are learnt too, each counting that much of a target's token.
+        """
+        tokens, label = self.tokens_of(i), self.label_of(i)
+        if prompt_weight and self.task.head == "generate":
+            labels = HEADS["language-model"].label(tokens, label, self.causal)
+            return Example(
+                task, tokens, *labels._replace(weights=np.where(labels.rows < label[0] - 1, prompt_weight, 1))
+            )
+        return Example(task, tokens, *HEADS[self.task.head].label(tokens, label, self.causal))
 
     def reference(self, i: int) -> Any:
         """The label as metrics want it: a class, a number, a text, tags, a span, or the number of predicted tokens."""

@@ -13,6 +13,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -25,7 +26,7 @@ from trunkline.training.config import Config, Optimizer, save_config
 from trunkline.training.corpus import Corpus, load_corpus
 from trunkline.training.data import Encoded
 from trunkline.training.evaluation import Scored, evaluate
-from trunkline.training.metrics import higher_is_better, metric_names
+from trunkline.training.metrics import metric_names
 from trunkline.training.mixing import Mixer
 from trunkline.training.progress import Display, Interval, Log, Progress
 from trunkline.training.report import write_report
@@ -70,9 +71,9 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
     display = Display({task.name: metric_names(task)[0] for task in corpus.tasks}, config.steps, progress.step)
     log = Log(run, progress.step)
 
-    def evaluation(step: int, texts: int | None, examples: int = config.evaluation.examples) -> dict[str, Scored]:
+    def scores(examples: int, texts: int | None) -> dict[str, Scored]:
         with engine.autocast():
-            scored = evaluate(
+            return evaluate(
                 model,
                 corpus.tokenizer,
                 corpus.validation,
@@ -81,14 +82,17 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
                 examples=examples,
                 texts=texts,
             )
+
+    def evaluation(examples: int, texts: int) -> dict[str, Scored]:
+        scored = scores(examples, texts)
         metrics = {name: task.metrics for name, task in scored.items()}
-        log.write(event="evaluation", step=step, seconds=progress.seconds, metrics=metrics)
-        display.evaluation(step, metrics)
+        log.write(event="evaluation", step=progress.step, seconds=progress.seconds, metrics=metrics)
+        display.evaluation(progress.step, metrics)
         return scored
 
     with display, log:
         if progress.step == 0:
-            before = evaluation(0, texts=0, examples=FIRST_LOOK)
+            before = evaluation(FIRST_LOOK, texts=0)
             progress.first_loss = {name: task.metrics["loss"] for name, task in before.items()}
         interval = Interval(names, engine.device)
         while progress.step < config.steps:
@@ -99,9 +103,10 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optimizer, step, config.steps)
 
+            first = step * config.batch.accumulate
             micro_batches = [
-                next_batch(corpus.train, mixer, step * config.batch.accumulate + i, config.batch.tokens)
-                for i in range(config.batch.accumulate)
+                next_batch(corpus.train, mixer, number, config.batch.tokens, config.prompt_weight)
+                for number in range(first, first + config.batch.accumulate)
             ]
             # loss_t = sum w l / sum w over the whole step; a task that is absent contributes nothing
             sums_of_weights = (weight_sums(batch, len(names)) for batch in micro_batches)
@@ -111,7 +116,7 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
                 with engine.autocast():
                     sums = model(batch.to(engine.device))
                 (sums.loss * factor).sum().backward()
-                interval.add(batch, sums.loss, sums.weight)
+                interval.add(step + 1, batch, sums.loss, sums.weight)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -120,7 +125,9 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
             evaluate_now = step % config.evaluation.every == 0 or step == config.steps
             log_now = step % LOG_EVERY == 0 or evaluate_now
             if log_now:
-                loss = interval.losses(step)  # waits for the device
+                loss = interval.losses()  # waits for the device
+                if not norm.isfinite():
+                    raise FloatingPointError(f"the gradient is not finite at step {step}")
             progress.seconds += time.perf_counter() - started
             interval.seconds += time.perf_counter() - started
             if log_now:
@@ -141,10 +148,10 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
                 display.step(step, loss, interval.tokens_per_second)
                 interval = Interval(names, engine.device)
             if evaluate_now:
-                scored = evaluation(step, texts=config.evaluation.texts)
-                mean = mean_score(corpus, scored)
-                if mean > progress.best_score:
-                    progress.best_score, progress.best_step = mean, step
+                scored = evaluation(config.evaluation.examples, config.evaluation.texts)
+                loss = relative_loss(scored, progress.first_loss)
+                if loss < progress.best_loss:
+                    progress.best_loss, progress.best_step = loss, step
                     checkpoint.save(run / "checkpoints", "best", {"model": model.state_dict()}, {"step": step})
                 progress.wall_seconds = time.perf_counter() - began
                 _save(run, model, optimizer, progress, fingerprint)
@@ -152,7 +159,7 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
         display.tell(f"scoring the best checkpoint, of step {progress.best_step}, on all validation examples")
         best, _ = checkpoint.load(run / "checkpoints" / "best", str(engine.device))
         model.load_state_dict(best["model"])
-        final = evaluation(config.steps, texts=None, examples=0)
+        final = scores(examples=0, texts=None)
     engine.save(run / "model")
     progress.wall_seconds = time.perf_counter() - began
     summary = summarise(engine, corpus, progress, final)
@@ -178,9 +185,12 @@ def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
     return settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def next_batch(train: Sequence[Encoded], mixer: Mixer, number: int, tokens: int) -> PackedBatch:
+def next_batch(
+    train: Sequence[Encoded], mixer: Mixer, number: int, tokens: int, prompt_weight: float = 0.0
+) -> PackedBatch:
     """Batch `number` of the run, on the host."""
-    return pack([train[task].example(i, task) for task, i in mixer.batch(number)], len(train), tokens)
+    examples = [train[task].example(i, task, prompt_weight) for task, i in mixer.batch(number)]
+    return pack(examples, len(train), tokens)
 
 
 def weight_sums(batch: PackedBatch, num_tasks: int) -> Tensor:
@@ -188,13 +198,12 @@ def weight_sums(batch: PackedBatch, num_tasks: int) -> Tensor:
     return torch.zeros(num_tasks).index_add_(0, batch.rows.task, batch.rows.weight)
 
 
-def mean_score(corpus: Corpus, scored: dict[str, Scored]) -> float:
-    """What checkpoints are compared by: the mean of the tasks' first metrics, or less the loss where there is none."""
-    values = []
-    for task in corpus.tasks:
-        metrics, name = scored[task.name].metrics, metric_names(task)[0]
-        values.append(metrics[name] if name in metrics and higher_is_better(name) else -metrics["loss"])
-    return sum(values) / len(values)
+def relative_loss(scored: dict[str, Scored], first_loss: dict[str, float]) -> float:
+    """What checkpoints are compared by: the mean over tasks of the validation loss, each relative to its start.
+
+    Losses say more than metrics on the few examples, and fewer texts, that are scored during training.
+    """
+    return fmean(task.metrics["loss"] / first_loss[name] for name, task in scored.items())
 
 
 def _open_run(run: Path, resume: bool, overwrite: bool) -> None:

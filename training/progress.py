@@ -33,7 +33,7 @@ class Progress:
     real_tokens: int = 0
     examples: dict[str, int] = field(default_factory=dict)
     first_loss: dict[str, float] = field(default_factory=dict)  # on the validation split, before the first step
-    best_score: float = -math.inf
+    best_loss: float = math.inf  # relative to the first, mean over tasks
     best_step: int = 0
 
     def add(self, interval: "Interval") -> None:
@@ -52,28 +52,31 @@ class Interval:
         self.tokens = self.real_tokens = 0
         self.examples = dict.fromkeys(names, 0)
         self.loss, self.weight = torch.zeros(2, len(names), device=device)
+        self.broken = torch.full_like(self.loss, math.inf)  # (N,) first step whose loss was not a number
 
-    def add(self, batch: PackedBatch, loss: Tensor, weight: Tensor) -> None:
+    def add(self, step: int, batch: PackedBatch, loss: Tensor, weight: Tensor) -> None:
         self.tokens += len(batch.tokens)
         self.real_tokens += batch.real_tokens
         for name, count in zip(self.names, batch.examples, strict=True):
             self.examples[name] += count
+        self.broken = self.broken.minimum(torch.where(loss.isfinite(), math.inf, float(step)))
         self.loss += loss.detach()
         self.weight += weight
 
-    def losses(self, step: int) -> dict[str, float]:
+    def losses(self) -> dict[str, float]:
         """Mean loss of every task that was seen.
 
         Raises:
-            FloatingPointError: one is not a number.
+            FloatingPointError: one is not a number; names the tasks where it began, and the step.
         """
-        sums = zip(self.names, self.loss.tolist(), self.weight.tolist(), strict=True)
-        losses = {name: loss / weight for name, loss, weight in sums if weight > 0}
-        if broken := [name for name, loss in losses.items() if not math.isfinite(loss)]:
+        broken = self.broken.tolist()
+        if (step := min(broken)) < math.inf:
+            names = ", ".join(name for name, first in zip(self.names, broken, strict=True) if first == step)
             raise FloatingPointError(
-                f"the loss of {', '.join(broken)} is not finite at step {step}: try a lower optimizer.learning_rate"
+                f"the loss of {names} is not finite at step {step:.0f}: try a lower optimizer.learning_rate"
             )
-        return losses
+        sums = zip(self.names, self.loss.tolist(), self.weight.tolist(), strict=True)
+        return {name: loss / weight for name, loss, weight in sums if weight > 0}
 
     @property
     def tokens_per_second(self) -> float:
@@ -172,7 +175,9 @@ class Display:
         self.scores |= {
             name: scores[self.tasks[name]] for name, scores in metrics.items() if self.tasks[name] in scores
         }
-        if not self.console.is_terminal:
+        if self.console.is_terminal:
+            self.live.update(self._table())
+        else:
             scores = "  ".join(f"{name} {self.tasks[name]} {value:.3f}" for name, value in self.scores.items())
             self.tell(f"step {step}/{self.steps}  {scores}")
 
