@@ -376,7 +376,8 @@ def test_settings_that_cannot_be(settings, message):
     ids=str,
 )
 def test_settings_that_just_can_be(settings):
-    config_from(ONE | settings)
+    config = config_from(ONE | settings)
+    assert restore_config(asdict(config)) == config
 
 
 def test_a_task_of_ones_own_is_checked():

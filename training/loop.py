@@ -26,7 +26,7 @@ from trunkline.training.config import Config, Optimizer, save_config
 from trunkline.training.corpus import Corpus, load_corpus
 from trunkline.training.data import Encoded
 from trunkline.training.evaluation import Scored, evaluate
-from trunkline.training.metrics import metric_names
+from trunkline.training.metrics import higher_is_better, metric_names
 from trunkline.training.mixing import Mixer
 from trunkline.training.progress import Display, Interval, Log, Progress
 from trunkline.training.report import write_report
@@ -149,16 +149,16 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
                 interval = Interval(names, engine.device)
             if evaluate_now:
                 scored = evaluation(config.evaluation.examples, config.evaluation.texts)
-                loss = relative_loss(scored, progress.first_loss)
-                if loss < progress.best_loss:
-                    progress.best_loss, progress.best_step = loss, step
+                mean = mean_score(corpus, scored)
+                if mean > progress.best_score:
+                    progress.best_score, progress.best_step = mean, step
                     checkpoint.save(run / "checkpoints", "best", {"model": model.state_dict()}, {"step": step})
                 progress.wall_seconds = time.perf_counter() - began
                 _save(run, model, optimizer, progress, fingerprint)
 
-        display.tell(f"scoring the best checkpoint, of step {progress.best_step}, on all validation examples")
-        best, _ = checkpoint.load(run / "checkpoints" / "best", str(engine.device))
-        model.load_state_dict(best["model"])
+        # The weights of the last step, where the learning rate has come down, and not those of the best one: that was
+        # chosen on few examples and fewer texts, and for its luck with them. It stays in checkpoints/best.
+        display.tell("scoring on all validation examples")
         final = scores(examples=0, texts=None)
     engine.save(run / "model")
     progress.wall_seconds = time.perf_counter() - began
@@ -198,12 +198,13 @@ def weight_sums(batch: PackedBatch, num_tasks: int) -> Tensor:
     return torch.zeros(num_tasks).index_add_(0, batch.rows.task, batch.rows.weight)
 
 
-def relative_loss(scored: dict[str, Scored], first_loss: dict[str, float]) -> float:
-    """What checkpoints are compared by: the mean over tasks of the validation loss, each relative to its start.
-
-    Losses say more than metrics on the few examples, and fewer texts, that are scored during training.
-    """
-    return fmean(task.metrics["loss"] / first_loss[name] for name, task in scored.items())
+def mean_score(corpus: Corpus, scored: dict[str, Scored]) -> float:
+    """What checkpoints are compared by: the mean of the tasks' first metrics, or less the loss where there is none."""
+    values = []
+    for task in corpus.tasks:
+        metrics, name = scored[task.name].metrics, metric_names(task)[0]
+        values.append(metrics[name] if name in metrics and higher_is_better(name) else -metrics["loss"])
+    return fmean(values)
 
 
 def _open_run(run: Path, resume: bool, overwrite: bool) -> None:

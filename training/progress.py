@@ -33,7 +33,7 @@ class Progress:
     real_tokens: int = 0
     examples: dict[str, int] = field(default_factory=dict)
     first_loss: dict[str, float] = field(default_factory=dict)  # on the validation split, before the first step
-    best_loss: float = math.inf  # relative to the first, mean over tasks
+    best_score: float = -math.inf
     best_step: int = 0
 
     def add(self, interval: "Interval") -> None:
