@@ -174,3 +174,17 @@ def finished(tiny_config: Path, trunkline: Command, tmp_path_factory: pytest.Tem
     """The tiny run, trained without interruption. Not to be changed."""
     run = tmp_path_factory.mktemp("finished") / "farm"
     return Finished(tiny_config, run, trunkline("train", tiny_config, f"run={run}").stdout)
+
+
+@pytest.fixture(scope="session")
+def lively(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The finished run's engine, saved with weights so large that it answers differently wherever its input differs."""
+    from trunkline import Engine
+
+    engine = Engine.load(finished.run, device="cpu")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in engine.model.parameters():
+            if parameter.ndim > 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return engine.save(tmp_path_factory.mktemp("lively"))

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from conftest import Finished, tiny_rows, write_jsonl
+from conftest import tiny_rows, write_jsonl
 from trunkline import Engine, Task, Trunk, TrunkConfig
 from trunkline.engine.generate import Search
 from trunkline.training.config import Batch, Config, Evaluation, Mixing, Optimizer
@@ -27,9 +27,9 @@ TEXTS = [SHORT, "owl", " ".join([SHORT] * 20), "the brown fox", "a b c d e f g h
 
 
 @pytest.fixture(scope="module")
-def engine(finished: Finished) -> Engine:
-    """Of six tasks, trained. Not to be changed."""
-    return Engine.load(finished.run, device="cpu")
+def engine(lively: Path) -> Engine:
+    """Of six tasks. Not to be changed."""
+    return Engine.load(lively, device="cpu")
 
 
 def one_step(folder: Path, **settings) -> Engine:
@@ -105,6 +105,7 @@ def test_texts_are_written_in_the_order_of_the_documents(engine):
     documents.insert(2, " ".join([SHORT] * 10))
     search = Search(max_new_tokens=5)
     alone = [engine.generate([document], "retell", search)[0] for document in documents]
+    assert len(set(alone)) > 4
     assert engine.generate(documents, "retell", search) == alone
     assert all(isinstance(text, str) for text in alone)
     longer = engine.generate(documents, "retell")  # by the config's search: 8 tokens
@@ -153,8 +154,9 @@ def test_only_generating_tasks_write(engine):
         engine.generate([SHORT], "summary")
 
 
-def test_scores_are_those_of_the_run(engine, finished):
+def test_scores_are_those_of_the_run(finished):
     summary = json.loads((finished.run / "summary.json").read_text())["tasks"]
+    engine = Engine.load(finished.run, device="cpu")
     scores = engine.evaluate()
     assert scores == {name: pytest.approx(task["metrics"], abs=1e-5) for name, task in summary.items()}
     fewer = engine.evaluate(examples=3)
@@ -273,9 +275,10 @@ def test_settings_of_every_kind_come_back(tmp_path):
     assert loaded.predict(TEXTS, ["colour"]) == engine.predict(TEXTS, ["colour"])
 
 
-def test_a_run_folder_and_its_model_are_the_same_engine(engine, finished):
-    assert Engine.load(finished.run / "model", device="cpu").config == engine.config
-    assert Engine.load(str(finished.run), device="cpu").config == engine.config
+def test_a_run_folder_and_its_model_are_the_same_engine(finished):
+    run, model = Engine.load(str(finished.run), device="cpu"), Engine.load(finished.run / "model", device="cpu")
+    assert run.config == model.config
+    torch.testing.assert_close(run.model.state_dict(), model.model.state_dict(), rtol=0, atol=0)
 
 
 def test_other_folders_are_not_loaded(finished, tmp_path):

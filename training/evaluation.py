@@ -83,7 +83,7 @@ def _evaluate_task(
     if split.task.head == "language-model":
         return Scored({"loss": mean, **score(metric_names(split.task), [mean], [int(weight)])}, [], [])
     if split.task.head == "generate":
-        count = len(chosen) if texts is None else min(texts, len(chosen))
+        count = len(chosen) if texts is None else texts
         chosen = [chosen[place] for place in spaced(len(chosen), count)] if count else []
         predicted = _texts(model, tokenizer, split, task, chosen, search)
     predictions = [predicted[i] for i in chosen]
