@@ -7,8 +7,22 @@ TRITON_INTERPRET=1 runs the kernels on the CPU, for tests.
 
 import os
 from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
 
 import torch
+
+try:
+    import triton
+    import triton.language as tl
+except ImportError:  # macOS, CPU builds: the references serve there, and kernel files need only be importable
+
+    def _jit(kernel: Callable | None = None, **options: Any) -> Callable:
+        return kernel or _jit
+
+    triton, tl = SimpleNamespace(jit=_jit), SimpleNamespace(constexpr=object)
+
+__all__ = ["register", "tl", "triton"]
 
 _LIBRARY = torch.library.Library("trunkline", "DEF")
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read when a module is imported, as Triton does

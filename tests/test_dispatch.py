@@ -70,3 +70,21 @@ def test_autocast_ends_at_the_op(device):
         assert (x @ x).dtype == torch.bfloat16
         product = op(x)
     assert torch.equal(product, x @ x)
+
+
+WITHOUT_TRITON = """
+import sys
+sys.modules["triton"] = None  # what is not installed cannot be imported
+from pathlib import Path
+from importlib import import_module
+import trunkline.kernels.dispatch
+for path in sorted(Path(trunkline.kernels.dispatch.__file__).parent.glob("*.py")):
+    print(import_module(f"trunkline.kernels.{path.stem}").__name__)
+"""
+
+
+def test_kernel_files_are_importable_without_triton():
+    environment = {**os.environ, "PYTHONPATH": str(SOURCE)}
+    command = [sys.executable, "-W", "error", "-c", WITHOUT_TRITON]
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    assert "trunkline.kernels.attention" in output.split()
