@@ -54,7 +54,7 @@ class MultiTaskModel(nn.Module):
             name = tasks[groups.index("vocabulary")].name
             raise ValueError(f"model: task '{name}' predicts next tokens, which needs a causal trunk")
         self.trunk, self.tasks = trunk, tuple(tasks)
-        self.num_small, self.num_spans = groups.count("table"), groups.count("span")
+        self.num_small, self.num_spans, self.num_vocabulary = (groups.count(group) for group in GROUPS)
         self.activation, self.label_smoothing = projection, label_smoothing
 
         columns = [HEADS[task.head].columns(task) for task in tasks[: self.num_small]]
@@ -94,8 +94,11 @@ class MultiTaskModel(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
-    def losses(self, x: Tensor, batch: PackedBatch) -> LossSums:
-        """(R, D) -> loss sums of every task, (N,) each."""
+    def losses(self, x: Tensor, batch: PackedBatch, vocabulary: Sequence[Tensor] = ()) -> LossSums:
+        """(R, D) -> loss sums of every task, (N,) each.
+
+        `vocabulary`: where the tasks' gradients of `vocabulary_weight` are wanted apart, that matrix for each of them.
+        """
         rows, N = batch.rows, len(self.tasks)
         x = self.project(x, rows.offsets)
         first_span, first_vocabulary = self.num_small, self.num_small + self.num_spans
@@ -124,19 +127,33 @@ class MultiTaskModel(nn.Module):
             sums.append(
                 span_loss(logits, task, rows.target[a:b], rows.weight[a:b], sequence - sequence[:1], self.num_spans)
             )
-        if first_vocabulary < N:
-            sums.append(
-                linear_cross_entropy(
-                    x[b:],
-                    self.vocabulary_weight.to(x.dtype),
-                    rows.target[b:],
-                    rows.task[b:] - first_vocabulary,
-                    rows.weight[b:],
-                    num_tasks=N - first_vocabulary,
-                    label_smoothing=self.label_smoothing,
+        if self.num_vocabulary:
+            weights = vocabulary or [self.vocabulary_weight]
+            per_weight = self.num_vocabulary // len(weights)
+            for first, weight in zip(range(first_vocabulary, N, per_weight), weights, strict=True):
+                a, b = sum(rows.counts[:first]), sum(rows.counts[: first + per_weight])
+                sums.append(
+                    linear_cross_entropy(
+                        x[a:b],
+                        weight.to(x.dtype),
+                        rows.target[a:b],
+                        rows.task[a:b] - first,
+                        rows.weight[a:b],
+                        num_tasks=per_weight,
+                        label_smoothing=self.label_smoothing,
+                    )
                 )
-            )
         return LossSums(*(torch.cat(parts) for parts in zip(*sums, strict=True)))
+
+    def task_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Parameters of which every row is one task's own, each with the tasks of its rows, int64."""
+        tasks = torch.arange(len(self.tasks), device=self.device)
+        small, spans = tasks[: self.num_small], tasks[self.num_small : self.num_small + self.num_spans]
+        column = small.repeat_interleave(self.class_offsets.diff(), output_size=len(self.weight))
+        owned = [(self.weight, column), (self.bias, column), (self.span_weight, spans)]
+        if self.activation:
+            owned += [(self.projection_weight, tasks), (self.projection_bias, tasks)]
+        return owned
 
     def project(self, x: Tensor, offsets: Tensor) -> Tensor:
         """(R, D) -> (R, D): each row through its task's projection; rows of task t are offsets[t] : offsets[t + 1]."""

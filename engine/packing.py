@@ -68,6 +68,7 @@ class PackedBatch(_OnDevice):
     positions: Tensor  # (T,) int32, offset inside its own sequence
     plan: PackPlan
     rows: LabelledRows
+    token_offsets: Tensor  # (N + 1,) int32, tokens of task t are token_offsets[t] : token_offsets[t + 1]
     order: tuple[int, ...]  # the examples in the order in which they lie in the stream
     examples: tuple[int, ...]  # of every task, (N,)
     real_tokens: int  # T less the dummy sequence
@@ -76,6 +77,11 @@ class PackedBatch(_OnDevice):
     def padding_waste(self) -> float:
         """Share of the budget that carries no example."""
         return 1.0 - self.real_tokens / len(self.tokens)
+
+    def task_of_token(self) -> Tensor:
+        """(T,) int64; N for the tokens of the dummy sequence."""
+        places = torch.arange(len(self.tokens), dtype=torch.int32, device=self.tokens.device)
+        return torch.bucketize(places, self.token_offsets[1:], right=True)
 
 
 @dataclass(frozen=True)
@@ -143,11 +149,13 @@ def pack(examples: Sequence[Example], num_tasks: int, budget: int | None = None)
         tokens.append(np.zeros(budget - total, np.int64))
         positions.append(np.zeros(budget - total, np.int64))
 
+    tokens_of_task = np.bincount([e.task for e in examples], [len(e.tokens) for e in examples], num_tasks)
     return PackedBatch(
         tokens=torch.from_numpy(np.concatenate(tokens).astype(np.int64)),
         positions=torch.from_numpy(np.concatenate(positions).astype(np.int32)),
         plan=_plan([[lengths[i] for i in run] for run in runs]),
         rows=_rows([examples[i] for i in order], num_tasks),
+        token_offsets=torch.from_numpy(np.cumsum([0, *tokens_of_task]).astype(np.int32)),
         order=tuple(order),
         examples=tuple(sum(example.task == task for example in examples) for task in range(num_tasks)),
         real_tokens=total,
