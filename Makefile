@@ -6,26 +6,36 @@ VENV ?= .venv
 #   make test TORCH='torch --index-url https://download.pytorch.org/whl/cpu'
 TORCH ?= torch==2.13.0
 
-BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+# VENV= sets nothing up: PYTHON has what is needed, and the sources are used in place.
+BIN := $(if $(VENV),$(VENV)/bin/)
+READY := $(if $(VENV),$(VENV)/.ready)
+RUN := PYTHONPATH=src $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: demo test gpu lint clean
+.PHONY: demo test gpu certify lint clean
 
 demo: $(READY)
-	$(BIN)/trunkline train training/configs/demo.yaml --overwrite
+	$(BIN)trunkline train training/configs/demo.yaml --overwrite
 	@echo "The report is in $(CURDIR)/runs/demo/report.html"
 
 test: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/pytest -q
+	$(BIN)ruff check .
+	$(BIN)pytest -q
 
+# On a machine with an NVIDIA GPU, in at most 9 minutes: tests, benchmarks, training steps. DRY=1 tries it on the CPU.
 gpu: $(READY)
-	$(BIN)/pytest tests -m gpu
+	$(RUN) -m trunkline.benchmarks.gpu $(if $(DRY),--dry) $(if $(DATA),--data $(DATA))
+
+# With TRITON=3.6.0 that release of Triton, in a folder of its own, takes the place of the one in VENV.
+certify: $(READY) $(TRITON:%=$(VENV)/triton-%)
+	PYTHONPATH=$(TRITON:%=$(VENV)/triton-%:)src $(BIN)trunkline certify --jobs 2
+
+$(VENV)/triton-%: | $(READY)
+	$(BIN)pip install --quiet --no-deps --target $@ triton==$*
 
 lint: $(READY)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
-	$(BIN)/mypy
+	$(BIN)ruff check .
+	$(BIN)ruff format --check .
+	$(BIN)mypy
 
 clean:
 	rm -rf $(VENV) build dist runs src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
@@ -33,6 +43,6 @@ clean:
 $(READY): pyproject.toml setup.py
 	@echo "Setting up $(VENV); the first time takes a few minutes"
 	$(PYTHON) -m venv $(VENV)
-	command -v nvidia-smi >/dev/null || $(BIN)/pip install --quiet $(TORCH)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	command -v nvidia-smi >/dev/null || $(BIN)pip install --quiet $(TORCH)
+	$(BIN)pip install --quiet --editable '.[dev]'
 	touch $@

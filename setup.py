@@ -1,13 +1,14 @@
 """Names the packages; all other metadata is in pyproject.toml.
 
-kernels/, engine/ and training/ become packages of `trunkline` through the links in src/trunkline: a top-level package
-called `kernels` would be taken for Hugging Face's package of that name. For the same reason they have no `__init__.py`.
+kernels/, engine/, training/ and benchmarks/ become packages of `trunkline` through the links in src/trunkline: a
+top-level package called `kernels` would be taken for Hugging Face's package of that name. For the same reason they have
+no `__init__.py`.
 """
 
 from setuptools import setup
 
 setup(
-    packages=["trunkline", "trunkline.kernels", "trunkline.engine", "trunkline.training"],
+    packages=["trunkline", "trunkline.kernels", "trunkline.engine", "trunkline.training", "trunkline.benchmarks"],
     package_dir={"": "src"},
     package_data={"trunkline": ["py.typed"], "trunkline.training": ["configs/*.yaml", "*.jinja"]},
 )

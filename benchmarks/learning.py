@@ -15,9 +15,9 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from hugging_face import WAYS, HuggingFaceModel, batches
-from record import record
 
+from trunkline.benchmarks.hugging_face import WAYS, HuggingFaceModel, batches
+from trunkline.benchmarks.record import record
 from trunkline.engine.engine import Engine
 from trunkline.training.corpus import Corpus, load_corpus
 from trunkline.training.loop import learning_rate, make_optimizer

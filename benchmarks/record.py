@@ -1,12 +1,18 @@
-"""Measurements as JSON, one folder a device, and the README's tables made from them.
+"""Measurements as JSON, one folder a device, and the tables and plots made from them.
 
-python benchmarks/record.py        # rewrites the part of README.md between the two result marks
+trunkline bench report      # rewrites results/<device>/README.md, its plots, and README.md between the two result marks
 """
 
 import json
 import platform
+from collections import Counter
 from pathlib import Path
+from statistics import median
 from typing import Any
+
+from trunkline.benchmarks.examples import shipped_kernels
+from trunkline.benchmarks.plots import plot_roofline, plot_times
+from trunkline.training.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -19,8 +25,42 @@ def record(name: str, content: dict[str, Any], environment: dict[str, Any]) -> P
     path = RESULTS / device.lower().replace(" ", "-") / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**content, "environment": environment}, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {path.relative_to(ROOT)}")
+    print(f"written to {path}")
     return path
+
+
+def record_kernels(measured: dict[tuple[str, str, str], dict[str, Any]], command: str) -> None:
+    """Writes results/<device>/<kernel>.json for every kernel that was measured.
+
+    Args:
+        measured: (kernel, shape, direction) -> dtype, sizes, work, floor and, by system, seconds a call in every round
+            or the exception that kept it out.
+        command: that measured it.
+    """
+    for kernel in dict.fromkeys(kernel for kernel, _, _ in measured):
+        cases = [
+            {
+                "shape": shape,
+                "direction": direction,
+                **case,
+                "sizes": {name: _brief(size) for name, size in case["sizes"].items()},
+                "systems": {name: _times(outcome) for name, outcome in case["systems"].items()},
+            }
+            for (of, shape, direction), case in measured.items()
+            if of == kernel
+        ]
+        record(kernel, {"command": command, "unit": "seconds a call", "cases": cases}, environment())
+
+
+def _brief(size: Any) -> Any:
+    """[48, 48, 768] -> '2 x 48 + 1 x 768'"""
+    return " + ".join(f"{n} x {item}" for item, n in Counter(size).items()) if isinstance(size, list) else size
+
+
+def _times(outcome: list[float] | Exception) -> dict[str, Any]:
+    if isinstance(outcome, Exception):
+        return {"missing": f"{type(outcome).__name__}: {outcome}"}
+    return {"median": median(outcome), "rounds": outcome}
 
 
 def tables(folder: Path) -> str:
@@ -78,13 +118,53 @@ a Hugging Face loop with the same data, mix, shape and learning rate and as many
 """
 
 
-def main() -> None:
-    readme = ROOT / "README.md"
+def _kernel(name: str, content: dict[str, Any]) -> str:
+    """One row a shape and direction; milliseconds, and what they are beside the best peer and the floor."""
+    cases = content["cases"]
+    systems = list(dict.fromkeys(system for case in cases for system in case["systems"]))
+    rows = []
+    for case in cases:
+        times = {system: outcome["median"] for system, outcome in case["systems"].items() if "median" in outcome}
+        ours = times.get("trunkline")
+        peers = {system: time for system, time in times.items() if system != "trunkline"}
+        ratio = f"{min(peers.values()) / ours:.2f}x" if ours and peers else "-"
+        reached = f"{case['floor'] / ours:.0%}" if ours and case["floor"] else "-"
+        rate = f"{case['work']['operations'] / ours / 1e12:.3g}" if ours else "-"
+        cells = [f"{times[system] * 1000:,.3g}" if system in times else "-" for system in systems]
+        rows.append(f"| {case['shape']} | {case['direction']} | {' | '.join(cells)} | {ratio} | {reached} | {rate} |")
+    return f"""
+## {name}
+On {_measured_on(content["environment"])}, {cases[0]["dtype"]}: `{content["command"]}`. Milliseconds a call, median of
+the rounds; then how many times faster than the fastest other, the share of the floor, and TFLOP/s.
+
+| shape | direction | {" | ".join(systems)} | faster | of the floor | TFLOP/s |
+|---|---|{"---|" * (len(systems) + 3)}
+{chr(10).join(rows)}
+
+![times]({name}.png)
+"""
+
+
+def report_device(folder: Path) -> None:
+    """Writes <folder>/README.md, with plots, from the JSON in it."""
+    text = f"# {folder.name}\n{tables(folder)}"
+    for kernel in shipped_kernels():
+        if (path := folder / f"{kernel.name}.json").exists():
+            content = json.loads(path.read_text(encoding="utf-8"))
+            text += _kernel(kernel.name, content)
+            plot_times(content["cases"], kernel.name, folder / f"{kernel.name}.png")
+            if plot_roofline(content["cases"], content["environment"]["gpu"], folder / f"{kernel.name}-roofline.png"):
+                text += f"![roofline]({kernel.name}-roofline.png)\n"
+    (folder / "README.md").write_text(text, encoding="utf-8")
+    print(f"written to {folder / 'README.md'}")
+
+
+def report(results: Path = RESULTS, readme: Path = ROOT / "README.md") -> None:
+    """Tables and plots of every device, and the README's part between the marks."""
+    folders = sorted(folder for folder in results.iterdir() if folder.is_dir())
+    for folder in folders:
+        report_device(folder)
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    made = "".join(tables(folder) for folder in sorted(RESULTS.iterdir()))
+    made = "".join(tables(folder) for folder in folders)
     readme.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -19,8 +19,8 @@ from statistics import median
 
 import numpy as np
 import torch
-from record import record
 
+from trunkline.benchmarks.record import record
 from trunkline.engine.memory import keep_freed_memory
 from trunkline.engine.model import MultiTaskModel
 from trunkline.engine.packing import Example, PackedBatch, pack
@@ -134,9 +134,8 @@ SYSTEMS = {"trunkline": trunkline, "9 heads": heads(9), "300 heads": heads(300)}
 
 
 def hugging_face(data: Path, way: str) -> tuple[Step, int]:
-    from hugging_face import HuggingFaceModel
-    from hugging_face import batches as made
-
+    from trunkline.benchmarks.hugging_face import HuggingFaceModel
+    from trunkline.benchmarks.hugging_face import batches as made
     from trunkline.training.mixing import Mixing, shares
 
     corpus = read(data)
@@ -183,7 +182,7 @@ def first(split, count: int):
 
 def report(rates: dict[str, list[float]], waste: dict[str, float], options: argparse.Namespace) -> None:
     """Prints the table and writes it as JSON."""
-    from trunkline.training.summary import environment
+    from trunkline.training.environment import environment
 
     middle = {system: median(values) for system, values in rates.items()}
     best = max(middle[way] for way in ("padded", "grouped", "packed"))

@@ -28,6 +28,8 @@ _LIBRARY = torch.library.Library("trunkline", "DEF")
 _INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read when a module is imported, as Triton does
 _FORCE_REFERENCE = os.environ.get("TRUNKLINE_REFERENCE") == "1"
 
+TRITON: dict[Callable, Callable] = {}  # op -> its Triton implementation, for tools that run or compile it by itself
+
 
 def register(name: str, *, reference: Callable, fake: Callable, triton: Callable | None = None) -> Callable:
     """Registers the op `trunkline::name` and returns it.
@@ -44,6 +46,8 @@ def register(name: str, *, reference: Callable, fake: Callable, triton: Callable
         _LIBRARY.impl(name, triton, "CPU" if _INTERPRET else "CUDA")
     torch.library.register_fake(f"trunkline::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.trunkline, name).default
+    if triton is not None:
+        TRITON[op] = triton
     for device in ("cpu", "cuda"):
         _LIBRARY.impl(name, _without_autocast(op, device), f"Autocast{device.upper()}")
     return op

@@ -175,11 +175,11 @@ SHAPES = {
 
 def example(
     device: str, dtype: torch.dtype, tokens: int = 2048, tasks: int = 9, width_in: int = 256, width_out: int = 768
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> dict[str, Tensor]:
     """Arguments of `task_gradients` and `task_gram`: shares of the tokens from a few to many, the last task absent."""
     generator = torch.Generator().manual_seed(0)
     x, dy = (torch.randn(tokens, width, generator=generator) for width in (width_in, width_out))
     shares = torch.linspace(1, 3, max(1, tasks - 1)).cumsum(0)
     ends = (shares / shares[-1] * tokens * 0.95).floor()
     offsets = torch.cat([torch.zeros(1), ends, ends[-1:]]) if tasks > 1 else torch.tensor([0.0, float(tokens)])
-    return x.to(device, dtype), dy.to(device, dtype), offsets.to(device, torch.int32)
+    return {"x": x.to(device, dtype), "dy": dy.to(device, dtype), "offsets": offsets.to(device, torch.int32)}

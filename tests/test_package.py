@@ -12,7 +12,7 @@ import pytest
 import trunkline
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ["kernels", "engine", "training"]
+ROOMS = ["kernels", "engine", "training", "benchmarks"]
 
 
 def python(*arguments: str, folder: Path, packages: Path) -> str:

@@ -10,7 +10,8 @@ import torch
 from conftest import Finished, tiny_rows, write_jsonl
 from trunkline import Engine, Task, TrunkConfig
 from trunkline.training.config import Batch, Evaluation
-from trunkline.training.summary import environment, peak_memory
+from trunkline.training.environment import environment
+from trunkline.training.summary import peak_memory
 
 TASKS = {
     "colour": ("classify", "accuracy"),

@@ -23,8 +23,8 @@ def of_autograd(x: Tensor, dy: Tensor, offsets: Tensor) -> Tensor:
 
 
 CASES = {
-    "nine tasks": example("cpu", torch.float64, 70, 9, 5, 7),
-    "one task": example("cpu", torch.float64, 12, 1, 4, 3),
+    "nine tasks": tuple(example("cpu", torch.float64, 70, 9, 5, 7).values()),
+    "one task": tuple(example("cpu", torch.float64, 12, 1, 4, 3).values()),
     "one token": (torch.ones(1, 2).double(), torch.ones(1, 3).double(), torch.tensor([0, 0, 1, 1])),
     "no tokens": (torch.ones(0, 2).double(), torch.ones(0, 3).double(), torch.tensor([0, 0, 0])),
 }
@@ -52,12 +52,12 @@ def test_sums_are_taken_in_float32(dtype):
 
 
 def test_few_rows_are_taken_in_pairs():
-    assert task_gram(*example("cpu", torch.float32, 16, 3, 64, 64)).gradients is None
-    assert task_gram(*example("cpu", torch.float32, 512, 3, 64, 64)).gradients is not None
+    assert task_gram(**example("cpu", torch.float32, 16, 3, 64, 64)).gradients is None
+    assert task_gram(**example("cpu", torch.float32, 512, 3, 64, 64)).gradients is not None
 
 
 def test_rows_beyond_the_last_offset_do_not_count():
-    x, dy, offsets = example("cpu", torch.float32, 40, 4, 8, 8)
+    x, dy, offsets = example("cpu", torch.float32, 40, 4, 8, 8).values()
     end = int(offsets[-1])
     assert end < len(x)
     expected = task_gradients(x[:end], dy[:end], offsets)
@@ -66,7 +66,8 @@ def test_rows_beyond_the_last_offset_do_not_count():
 
 
 def test_the_op_is_sound():
-    torch.library.opcheck(torch.ops.trunkline.task_gradients.default, example("cpu", torch.float32, 30, 3, 4, 6))
+    arguments = tuple(example("cpu", torch.float32, 30, 3, 4, 6).values())
+    torch.library.opcheck(torch.ops.trunkline.task_gradients.default, arguments)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
 
 USER_ERROR = 2  # exit code for what the user can put right
+ARCHITECTURES = ("sm_90", "sm_80", "sm_100")  # H100 and H200, A100, B200
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -79,6 +80,15 @@ def _parser() -> argparse.ArgumentParser:
 
     report = command("report", _report, "write report.html of a run anew, also while the run goes on")
     report.add_argument("run", type=Path)
+
+    certify = command("certify", _certify, "compile all Triton kernels for NVIDIA GPUs, without one, and check them")
+    certify.add_argument("kernels", nargs="*", metavar="KERNEL", help="files of kernels/; default: all")
+    certify.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all")
+    certify.add_argument("--quick", action="store_true", help="architectures after the first only at one shape each")
+    certify.add_argument("--jobs", type=int, default=1, help="processes that compile; default 1")
+
+    bench = command("bench", _bench, "tables and plots of what pytest benchmarks and benchmarks/*.py have measured")
+    bench.add_argument("action", choices=["report"], help="writes benchmarks/results/*/README.md and the README's part")
     return parser
 
 
@@ -197,6 +207,18 @@ def _report(options: argparse.Namespace) -> None:
     from trunkline.training.report import write_report
 
     print(write_report(options.run))
+
+
+def _certify(options: argparse.Namespace) -> None:
+    from trunkline.benchmarks.certify import run
+
+    run(options.kernels, [int(name.removeprefix("sm_")) for name in options.arch], options.quick, options.jobs)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    from trunkline.benchmarks.record import report
+
+    report()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from trunkline.engine.packing import Example, pack
 from trunkline.kernels.attention import attention, attention_reference
 from trunkline.training.config import Config
 from trunkline.training.corpus import load_corpus
-from trunkline.training.summary import environment
+from trunkline.training.environment import environment
 
 OPTIONAL = {
     "triton": "kernels on NVIDIA GPUs",

@@ -1,11 +1,8 @@
 """What is left of a run: summary.json and samples.json."""
 
 import json
-import os
-import platform
 import resource
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +10,7 @@ import torch
 
 from trunkline.training.corpus import Corpus
 from trunkline.training.data import Encoded
+from trunkline.training.environment import environment
 from trunkline.training.evaluation import Scored, spaced
 from trunkline.training.metrics import metric_names, score, trivial_baseline
 from trunkline.training.progress import Progress
@@ -121,30 +119,3 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def environment() -> dict[str, Any]:
-    """What a run's numbers depend on besides its settings."""
-    versions = {}
-    for package in ("trunkline", "torch", "tokenizers", "numpy"):
-        try:
-            versions[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:  # run from its source folder
-            versions[package] = "not installed"
-    return {
-        **versions,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "processor": _processor(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:  # not Linux
-        return platform.processor()
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())

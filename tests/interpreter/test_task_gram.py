@@ -15,7 +15,7 @@ DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytes
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("sizes", CASES.values(), ids=CASES)
 def test_as_accurate_as_one_product_a_task(sizes, dtype, device):
-    x, dy, offsets = example(device, dtype, *sizes)
+    x, dy, offsets = example(device, dtype, *sizes).values()
     x[int(offsets[-1]) :] = dy[int(offsets[-1]) :] = torch.nan  # no task's
     ours = task_gradients(x, dy, offsets)
     plain = task_gradients_reference(x, dy, offsets)
@@ -25,7 +25,7 @@ def test_as_accurate_as_one_product_a_task(sizes, dtype, device):
 
 
 def test_tasks_without_tokens(device):
-    x, dy, _ = example(device, torch.float32, 20, 1, 16, 16)
+    x, dy, _ = example(device, torch.float32, 20, 1, 16, 16).values()
     offsets = torch.tensor([0, 0, 7, 7, 20, 20], dtype=torch.int32, device=device)
     gradients = task_gradients(x, dy, offsets)
     assert gradients.any((1, 2)).tolist() == [False, True, False, True, False]

@@ -1,0 +1,203 @@
+"""The benchmarks run, refuse what is wrong, and their results become tables and plots."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from trunkline.benchmarks import gpu, record
+from trunkline.benchmarks.examples import Kernel, map_tensors, scaled, shipped_kernels
+from trunkline.benchmarks.floors import RATES, Work, floor, work_of
+from trunkline.benchmarks.measure import SMOKE, contest
+from trunkline.benchmarks.peers import PEERS, System, Unavailable, definition
+
+ROOT = Path(__file__).resolve().parents[1]
+KERNELS = {kernel.name: kernel for kernel in shipped_kernels()}
+CPU = torch.device("cpu")
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    return x @ weight.T
+
+
+def example(device: torch.device, dtype: torch.dtype, rows: int, width: int) -> dict[str, Tensor]:
+    return {name: torch.randn(n, width).to(device, dtype) for name, n in (("x", rows), ("weight", 5))}
+
+
+SIZES = {"rows": 30, "width": 8}
+PRODUCT = Kernel("product", product, {"small": SIZES}, example, SimpleNamespace(product_reference=product))
+
+
+def times_of(monkeypatch: pytest.MonkeyPatch, direction: str, **peers) -> dict:
+    monkeypatch.setitem(PEERS, "product", {"right": definition, **peers})
+    return contest(PRODUCT, SIZES, torch.float32, CPU, direction, SMOKE)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("pytest_benchmark"), reason="needs pytest-benchmark")
+def test_all_benchmarks_run():
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "benchmarks", "--benchmark-only", "--sizes", "smoke"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    result = subprocess.run(
+        [*command, "--no-record", "-p", "no:cacheprovider"],
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout[-3000:] + result.stderr
+    for name in KERNELS:
+        assert f"test_kernel[{name}-" in result.stdout
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_every_kernel_has_a_peer_and_a_floor(name):
+    kernel = KERNELS[name]
+    arguments = kernel.example(CPU, torch.float32, **scaled(next(iter(kernel.shapes.values())), 48, 16))
+    assert PEERS[name]
+    for direction in ("forward", "backward", "both"):
+        work = work_of(name, direction, arguments)
+        assert work.bytes >= 0
+    assert work.bytes >= sum(x.numel() * 4 for x in arguments.values() if isinstance(x, Tensor) and x.ndim > 1)
+    assert work.operations > 0
+
+
+def test_floor_is_the_slowest_of_what_must_be_done():
+    rates = RATES["NVIDIA H200"]
+    assert floor(Work(rates.bytes, rates.operations * 2, rates.exponentials / 2), "NVIDIA H200") == 2.0
+    assert floor(Work(1, 1, 1), "some laptop") is None
+
+
+@pytest.mark.skipif("attention" not in KERNELS, reason="no example of attention")
+def test_attention_floor_is_that_of_the_design():
+    """1024 sequences of 32 tokens, 12 heads of 64, bfloat16, on an H200: 47 microseconds, 94 for the backward pass."""
+    kernel = KERNELS["attention"]
+    arguments = kernel.example(CPU, torch.bfloat16, lengths=[32] * 1024, heads=12, head_dim=64, causal=False)
+    forward, backward = (work_of("attention", direction, arguments) for direction in ("forward", "backward"))
+    assert floor(forward, "NVIDIA H200") == pytest.approx(47e-6, rel=0.01)
+    assert floor(backward, "NVIDIA H200") == pytest.approx(94e-6, rel=0.01)
+    assert forward.operations / 790e12 == pytest.approx(4.08e-6, rel=0.01)
+
+
+def wrong_output(kernel, arguments, dtype) -> System:
+    system = definition(kernel, arguments, dtype)
+    return replace(system, forward=lambda: system.forward() * 1.01)
+
+
+def wrong_gradient(kernel, arguments, dtype) -> System:
+    system = definition(kernel, arguments, dtype)
+    name, x = next(iter(system.inputs.items()))
+
+    def forward() -> Tensor:
+        y = system.forward()
+        return y + 0.01 * (x.sum() - x.sum().detach())
+
+    return replace(system, forward=forward, inputs={**system.inputs, name: x})
+
+
+@pytest.mark.parametrize("wrong", [wrong_output, wrong_gradient])
+def test_wrong_system_is_not_timed(wrong, monkeypatch):
+    results = times_of(monkeypatch, "forward", wrong=wrong)
+    assert isinstance(results["wrong"], AssertionError)
+    assert "allowed" in str(results["wrong"])
+    assert all(len(results[name]) == SMOKE.rounds for name in ("trunkline", "right"))
+
+
+def test_unavailable_peer_does_not_stop_the_others(monkeypatch):
+    def missing(kernel, arguments, dtype):
+        raise Unavailable("not installed")
+
+    results = times_of(monkeypatch, "both", missing=missing)
+    assert str(results["missing"]) == "not installed"
+    assert all(time > 0 for time in results["trunkline"])
+
+
+def test_slower_system_is_measured_as_slower(monkeypatch):
+    def slow(kernel, arguments, dtype):
+        system = definition(kernel, arguments, dtype)
+
+        def forward() -> Tensor:
+            time.sleep(0.02)
+            return system.forward()
+
+        return replace(system, forward=forward)
+
+    assert min(times_of(monkeypatch, "forward", slow=slow)["slow"]) >= 0.02
+    assert max(times_of(monkeypatch, "backward", slow=slow)["slow"]) < 0.02
+
+
+def test_scaling_keeps_a_mix_a_mix():
+    sizes = {"lengths": [48] * 1024 + [768] * 32, "heads": 12, "head_dim": 64, "causal": True}
+    small = scaled(sizes, 4608, 256)
+    assert set(small["lengths"]) == {48, 768}
+    assert 2000 < sum(small["lengths"]) < 7000
+    assert {**small, "lengths": 0} == {**sizes, "lengths": 0}
+    assert scaled({"lengths": [8192] * 8}, 1000, 64)["lengths"] == [750, 750]
+    assert scaled({"rows": 8192, "width": 768, "vocabulary": 50257}, 100, 16) == {
+        "rows": 100, "width": 16, "vocabulary": 512,
+    }  # fmt: skip
+
+
+def test_a_tensor_that_is_there_twice_stays_one():
+    x = torch.zeros(2)
+    changed = map_tensors(lambda t: t + 1, {"a": x, "b": (x, 3), "c": "text"})
+    assert changed["a"] is changed["b"][0]
+    assert changed["a"].tolist() == [1.0, 1.0]
+    assert changed["b"][1] == 3
+
+
+@pytest.fixture
+def results(tmp_path, monkeypatch) -> Path:
+    """A folder of results with one device, on which one shape of one kernel was measured."""
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    where = {**record.environment(), "gpu": "NVIDIA H200"}
+    monkeypatch.setattr(record, "environment", lambda: where)
+    case = {
+        "dtype": "bfloat16",
+        "sizes": {"lengths": [48, 48, 768], "heads": 12},
+        "work": {"bytes": 1e6, "operations": 4e9, "exponentials": 0.0},
+        "floor": 0.001,
+        "systems": {"trunkline": [0.002, 0.004, 0.002], "slow": [0.006, 0.006], "absent": Unavailable("not installed")},
+    }
+    record.record_kernels({("task_gram", "some shape", "forward"): case}, "pytest benchmarks")
+    return tmp_path
+
+
+def test_results_are_kept_by_device(results):
+    content = json.loads((results / "nvidia-h200" / "task_gram.json").read_text())
+    (case,) = content["cases"]
+    assert case["sizes"]["lengths"] == "2 x 48 + 1 x 768"
+    assert case["systems"]["trunkline"] == {"median": 0.002, "rounds": [0.002, 0.004, 0.002]}
+    assert case["systems"]["absent"] == {"missing": "Unavailable: not installed"}
+    assert content["environment"]["torch"] == torch.__version__
+
+
+def test_report_has_tables_and_plots(results):
+    readme = results / "README.md"
+    readme.write_text(f"before\n{record.BEGIN}\nold\n{record.END}\nafter\n")
+    record.report(results, readme)
+    table = (results / "nvidia-h200" / "README.md").read_text()
+    assert "| shape | direction | trunkline | slow | absent | faster | of the floor | TFLOP/s |" in table
+    assert "| some shape | forward | 2 | 6 | - | 3.00x | 50% | 2 |" in table
+    for plot in ("task_gram.png", "task_gram-roofline.png"):
+        assert plot in table
+        assert (results / "nvidia-h200" / plot).read_bytes().startswith(b"\x89PNG")
+    assert readme.read_text().startswith("before\n")
+    assert "old" not in readme.read_text()
+
+
+def test_gpu_parts_fit_into_nine_minutes_and_go_on_after_a_failure(capfd):
+    assert sum(part.budget for part in gpu.parts(Path("data"), dry=False)) <= 540
+    failing = gpu.Part("failing", [sys.executable, "-c", "print('said'); raise SystemExit(3)"], 60)
+    outcome, _ = gpu.run(failing)
+    assert outcome == "failed (3)"
+    assert "said" in capfd.readouterr().out
+    endless = gpu.Part("endless", [sys.executable, "-c", "import time; time.sleep(60)"], 1)
+    outcome, seconds = gpu.run(endless)
+    assert outcome == "stopped after 1 s"
+    assert seconds < 50
