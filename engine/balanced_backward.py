@@ -150,7 +150,7 @@ class BalancedBackward:
             for (parameter, task), gradient in zip(self.model.task_parameters(), step.dtask, strict=True):
                 _add(parameter, _scaled(gradient, weights[task]))
             for weight, gradient in zip(weights[-1 - len(step.vocabulary) : -1], step.dvocabulary, strict=True):
-                _add(self.model.vocabulary_weight, gradient * weight)
+                _add(self.model.vocabulary_weight, gradient.mul_(weight))  # large, and nobody else has it
             for call in step.calls:
                 done = call.module.weight if call.module in kept else None
                 own = [p for p in call.module.parameters(recurse=False) if p.requires_grad and p is not done]

@@ -166,8 +166,8 @@ def _pairwise(x: Tensor, dy: Tensor, offsets: Tensor) -> Tensor:
 
 
 SHAPES = {
-    "tiny, mlp_in, rows": {"tokens": 192, "tasks": 9, "width_in": 256, "width_out": 1024},
     "tiny, qkv": {"tokens": 2048, "tasks": 9, "width_in": 256, "width_out": 768},
+    "tiny, mlp_in, rows": {"tokens": 192, "tasks": 9, "width_in": 256, "width_out": 1024},
     "small, qkv": {"tokens": 16384, "tasks": 9, "width_in": 768, "width_out": 2304},
     "small, mlp_out, rows": {"tokens": 4096, "tasks": 9, "width_in": 3072, "width_out": 768},
 }

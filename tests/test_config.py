@@ -9,6 +9,7 @@ import yaml
 
 from trunkline.engine.generate import Search
 from trunkline.engine.trunk import PRESETS, TrunkConfig
+from trunkline.training.balancing import Balancing
 from trunkline.training.config import (
     Batch,
     Config,
@@ -32,6 +33,7 @@ FULL = Config(
     trunk=TrunkConfig(hidden_size=96, num_heads=6, num_kv_heads=2, positions="rotary", norm="rms", bias=False),
     projection="gelu",
     weights={"mine": 2.0, "sst2": 0.5},
+    balancing=Balancing("cagrad", ("blocks.0.qkv", "blocks.2"), 5),
     prompt_weight=0.25,
     label_smoothing=0.1,
     tokenizer="toks",
@@ -211,6 +213,15 @@ def test_a_preset_on_the_command_line(before, demo):
     changed = load_config(demo, ["trunk.preset=small", "trunk.num_layers=2"]).trunk
     assert changed == replace(TrunkConfig(**PRESETS["small"]), num_layers=2)
     assert load_config(demo, ["trunk=small", "trunk.num_heads=6"]).trunk.num_heads == 6
+
+
+@pytest.mark.parametrize("before", ["", "balancing: mgda", "balancing: {watch: 3}", "balancing: {layers: blocks.1}"])
+def test_a_balancing_method_on_the_command_line(before, demo):
+    demo.write_text(f"tasks: [sst2]\n{before}\n")
+    assert load_config(demo, ["balancing=pcgrad"]).balancing == Balancing("pcgrad")
+    changed = load_config(demo, ["balancing.method=famo", "balancing.layers=last", "balancing.watch=10"]).balancing
+    assert changed == Balancing("famo", ("last",), 10)
+    assert "balancing" in override_error(demo, "balancing=pcgard")
 
 
 def test_an_unknown_preset_is_an_error_with_the_known_ones():

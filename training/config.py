@@ -10,6 +10,7 @@ import yaml
 
 from trunkline.engine.generate import Search
 from trunkline.engine.trunk import PRESETS, TrunkConfig
+from trunkline.training.balancing import Balancing
 from trunkline.training.builtin import get_task
 from trunkline.training.mixing import Mixing
 from trunkline.training.tasks import Task
@@ -76,6 +77,8 @@ class Config:
     """Activation of a per-task projection before every head; empty: no projection; none: a linear one."""
     weights: dict[str, float] = field(default_factory=dict)
     """Factor of each task's mean loss in the sum over tasks, by name; 1 where none is given."""
+    balancing: Balancing = Balancing()
+    """How the tasks are weighed besides, in every step anew; the name of a method, or its fields."""
     prompt_weight: float = 0.0
     """Of generating tasks: how much a token of the prompt counts beside one of the target; above 0, writing is learnt
     from documents as well as from summaries."""
@@ -186,6 +189,8 @@ def config_from(settings: Mapping[str, Any]) -> Config:
     import jsonargparse
 
     settings = {**settings, "trunk": _expand_preset(settings.get("trunk", {}))}
+    if "balancing" in settings:
+        settings["balancing"] = _expand_method(settings["balancing"])
     _check_keys(settings, Config, "")
     parser = config_parser()
     try:
@@ -207,14 +212,14 @@ def config_parser() -> "jsonargparse.ArgumentParser":
 def restore_config(settings: Mapping[str, Any]) -> Config:
     """The config whose `asdict` these settings are."""
     inner = {f.name: f.type for f in fields(Config) if isinstance(f.type, type) and is_dataclass(f.type)}
-    values: dict[str, Any] = {key: inner[key](**value) if key in inner else value for key, value in settings.items()}
-    tasks = [task if isinstance(task, str) else _restore_task(task) for task in values.pop("tasks")]
+    values: dict[str, Any] = {k: inner[k](**_tuples(value)) if k in inner else value for k, value in settings.items()}
+    tasks = [task if isinstance(task, str) else Task(**_tuples(task)) for task in values.pop("tasks")]
     return Config(tasks=tuple(tasks), **values)
 
 
-def _restore_task(settings: Mapping[str, Any]) -> Task:
-    values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in settings.items()}
-    return Task(**values)
+def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Lists as tuples, which JSON does not have."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -236,7 +241,7 @@ def _override(settings: dict[str, Any], override: str) -> None:
     *path, last = key.split(".")
     for name in path:
         inner = settings.get(name)
-        settings[name] = {"preset": inner} if name == "trunk" and isinstance(inner, str) else (inner or {})
+        settings[name] = {SHORT[name]: inner} if name in SHORT and isinstance(inner, str) else (inner or {})
         settings = settings[name]
         if not isinstance(settings, dict):
             raise ValueError(f"config: '{override}': '{name}' is {settings!r} and has no keys")
@@ -244,6 +249,18 @@ def _override(settings: dict[str, Any], override: str) -> None:
         settings[last] = yaml.safe_load(value) if value else ""
     except yaml.YAMLError as error:
         raise ValueError(f"config: '{override}': {error}") from error
+
+
+SHORT = {"trunk": "preset", "balancing": "method"}  # keys that may have one of their fields as their value
+
+
+def _expand_method(balancing: Any) -> Any:
+    """The fields of the balancing: a method's name stands for it, and one layer for a list of one."""
+    if isinstance(balancing, str):
+        balancing = {"method": balancing}
+    if isinstance(balancing, dict) and isinstance(balancing.get("layers"), str):
+        balancing = {**balancing, "layers": [balancing["layers"]]}
+    return balancing
 
 
 def _expand_preset(trunk: Any) -> Any:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from trunkline.engine.memory import keep_freed_memory
 from trunkline.engine.packing import PackedBatch, pack
 from trunkline.training import checkpoint
+from trunkline.training.balancer import Balancer
 from trunkline.training.config import Config, Optimizer, save_config
 from trunkline.training.corpus import Corpus, load_corpus
 from trunkline.training.data import Encoded
@@ -62,8 +63,9 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
         config.seed,
     )
     optimizer = make_optimizer(model, config.optimizer)
+    balancer = Balancer(config.balancing, model, config.seed)
     fingerprint = _fingerprint(config, corpus)
-    progress = _resume(run, model, optimizer, fingerprint) if resume else Progress()
+    progress = _resume(run, model, optimizer, balancer, fingerprint) if resume else Progress()
     began -= progress.wall_seconds
     (run / "checkpoints").mkdir(exist_ok=True)  # from here on the folder holds a run
     save_config(config, run / "config.yaml")
@@ -114,9 +116,10 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
             factor = torch.where(total_weight > 0, weights / total_weight, 0.0)
             for batch in micro_batches:
                 with engine.autocast():
-                    sums = model(batch.to(engine.device))
-                (sums.loss * factor).sum().backward()
+                    sums = balancer.forward(batch.to(engine.device), step)
+                balancer.backward(sums.loss * factor, step)
                 interval.add(step + 1, batch, sums.loss, sums.weight)
+            balancer.finish(total_weight, step)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
             optimizer.step()
             optimizer.zero_grad()
@@ -144,6 +147,7 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
                     gradient_norm=float(norm),
                     loss=loss,
                     examples=interval.examples,
+                    **balancer.log(),
                 )
                 display.step(step, loss, interval.tokens_per_second)
                 interval = Interval(names, engine.device)
@@ -154,7 +158,7 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
                     progress.best_score, progress.best_step = mean, step
                     checkpoint.save(run / "checkpoints", "best", {"model": model.state_dict()}, {"step": step})
                 progress.wall_seconds = time.perf_counter() - began
-                _save(run, model, optimizer, progress, fingerprint)
+                _save(run, model, optimizer, balancer, progress, fingerprint)
 
         # The weights of the last step, where the learning rate has come down, and not those of the best one: that was
         # chosen on few examples and fewer texts, and for its luck with them. It stays in checkpoints/best.
@@ -241,18 +245,27 @@ def _fingerprint(config: Config, corpus: Corpus) -> dict[str, Any]:
     return json.loads(json.dumps(settings | {"data": data, "tokenizer_digest": corpus.tokenizer.digest}))
 
 
-def _save(run: Path, model: nn.Module, optimizer: torch.optim.AdamW, progress: Progress, fingerprint: dict) -> None:
+def _save(
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    balancer: Balancer,
+    progress: Progress,
+    fingerprint: dict,
+) -> None:
     tensors = {
         "model": model.state_dict(),
         "optimizer": checkpoint.optimizer_tensors(optimizer, model.named_parameters()),
     }
-    state = {"progress": asdict(progress), "settings": fingerprint}
+    state = {"progress": asdict(progress), "balancing": balancer.state_dict(), "settings": fingerprint}
     checkpoint.save(run / "checkpoints", f"step-{progress.step}", tensors, state)
     checkpoint.prune(run / "checkpoints", CHECKPOINTS)
 
 
-def _resume(run: Path, model: nn.Module, optimizer: torch.optim.AdamW, fingerprint: dict) -> Progress:
-    """Puts the newest valid checkpoint into model and optimizer.
+def _resume(
+    run: Path, model: nn.Module, optimizer: torch.optim.AdamW, balancer: Balancer, fingerprint: dict
+) -> Progress:
+    """Puts the newest valid checkpoint into model, optimizer and balancer.
 
     Raises:
         ValueError: there is none, or it belongs to a run with other settings or data.
@@ -264,6 +277,7 @@ def _resume(run: Path, model: nn.Module, optimizer: torch.optim.AdamW, fingerpri
     checkpoint.check_same(state["settings"], fingerprint)
     model.load_state_dict(tensors["model"])
     checkpoint.load_optimizer_tensors(optimizer, model.named_parameters(), tensors.get("optimizer", {}))
+    balancer.load_state_dict(state["balancing"])
     progress = Progress(**state["progress"])
     print(f"resuming at step {progress.step}")
     return progress

@@ -6,51 +6,15 @@ charts are inline SVG; the page loads nothing and needs no script.
 
 import json
 import math
-import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from io import StringIO
-from itertools import pairwise
 from pathlib import Path
-from statistics import fmean
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from trunkline.training import figures
 from trunkline.training.metrics import higher_is_better
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 SAMPLES = 6
 """Samples shown per task."""
-
-_BLUE, _PALE_BLUE, _ORANGE, _GREY, _GREEN = "#2563a8", "#b4cbe4", "#d97706", "#7c8696", "#15803d"
-_PALETTE = (
-    "#2563a8", "#e08a2e", "#3b9a6d", "#c2504d", "#7d63b8", "#8c6d57",
-    "#d67fb0", "#5fb0c9", "#b3a642", "#4a5a8a", "#93b84f", "#c3c8d0",
-)  # fmt: skip
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",  # text stays text, in the page's font
-    "svg.hashsalt": "trunkline",  # ids, and so the page, depend on the content alone
-    "font.family": "DejaVu Sans",  # matplotlib's own: the sizes are the same everywhere
-    "font.size": 8,
-    "text.color": "#4b5563",
-    "axes.edgecolor": "#c9ced6",
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#eceff3",
-    "grid.linewidth": 0.6,
-    "xtick.color": "#c9ced6",
-    "ytick.color": "#c9ced6",
-    "xtick.labelcolor": "#6b7280",
-    "ytick.labelcolor": "#6b7280",
-    "xtick.major.size": 2.5,
-    "ytick.major.size": 0,
-}
 
 
 @dataclass(frozen=True)
@@ -82,12 +46,14 @@ def write_report(run: Path) -> Path:
     content = _read(run)
     rows = [_row(content, task) for task in content.tasks]
     columns = _columns(len(rows))
-    with rc_context(_STYLE):
+    with rc_context(figures.STYLE):
         charts = {
-            "losses": {row["task"]: _loss_chart(content, row, columns) for row in rows},
-            "scores": {row["task"]: _score_chart(row, columns) for row in rows if row["scores"]},
-            "mix": _mix_chart(content) if content.steps else None,
-            "throughput": _efficiency_charts(content) if content.steps else None,
+            "losses": {row["task"]: figures.loss(content.steps, row, columns) for row in rows},
+            "scores": {row["task"]: figures.score(row, columns) for row in rows if row["scores"]},
+            "weights": figures.weights(content.steps, columns),
+            "conflicts": figures.conflicts(content.steps),
+            "mix": figures.mix(content.steps, list(content.tasks)) if content.steps else None,
+            "throughput": figures.efficiency(content.steps) if content.steps else None,
         }
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -226,136 +192,6 @@ def _key_figures(run: _Run) -> list[tuple[str, str]]:
 def _columns(tasks: int) -> int:
     """Panels in a row of small multiples: at most four, without leaving a lone panel in the last row."""
     return 3 if tasks in (3, 5, 6, 9) else max(1, min(tasks, 4))
-
-
-def _panel(columns: int) -> tuple["Figure", "Axes"]:
-    """A chart that fills one of `columns` columns of the page, with a horizontal axis of steps."""
-    from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
-
-    rounded = [1, 2, 2.5, 5, 10]
-    width, height = 11.0 / columns - 0.3, 1.2 + 1.6 / columns  # inches
-    figure = Figure(figsize=(width, height))
-    left, right, bottom, top = 0.44, 0.18, 0.26, 0.08
-    axes = figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
-    axes.patch.set_visible(False)
-    axes.xaxis.set_major_locator(MaxNLocator(4 if columns > 2 else 8, integer=True, steps=rounded))
-    axes.xaxis.set_major_formatter(FuncFormatter(_tick))
-    axes.yaxis.set_major_locator(MaxNLocator(4, steps=rounded))
-    return figure, axes
-
-
-def _loss_chart(run: _Run, row: dict[str, Any], columns: int) -> "Markup":
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
-
-    task = row["task"]
-    points = [(event["step"], event["loss"][task]) for event in run.steps if task in event["loss"]]
-    figure, axes = _panel(columns)
-    _curve(axes, points)
-    axes.plot(*_coordinates(row["losses"]), color=_ORANGE, linewidth=1, marker="o", markersize=2.2)
-    finite = [loss for _, loss in points + row["losses"] if math.isfinite(loss)]
-    if finite and min(finite) > 0 and max(finite) > 10 * min(finite):
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(finite) < 100 * min(finite) else (1,)))
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(_tick))
-    return _svg(figure, f"loss-{task}", f"Loss of {task} against the step")
-
-
-def _score_chart(row: dict[str, Any], columns: int) -> "Markup":
-    figure, axes = _panel(columns)
-    if row["baseline_score"] is not None:
-        axes.axhline(row["baseline_score"], color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
-    markers = "o" if len(row["scores"]) <= 30 else None
-    axes.plot(*_coordinates(row["scores"]), color=_BLUE, linewidth=1.4, marker=markers, markersize=2.6)
-    if row["best"]:
-        axes.plot(*row["best"], marker="o", markersize=6, markerfacecolor="none", markeredgecolor=_GREEN)
-    axes.margins(y=0.12)
-    return _svg(figure, f"score-{row['task']}", f"{row['metric']} of {row['task']} against the step")
-
-
-def _mix_chart(run: _Run) -> dict[str, Any]:
-    """Shares of the examples over time, each over several logged intervals, and the legend with the overall shares."""
-    from matplotlib.ticker import PercentFormatter
-
-    totals = {task: sum(event["examples"].get(task, 0) for event in run.steps) for task in run.tasks}
-    named = sorted(totals, key=lambda task: -totals[task])
-    if len(named) > len(_PALETTE):  # more colours could not be told apart
-        named = named[: len(_PALETTE) - 1]
-    groups = {task: [task] for task in run.tasks if task in named}
-    if len(groups) < len(totals):
-        groups[f"{len(totals) - len(groups)} others"] = [task for task in totals if task not in groups]
-
-    count = min(40, len(run.steps))
-    ends = [len(run.steps) * part // count for part in range(count + 1)]
-    bins = [run.steps[start:end] for start, end in pairwise(ends)]
-    edges = [0] + [part[-1]["step"] for part in bins]
-    seen = [sum(sum(event["examples"].values()) for event in part) for part in bins]
-
-    figure, axes = _panel(1)
-    below = [0.0] * count
-    for (_, members), colour in zip(groups.items(), _PALETTE, strict=False):
-        examples = [sum(event["examples"].get(task, 0) for event in part for task in members) for part in bins]
-        above = [start + number / max(total, 1) for start, number, total in zip(below, examples, seen, strict=True)]
-        axes.stairs(above, edges, baseline=below, fill=True, color=colour)
-        below = above
-    axes.set_xlim(0, edges[-1])
-    axes.set_ylim(0, 1)
-    axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    overall = max(sum(totals.values()), 1)
-    legend = [
-        (name, colour, sum(totals[task] for task in members) / overall)
-        for (name, members), colour in zip(groups.items(), _PALETTE, strict=False)
-    ]
-    return {"svg": _svg(figure, "mix", "Share of each task in the examples over time"), "legend": legend}
-
-
-def _efficiency_charts(run: _Run) -> list[tuple[str, "Markup"]]:
-    from matplotlib.ticker import FuncFormatter, PercentFormatter
-
-    charts = []
-    for title, key, formatter in (
-        ("Real tokens a second", "tokens_per_second", FuncFormatter(_tick)),
-        ("Padding waste", "padding_waste", PercentFormatter(1)),
-    ):
-        figure, axes = _panel(2)
-        _curve(axes, [(event["step"], event[key]) for event in run.steps])
-        axes.set_ylim(bottom=0)
-        axes.yaxis.set_major_formatter(formatter)
-        charts.append((title, _svg(figure, key, f"{title} against the step")))
-    return charts
-
-
-def _tick(value: float, _: int) -> str:
-    return f"{value / 1000:g}k" if value >= 10_000 else f"{value:g}"
-
-
-def _coordinates(points: Iterable[tuple[int, float]]) -> tuple[list[int], list[float]]:
-    return [step for step, _ in points], [value for _, value in points]
-
-
-def _curve(axes: "Axes", points: list[tuple[int, float]]) -> None:
-    """A noisy curve: the values faint, and over them the mean of a twentieth of them around each step."""
-    steps, values = _coordinates(points)
-    every = len(values) // 400 + 1  # more points could not be told apart and would only swell the page
-    half = len(values) // 40
-    smooth = [fmean(values[max(0, index - half) : index + half + 1]) for index in range(0, len(values), every)]
-    axes.plot(steps[::every], values[::every], color=_PALE_BLUE, linewidth=0.8)
-    axes.plot(steps[::every], smooth, color=_BLUE, linewidth=1.6)
-
-
-def _svg(figure: "Figure", name: str, label: str) -> "Markup":
-    """The figure as an inline SVG element whose ids no other chart of the page has."""
-    from markupsafe import Markup
-
-    buffer = StringIO()
-    figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
-    svg = buffer.getvalue().partition("<svg")[2].partition(">")[2]
-    svg = re.sub(r"<metadata>.*?</metadata>|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", svg)
-    width, height = 72 * figure.get_size_inches()  # points
-    opening = Markup('<svg viewBox="0 0 {:g} {:g}" role="img" aria-label="{}">').format(width, height, label)
-    return opening + Markup(svg)
 
 
 def _number(value: float | None) -> str:
