@@ -30,8 +30,11 @@ Batch = tuple[list[tuple[int, int]], bool]  # (task, example) of each member; wh
 class HuggingFaceModel(nn.Module):
     """GPT2Model and a linear head for every task that is no summary."""
 
-    def __init__(self, config: TrunkConfig, splits: Sequence[Encoded]):
+    def __init__(
+        self, config: TrunkConfig, splits: Sequence[Encoded], class_weights: dict[str, list[float]] | None = None
+    ):
         super().__init__()
+        self.class_weights = {name: torch.tensor(factors) for name, factors in (class_weights or {}).items()}
         shape = GPT2Config(
             vocab_size=config.vocab_size,
             n_embd=config.hidden_size,
@@ -84,7 +87,8 @@ class HuggingFaceModel(nn.Module):
                 if self.splits[task].task.head == "regress":
                     own = F.mse_loss(logits[:, 0], torch.tensor(labels, dtype=torch.float32, device=device))
                 else:
-                    own = F.cross_entropy(logits, torch.tensor(labels, dtype=torch.int64, device=device))
+                    classes = torch.tensor(labels, dtype=torch.int64, device=device)
+                    own = F.cross_entropy(logits, classes, self.class_weights.get(self.splits[task].task.name))
             loss = loss + (own if weights is None else own * weights[task])
         return loss
 
@@ -102,6 +106,10 @@ class HuggingFaceModel(nn.Module):
                 ids,
                 attention_mask=mask.long(),
                 max_new_tokens=search.max_new_tokens,
+                min_new_tokens=search.min_new_tokens,
+                no_repeat_ngram_size=search.no_repeat_ngram,
+                num_beams=search.beams,
+                length_penalty=search.length_penalty,
                 do_sample=False,
                 eos_token_id=end,
                 pad_token_id=end,

@@ -2,8 +2,8 @@
 
     python benchmarks/learning.py RUN [--way grouped] [--data DIR]
 
-RUN is a finished run. The loop gets its trunk's shape, data, tokenizer, mix, loss weights, learning rate, dropout and
-seed, and as many seconds of training as the run spent on steps; then it is scored on the same validation examples. Its
+RUN is a finished run. The loop gets its trunk's shape, data, tokenizer, mix, loss and class weights, learning rate,
+dropout, search and seed, and as many seconds of training as the run spent on steps; then it is scored on the same validation examples. Its
 learning rate follows the clock, since how many steps it will take is not known before.
 """
 
@@ -40,7 +40,7 @@ def main() -> None:
     config = replace(engine.config, data=options.data or engine.config.data)
     corpus = load_corpus(config, engine.tokenizer)
     torch.manual_seed(config.seed)
-    model = HuggingFaceModel(config.trunk, corpus.train)
+    model = HuggingFaceModel(config.trunk, corpus.train, config.class_weights)
     steps = train(model, corpus, config, options.way, summary["training_seconds"])
     scores = evaluate(model, corpus, config)
 

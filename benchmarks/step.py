@@ -81,14 +81,18 @@ Step = Callable[[], tuple[int, int]]  # one optimizer step: how many real tokens
 
 def trunkline(data: Path) -> tuple[Step, int]:
     """The eight GLUE tasks and DialogSum on the packed trunk."""
-    from trunkline.training.loop import next_batch
     from trunkline.training.mixing import Mixer, Mixing
 
     corpus = read(data)
     mixer = Mixer([split.lengths for split in corpus.train], Mixing(), [], BUDGET, steps=100_000, seed=0)
     model = MultiTaskModel(trunk(corpus.tokenizer.vocab_size), corpus.tasks)
     numbers = iter(range(100_000))
-    return _step(model, lambda: next_batch(corpus.train, mixer, next(numbers), BUDGET))
+
+    def next_batch() -> PackedBatch:
+        examples = [corpus.train[task].example(i, task) for task, i in mixer.batch(next(numbers))]
+        return pack(examples, len(corpus.train), BUDGET)
+
+    return _step(model, next_batch)
 
 
 def heads(count: int) -> Callable[[Path], tuple[Step, int]]:

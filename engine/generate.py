@@ -29,6 +29,10 @@ class Search:
     """Candidates kept at every step; 1 is greedy."""
     length_penalty: float = 1.0
     """A text's score is its log-probability divided by its length to this power; above 1 favours longer texts."""
+    min_new_tokens: int = 0
+    """Shortest text, in tokens."""
+    no_repeat_ngram: int = 0
+    """No run of this many tokens occurs twice in a text; 0: all may."""
 
 
 class Cache:
@@ -147,6 +151,7 @@ class _Beams:
         """
         prompts, width = self.scores.shape
         W, V = self.search.beams, log_p.shape[1]
+        self._forbid(log_p)
         totals = (self.scores[:, :, None] + log_p.view(prompts, width, V)).flatten(1)
         # at most one candidate of every text is its end, so that of 2 W candidates W go on
         scores, places = totals.topk(min(2 * W, totals.shape[1]))
@@ -170,6 +175,19 @@ class _Beams:
         self.scores = scores[rows].gather(1, chosen)
         self.live = [self.live[row] for row, _ in survivors]
         return (rows[:, None] * width + parents).flatten()
+
+    def _forbid(self, log_p: Tensor) -> None:
+        """Sets the log-probabilities (S, V) of the tokens that may not come next to -inf."""
+        texts, n = self.texts.flatten(0, 1), self.search.no_repeat_ngram  # (S, length so far)
+        if texts.shape[1] < self.search.min_new_tokens:
+            log_p[:, self.end] = float("-inf")
+        if 0 < n <= texts.shape[1]:
+            ngrams = texts.unfold(1, n, 1)  # (S, runs, n)
+            begun = (ngrams[..., :-1] == texts[:, None, texts.shape[1] - n + 1 :]).all(
+                -1
+            )  # a run that could be repeated
+            text, run = begun.nonzero(as_tuple=True)
+            log_p[text, ngrams[text, run, -1]] = float("-inf")
 
     def _offer(self, prompt: int, score: float, row: int, parent: int, token: int, length: int) -> None:
         """Takes a finished text if it is the prompt's best so far."""

@@ -34,6 +34,7 @@ FULL = Config(
     projection="gelu",
     weights={"mine": 2.0, "sst2": 0.5},
     balancing=Balancing("cagrad", ("blocks.0.qkv", "blocks.2"), 5),
+    class_weights={"mine": [1.0, 2.5]},
     prompt_weight=0.25,
     label_smoothing=0.1,
     tokenizer="toks",
@@ -43,7 +44,7 @@ FULL = Config(
     mixing=Mixing("fixed", 3.0, {"sst2": 1.0, "mine": 2.5, "notes": 0.1}),
     optimizer=Optimizer(learning_rate=3e-5, warmup=0.1, clip=0.5),
     evaluation=Evaluation(every=3, examples=0, texts=0),
-    search=Search(max_new_tokens=32, beams=4, length_penalty=0.8),
+    search=Search(max_new_tokens=32, beams=4, length_penalty=0.8, min_new_tokens=2, no_repeat_ngram=3),
     seed=11,
     device="cpu",
 )
@@ -360,6 +361,18 @@ def test_numbers_may_be_written_as_whole_or_with_an_exponent(demo):
         ({"vocab_size": -1}, "config: vocab_size must be at least 1, got -1"),
         ({"seed": -1}, "config: seed must be at least 0, got -1"),
         ({"prompt_weight": -0.5}, "config: prompt_weight must be at least 0, got -0.5"),
+        (
+            {"class_weights": {"sst2": [1.0, 2.0, 1.0]}},
+            "config: class_weights of 'sst2': expected 2 numbers above 0, got [1.0, 2.0, 1.0]",
+        ),
+        (
+            {"class_weights": {"sst2": [1.0, 0.0]}},
+            "config: class_weights of 'sst2': expected 2 numbers above 0, got [1.0, 0.0]",
+        ),
+        (
+            {"class_weights": {"rte": [1.0, 2.0]}},
+            "config: class_weights of 'rte': expected tasks with classes only, got [1.0, 2.0]",
+        ),
         ({"batch": {"accumulate": 0}}, "config: batch.accumulate must be at least 1, got 0"),
         ({"evaluation": {"every": 0}}, "config: evaluation.every must be at least 1, got 0"),
         ({"evaluation": {"examples": -1}}, "config: evaluation.examples must be at least 0, got -1"),

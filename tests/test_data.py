@@ -237,3 +237,10 @@ def test_a_prompt_can_be_learnt_beside_the_target():
     assert both.weights.tolist() == [0.25] * (prompt - 1) + [1.0] * len(target_only.rows)
     assert both.rows[prompt - 1 :].tolist() == target_only.rows.tolist()
     assert target_only.weights.tolist() == [1.0] * len(target_only.rows)
+
+
+def test_classes_count_as_much_as_they_are_said_to():
+    encoded = made(CLASSIFY, **{column: ["abc", "de", "f"] for column in CLASSIFY.text}, label=[0, 1, 0])
+    weighted = [encoded.example(i, 0, class_weights=[0.5, 3.0]).weights.tolist() for i in range(3)]
+    assert weighted == [[0.5], [3.0], [0.5]]
+    assert encoded.example(1, 0).weights.tolist() == [1.0]

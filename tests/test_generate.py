@@ -49,10 +49,19 @@ class Writer:
             x = self.trunk(batch.tokens, batch.positions, batch.plan, batch.rows.token)
             return self.logits(x)[0].float().log_softmax(-1)
 
-    def greedy(self, prompt: np.ndarray, longest: int) -> list[int]:
+    def next_log_p(self, prompt: np.ndarray, text: list[int], search: Search) -> Tensor:
+        """(V,) with what the search forbids at -inf."""
+        log_p, n = self.log_p([*prompt, *text]), search.no_repeat_ngram
+        runs = {tuple(text[i : i + n]) for i in range(len(text) - n + 1)} if n else set()
+        for token in range(VOCABULARY):
+            if (*text[len(text) - n + 1 :], token) in runs or (token == END and len(text) < search.min_new_tokens):
+                log_p[token] = float("-inf")
+        return log_p
+
+    def greedy(self, prompt: np.ndarray, search: Search) -> list[int]:
         text: list[int] = []
-        while len(text) < longest:
-            token = int(self.log_p([*prompt, *text]).argmax())
+        while len(text) < search.max_new_tokens:
+            token = int(self.next_log_p(prompt, text, search).argmax())
             if token == END:
                 break
             text.append(token)
@@ -64,7 +73,7 @@ class Writer:
         for length in range(1, search.max_new_tokens + 1):
             candidates: list[Beam] = []
             for score, text in going:
-                log_p = self.log_p([*prompt, *text]) + score
+                log_p = self.next_log_p(prompt, text, search) + score
                 candidates += [(float(p), [*text, token]) for token, p in enumerate(log_p)]
             candidates.sort(key=lambda candidate: -candidate[0])
             last = length == search.max_new_tokens
@@ -97,7 +106,7 @@ def prompts(lengths: list[int] = LENGTHS) -> list[np.ndarray]:
 def test_greedy_is_that_of_a_plain_loop(shape):
     writer, search = Writer(shape), Search(max_new_tokens=12)
     texts = writer.write(prompts(), search)
-    assert texts == [writer.greedy(prompt, 12) for prompt in prompts()]
+    assert texts == [writer.greedy(prompt, search) for prompt in prompts()]
     assert 12 in map(len, texts)  # some are as long as can be, others have ended
     assert len({len(text) for text in texts}) >= 3
     assert not any(END in text for text in texts)
@@ -112,6 +121,32 @@ def test_beams_are_those_of_a_plain_loop(shape, beams, penalty):
     expected = [writer.beam(prompt, search)[1] for prompt in chosen]
     assert writer.write(chosen, search) == expected
     assert expected != writer.write(chosen, Search(max_new_tokens=7))
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("n", [1, 2, 3])
+def test_no_run_of_tokens_occurs_twice(n, beams):
+    writer, chosen = Writer("gpt2", seed=3, end_bias=0.0), prompts()[:5]
+    free, search = Search(16, beams), Search(16, beams, no_repeat_ngram=n)
+
+    def repeats(text: list[int]) -> bool:
+        runs = [tuple(text[i : i + n]) for i in range(len(text) - n + 1)]
+        return len(set(runs)) < len(runs)
+
+    assert any(map(repeats, writer.write(chosen, free)))
+    texts = writer.write(chosen, search)
+    assert not any(map(repeats, texts))
+    assert texts == [writer.greedy(p, search) if beams == 1 else writer.beam(p, search)[1] for p in chosen]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_a_text_has_the_shortest_length_at_least(beams):
+    writer, chosen = Writer("llama"), prompts()[:6]
+    free, search = Search(12, beams), Search(12, beams, min_new_tokens=5)
+    assert min(map(len, writer.write(chosen, free))) < 5
+    texts = writer.write(chosen, search)
+    assert min(map(len, texts)) >= 5
+    assert texts == [writer.greedy(p, search) if beams == 1 else writer.beam(p, search)[1] for p in chosen]
 
 
 @every_shape
@@ -161,7 +196,7 @@ def test_a_text_that_does_not_end_has_the_longest_length(beams, longest):
 
 def test_default_is_greedy_with_64_tokens():
     writer = Writer("gpt2", end_bias=-100.0)
-    assert writer.write(prompts([4]), None) == [writer.greedy(prompts([4])[0], 64)]
+    assert writer.write(prompts([4]), None) == [writer.greedy(prompts([4])[0], Search(64))]
 
 
 def test_length_penalty_favours_longer_texts():

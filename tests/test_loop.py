@@ -278,8 +278,8 @@ def test_accumulated_batches_make_the_step_of_one_batch(tiny_config, tmp_path, m
     assert sorted(parts[0] + parts[1]) == members  # task 1 is only in the first
 
     def gradients(name: str, batches: list[list[tuple[int, int]]]) -> dict[str, torch.Tensor]:
-        def next_batch(train, mixer, number, tokens, prompt_weight):
-            return pack([train[task].example(i, task) for task, i in batches[number]], len(train), tokens)
+        def next_batch(train, mixer, number, config):
+            return pack([train[task].example(i, task) for task, i in batches[number]], len(train), 1024)
 
         monkeypatch.setattr(loop, "next_batch", next_batch)
         config = load_config(tiny_config, [f"run={tmp_path / name}", "steps=1", "trunk.dropout=0"])

@@ -79,6 +79,9 @@ class Config:
     """Factor of each task's mean loss in the sum over tasks, by name; 1 where none is given."""
     balancing: Balancing = Balancing()
     """How the tasks are weighed besides, in every step anew; the name of a method, or its fields."""
+    class_weights: dict[str, list[float]] = field(default_factory=dict)
+    """Factor of the loss of every class's examples in training, by task, in the order of its classes. A rare class that
+    counts more is predicted more often, as F1 asks for."""
     prompt_weight: float = 0.0
     """Of generating tasks: how much a token of the prompt counts beside one of the target; above 0, writing is learnt
     from documents as well as from summaries."""
@@ -124,6 +127,11 @@ class Config:
                 raise ValueError(f"config: {key} names {', '.join(strangers)}, which is none of {', '.join(names)}")
             if wrong := {name: value for name, value in given.items() if not value > 0}:
                 raise ValueError(f"config: {key} must be above 0, got {wrong}")
+        for name, factors in self.class_weights.items():
+            task = next((task for task in self.all_tasks if task.name == name), None)
+            if task is None or not task.labels or len(factors) != len(task.labels) or not min(factors) > 0:
+                expected = f"{len(task.labels)} numbers above 0" if task and task.labels else "tasks with classes only"
+                raise ValueError(f"config: class_weights of '{name}': expected {expected}, got {list(factors)}")
         if self.mixing.method == "fixed" and (missing := [name for name in names if name not in self.mixing.shares]):
             raise ValueError(
                 f"config: mixing.method fixed needs mixing.shares for every task; {', '.join(missing)} lack"
@@ -146,6 +154,8 @@ class Config:
             "evaluation.texts": (self.evaluation.texts, 0),
             "search.max_new_tokens": (self.search.max_new_tokens, 1),
             "search.beams": (self.search.beams, 1),
+            "search.min_new_tokens": (self.search.min_new_tokens, 0),
+            "search.no_repeat_ngram": (self.search.no_repeat_ngram, 0),
         }
         for name, (value, minimum) in least.items():
             if value < minimum:

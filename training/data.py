@@ -69,18 +69,24 @@ class Encoded:
         tokens = self.tokens_of(i)
         return tokens[: int(self.label_of(i)[0])] if self.task.head == "generate" else tokens
 
-    def example(self, i: int, task: int, prompt_weight: float = 0.0) -> Example:
+    def example(
+        self, i: int, task: int, prompt_weight: float = 0.0, class_weights: Sequence[float] | None = None
+    ) -> Example:
         """Example `i`, with its labelled rows, as one of task number `task` of a model.
 
-        With a `prompt_weight`, the next tokens of a prompt are learnt too, each counting that much of a target's token.
+        Args:
+            prompt_weight: above 0, the next tokens of a prompt are learnt too, each counting that much of a target's.
+            class_weights: factor of each class's rows; None: 1.
         """
         tokens, label = self.tokens_of(i), self.label_of(i)
         if prompt_weight and self.task.head == "generate":
             labels = HEADS["language-model"].label(tokens, label, self.causal)
-            return Example(
-                task, tokens, *labels._replace(weights=np.where(labels.rows < label[0] - 1, prompt_weight, 1))
-            )
-        return Example(task, tokens, *HEADS[self.task.head].label(tokens, label, self.causal))
+            labels = labels._replace(weights=np.where(labels.rows < label[0] - 1, prompt_weight, 1))
+        else:
+            labels = HEADS[self.task.head].label(tokens, label, self.causal)
+        if class_weights is not None:
+            labels = labels._replace(weights=labels.weights * np.take(class_weights, labels.targets.astype(int)))
+        return Example(task, tokens, *labels)
 
     def reference(self, i: int) -> Any:
         """The label as metrics want it: a class, a number, a text, tags, a span, or the number of predicted tokens."""

@@ -107,7 +107,7 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
 
             first = step * config.batch.accumulate
             micro_batches = [
-                next_batch(corpus.train, mixer, number, config.batch.tokens, config.prompt_weight)
+                next_batch(corpus.train, mixer, number, config)
                 for number in range(first, first + config.batch.accumulate)
             ]
             # loss_t = sum w l / sum w over the whole step; a task that is absent contributes nothing
@@ -189,12 +189,13 @@ def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
     return settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
 
 
-def next_batch(
-    train: Sequence[Encoded], mixer: Mixer, number: int, tokens: int, prompt_weight: float = 0.0
-) -> PackedBatch:
+def next_batch(train: Sequence[Encoded], mixer: Mixer, number: int, config: Config) -> PackedBatch:
     """Batch `number` of the run, on the host."""
-    examples = [train[task].example(i, task, prompt_weight) for task, i in mixer.batch(number)]
-    return pack(examples, len(train), tokens)
+    examples = [
+        train[task].example(i, task, config.prompt_weight, config.class_weights.get(train[task].task.name))
+        for task, i in mixer.batch(number)
+    ]
+    return pack(examples, len(train), config.batch.tokens)
 
 
 def weight_sums(batch: PackedBatch, num_tasks: int) -> Tensor:
