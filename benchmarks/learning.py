@@ -3,8 +3,8 @@
     python benchmarks/learning.py RUN [--way grouped] [--data DIR]
 
 RUN is a finished run. The loop gets its trunk's shape, data, tokenizer, mix, loss and class weights, learning rate,
-dropout, search and seed, and as many seconds of training as the run spent on steps; then it is scored on the same validation examples. Its
-learning rate follows the clock, since how many steps it will take is not known before.
+dropout, search and seed, and as many seconds of training as the run spent on steps; then it is scored on the same
+validation examples. Its learning rate follows the clock, since how many steps it will take is not known before.
 """
 
 import argparse
