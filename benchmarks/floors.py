@@ -63,8 +63,8 @@ def _task_projection(a: dict[str, Any]) -> tuple[Work, Work]:
 
 def _task_loss(a: dict[str, Any]) -> tuple[Work, Work]:
     x, weight, bias = a["x"], a["weight"], a["bias"]
-    classes = a["class_offsets"].diff()[a["task"]].double()
-    product = 2.0 * x.shape[1] * float(classes.sum())
+    logits = float((a["offsets"].diff().double() * a["class_offsets"].diff()).sum())
+    product = 2.0 * x.shape[1] * logits
     return Work(_bytes(x, weight, bias), product), Work(2 * _bytes(x, weight, bias), 2 * product)
 
 

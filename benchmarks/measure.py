@@ -26,7 +26,7 @@ class Plan:
 
 
 ON_GPU = Plan(rounds=12, seconds=0.01, checked_rows=4096)
-ON_CPU = Plan(rounds=5, seconds=0.2, checked_rows=1024)
+ON_CPU = Plan(rounds=3, seconds=0.2, checked_rows=1024)
 SMOKE = Plan(rounds=2, seconds=0.0, checked_rows=64)
 
 
