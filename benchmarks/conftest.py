@@ -1,8 +1,8 @@
 """pytest benchmarks --benchmark-only [-k attention] [--sizes gpu|cpu|smoke] [--deadline SECONDS]"""
 
+import shlex
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
@@ -60,7 +60,7 @@ def measured(request: pytest.FixtureRequest):
     results: dict[tuple, dict] = {}
     yield results
     if results and not request.config.getoption("--no-record"):
-        record_kernels(results, "pytest " + " ".join(Path(a).name if i == 0 else a for i, a in enumerate(sys.argv[1:])))
+        record_kernels(results, shlex.join(["pytest", *sys.argv[1:]]))
 
 
 @pytest.fixture(autouse=True)
