@@ -41,9 +41,10 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
                 continue
             seen.append(sizes)
             for direction in DIRECTIONS if has_gradient(kernel, full, dtype) else DIRECTIONS[:1]:
+                task = (kernel, shape, sizes, dtype, direction)
                 for system in (OURS, *PEERS[kernel.name]):
                     name = f"{kernel.name}-{shape}-{direction}-{system}"
-                    cases.append(pytest.param((kernel, shape, sizes, dtype, direction), system, id=name))
+                    cases.append(pytest.param(task, system, id=name))
     metafunc.parametrize(("task", "system"), cases)
 
 

@@ -1,7 +1,7 @@
 """Times of several ways of doing the same, taken in turns, and only of those that do it right."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from trunkline.benchmarks.examples import Kernel, map_tensors, scaled
-from trunkline.benchmarks.peers import PEERS, Arguments, Peer, System, Unavailable, definition, trunkline
+from trunkline.benchmarks.peers import PEERS, Arguments, Peer, System, trunkline
 
 DIRECTIONS = ("forward", "backward", "both")
 OURS = "trunkline"
@@ -31,7 +31,13 @@ SMOKE = Plan(rounds=2, seconds=0.0, checked_rows=64)
 
 
 def contest(
-    kernel: Kernel, sizes: dict[str, Any], dtype: torch.dtype, device: torch.device, direction: str, plan: Plan
+    kernel: Kernel,
+    sizes: dict[str, Any],
+    dtype: torch.dtype,
+    device: torch.device,
+    direction: str,
+    plan: Plan,
+    names: Collection[str],
 ) -> dict[str, list[float] | Exception]:
     """Seconds a call of every system in every round; of one that cannot take part or is wrong, why.
 
@@ -42,8 +48,10 @@ def contest(
         device: where; on a GPU the time is the device's own, see `_turn_on_gpu`.
         direction: 'forward' (what backward needs is kept), 'backward' or 'both'.
         plan: how much is measured.
+        names: systems that take part.
     """
-    systems: dict[str, Peer] = {OURS: trunkline, **PEERS[kernel.name]}
+    everyone: dict[str, Peer] = {OURS: trunkline, **PEERS[kernel.name]}
+    systems = {name: make for name, make in everyone.items() if name in names}
     small = kernel.example(device, dtype, **scaled(sizes, plan.checked_rows, 1 << 30))
     large = kernel.example(device, dtype, **sizes)
     results: dict[str, list[float] | Exception] = {}
@@ -57,7 +65,7 @@ def contest(
             for call in calls[name]:
                 call()  # compiles, and takes the memory that the next calls find
         except Exception as error:  # a peer that fails says so in its own row; the others are measured all the same
-            results[name] = error
+            results[name] = error.with_traceback(None)  # its frames would keep the inputs in memory
             calls.pop(name, None)
     turn = _turn_on_gpu if device.type == "cuda" else _turn_on_cpu
     numbers = {name: turn(of_one, 1) for name, of_one in calls.items()}  # calls that fill a turn
@@ -157,6 +165,3 @@ def _turn_on_gpu(calls: list[Call], number: int) -> float:
     end.record()
     torch.cuda.synchronize()
     return start.elapsed_time(end) / 1000 / number
-
-
-__all__ = ["Unavailable", "check", "contest", "definition", "has_gradient"]

@@ -33,13 +33,15 @@ def test_kernel(benchmark, task, system, measured, request):
     key = (kernel.name, shape, direction)
     if key not in measured:
         plan = {"gpu": ON_GPU, "cpu": ON_CPU, "smoke": SMOKE}[request.config.getoption("--sizes")]
+        cases = [item.callspec.params for item in request.session.items]
+        chosen = [case["system"] for case in cases if case["task"] is task]  # of which -k may have left out some
         work = work_of(kernel.name, direction, kernel.example(device, dtype, **sizes))
         measured[key] = {
             "dtype": str(dtype).removeprefix("torch."),
             "sizes": sizes,
             "work": work._asdict(),
             "floor": floor(work, torch.cuda.get_device_name() if device.type == "cuda" else None),
-            "systems": contest(kernel, sizes, dtype, device, direction, plan),
+            "systems": contest(kernel, sizes, dtype, device, direction, plan, chosen),
         }
     seconds = measured[key]["systems"][system]
     if isinstance(seconds, Unavailable):
