@@ -9,46 +9,18 @@ T tokens, S sequences, R labelled rows, N tasks
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any, Self
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from trunkline.kernels.attention import QUERY_BLOCK
-
-SHORT = 128  # longest sequence that fits a tile
-TILE_SIZES = (64, 128)  # powers of two that keep the matrix units busy; sequences up to 64 share the smaller tile
+from trunkline.kernels.pack_plan import SHORT, TILE_SIZES, OnDevice
+from trunkline.kernels.pack_plan import PackPlan as PackPlan
 
 
 @dataclass(frozen=True)
-class _OnDevice:
-    """A dataclass of tensors that moves to a device as one."""
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
-        def move(value: Any) -> Any:
-            return value.to(device, non_blocking=non_blocking) if hasattr(value, "to") else value
-
-        return replace(self, **{field.name: move(getattr(self, field.name)) for field in fields(self)})
-
-
-@dataclass(frozen=True)
-class PackPlan(_OnDevice):
-    """Where the sequences of a packed batch lie, arranged for attention.
-
-    Short sequences (up to 128 tokens) are worked on in tiles: contiguous runs of whole sequences. Longer ones are cut
-    into blocks of 128 queries, those of the longest sequences first.
-    """
-
-    cu_seqlens: Tensor  # (S + 1,) int32, first token of every sequence and the end of the last
-    tiles: Tensor  # (tiles, 2) int32, first token and end of each tile; at most 64 or 128 tokens
-    blocks: Tensor  # (blocks, 2) int32, sequence and block inside it
-    max_seqlen: int  # longest sequence; on the host, so that nobody has to ask the device
-
-
-@dataclass(frozen=True)
-class LabelledRows(_OnDevice):
+class LabelledRows(OnDevice):
     """What is learnt from a batch: rows of the trunk's output with a label, sorted by task."""
 
     token: Tensor  # (R,) int64, index into the packed stream
@@ -61,7 +33,7 @@ class LabelledRows(_OnDevice):
 
 
 @dataclass(frozen=True)
-class PackedBatch(_OnDevice):
+class PackedBatch(OnDevice):
     """What the model takes: one stream of tokens, where its sequences lie, and which rows carry labels."""
 
     tokens: Tensor  # (T,) int64
@@ -153,32 +125,12 @@ def pack(examples: Sequence[Example], num_tasks: int, budget: int | None = None)
     return PackedBatch(
         tokens=torch.from_numpy(np.concatenate(tokens).astype(np.int64)),
         positions=torch.from_numpy(np.concatenate(positions).astype(np.int32)),
-        plan=_plan([[lengths[i] for i in run] for run in runs]),
+        plan=PackPlan.of_runs([lengths[i] for i in run] for run in runs),
         rows=_rows([examples[i] for i in order], num_tasks),
         token_offsets=torch.from_numpy(np.cumsum([0, *tokens_of_task]).astype(np.int32)),
         order=tuple(order),
         examples=tuple(sum(example.task == task for example in examples) for task in range(num_tasks)),
         real_tokens=total,
-    )
-
-
-def _plan(runs: list[list[int]]) -> PackPlan:
-    """The plan of a stream that consists of `runs`, each given by the lengths of its sequences."""
-    cu_seqlens = np.cumsum([0] + [length for run in runs for length in run])
-    tiles, blocks, first = [], [], 0  # first: the run's first sequence
-    for run in runs:
-        start, end = cu_seqlens[first], cu_seqlens[first + len(run)]
-        if end - start <= SHORT:
-            tiles.append((start, end))
-        else:
-            blocks += [(run[0], first, block) for block in range(-(-run[0] // QUERY_BLOCK))]
-        first += len(run)
-    blocks.sort(key=lambda item: -item[0])  # most work first
-    return PackPlan(
-        cu_seqlens=torch.from_numpy(cu_seqlens.astype(np.int32)),
-        tiles=torch.tensor(np.array(tiles, np.int32).reshape(-1, 2)),
-        blocks=torch.tensor(np.array(blocks, np.int32).reshape(-1, 3)[:, 1:]),
-        max_seqlen=max(max(run) for run in runs),
     )
 
 

@@ -1,12 +1,14 @@
 """Packed attention against its definition in float64, and that no sequence reads what is not its own."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from parity import assert_as_accurate
-from trunkline.engine.packing import PackPlan, _plan
-from trunkline.kernels.attention import _backward, _forward, attention, attention_reference
+from trunkline.kernels.attention import SHAPES, _backward, _forward, attention, attention_reference, example
+from trunkline.kernels.pack_plan import PackPlan
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 RAGGED = [[63], [64], [65], [1, 30, 0, 33], [127], [128], [90, 0, 38], [129], [300]]
@@ -25,20 +27,25 @@ def make(
     runs: list[list[int]], heads: int = 4, kv_heads: int = 2, dtype: torch.dtype = torch.float32, device: str = "cpu"
 ) -> tuple[Tensor, Tensor, Tensor, PackPlan]:
     """q, k, v and the plan of a stream."""
-    plan = _plan(runs)
+    plan = PackPlan.of_runs(runs)
     T = int(plan.cu_seqlens[-1])
     q, k, v = (torch.randn(T, n, WIDTH).to(device, dtype) for n in (heads, kv_heads, kv_heads))
     return q, k, v, plan.to(device)
 
 
+def bounds(lengths: list[int]) -> Tensor:
+    return torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
+
+
 def assert_matches(
-    q: Tensor, k: Tensor, v: Tensor, plan: PackPlan, causal: bool, scale: float | None = None, slack: float = 2.0
+    q: Tensor, k: Tensor, v: Tensor, plan: PackPlan, slack: float = 2.0, floor: float = 1e-6, **settings: Any
 ) -> None:
     assert_as_accurate(
-        lambda q, k, v: attention(q, k, v, plan, causal=causal, scale=scale),
-        lambda q, k, v: attention_reference(q, k, v, plan.cu_seqlens, causal, scale or WIDTH**-0.5),
+        lambda q, k, v: attention(q, k, v, plan, **settings),
+        lambda q, k, v: attention_reference(q, k, v, plan, **settings),
         (q, k, v),
         slack=slack,
+        floor=floor,
     )
 
 
@@ -53,7 +60,7 @@ def results(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan, causal: bool, dout:
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("runs", RUNS.values(), ids=RUNS)
 def test_matches_definition(runs, causal, device):
-    assert_matches(*make(runs, device=device), causal)
+    assert_matches(*make(runs, device=device), causal=causal)
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -61,7 +68,7 @@ def test_matches_definition(runs, causal, device):
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 def test_half_precision(causal, dtype, device):
     # sums in float32: better than the definition, which rounds the scores and the probabilities
-    assert_matches(*make(RAGGED, dtype=dtype, device=device), causal, slack=0.5)
+    assert_matches(*make(RAGGED, dtype=dtype, device=device), causal=causal, slack=0.5)
 
 
 @pytest.mark.parametrize(("heads", "kv_heads"), [(1, 1), (3, 3), (6, 2), (4, 1)])
@@ -158,13 +165,96 @@ def test_neighbours_in_a_tile_do_not_matter(causal):
             assert torch.equal(got[~theirs], expected[~theirs])
 
 
-def test_tokens_outside_the_plan_get_zero():
-    q, k, v, plan = make([[30, 20], [70], [129]])
-    without = PackPlan(plan.cu_seqlens, plan.tiles[1:], plan.blocks[:1], plan.max_seqlen)
-    for got in results(q, k, v, without, True, torch.randn_like(q))[:2]:  # out and dq
-        assert got[50:248].any()
-        assert not got[:50].any()
-        assert not got[248:].any()
+SETTINGS: dict[str, dict] = {
+    "window": {"causal": False, "window": (9, 4)},
+    "window of one": {"causal": False, "window": (0, 0)},
+    "window to the left": {"causal": False, "window": (100, -1)},
+    "window to the right": {"causal": False, "window": (-1, 3)},
+    "causal window": {"causal": True, "window": (70, 5)},
+    "soft cap": {"causal": True, "softcap": 0.4},
+    "dropout": {"causal": True, "dropout": 0.3, "seed": 2**40 + 7},
+    "everything": {"causal": True, "window": (30, 0), "softcap": 0.7, "scale": 0.5, "dropout": 0.2, "seed": 3},
+}
+every_setting = pytest.mark.parametrize("settings", SETTINGS.values(), ids=SETTINGS)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@every_setting
+def test_settings_match_definition(settings, device):
+    assert_matches(*make(RAGGED, device=device), **settings, floor=1e-5)
+
+
+CROSS = {  # queries and keys of every sequence
+    "decoding": ([1, 1, 1, 1], [5, 1, 300, 129]),
+    "chunks": ([20, 130, 7], [50, 400, 7]),
+    "more queries than keys": ([20, 300, 5], [7, 30, 0]),
+    "no queries": ([0, 4, 0], [9, 0, 200]),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("settings", [{"causal": True}, {"causal": False}, *SETTINGS.values()], ids=str)
+@pytest.mark.parametrize(("lengths", "lengths_k"), CROSS.values(), ids=CROSS)
+def test_keys_of_other_lengths_match_definition(lengths, lengths_k, settings, device):
+    plan = PackPlan.of(bounds(lengths), bounds(lengths_k)).to(device)
+    q, k, v = (torch.randn(sum(n), h, WIDTH, device=device) for n, h in ((lengths, 4), (lengths_k, 2), (lengths_k, 2)))
+    assert_matches(q, k, v, plan, **settings, floor=1e-5)
+
+
+def test_query_without_keys_gets_zero_and_gives_no_gradient():
+    plan = PackPlan.of(bounds([3, 2]), bounds([1, 0]))  # causal: only the third query sees the key
+    q, k, v = torch.randn(5, 1, 8), torch.randn(1, 1, 8), torch.randn(1, 1, 8)
+    out, dq, dk, dv = results(q, k, v, plan, True, torch.randn(5, 1, 8))
+    assert torch.equal(out[2], v[0])
+    assert not out[[0, 1, 3, 4]].any()
+    assert not dq[[0, 1, 3, 4]].any()
+    assert dk.isfinite().all()
+    assert dv.any()
+
+
+def test_dropout_does_not_depend_on_the_tiling():
+    lengths = [40, 20, 70]
+    q, k, v = (torch.randn(130, 2, WIDTH, dtype=torch.float64) for _ in range(3))
+    settings = {"causal": True, "dropout": 0.5, "seed": 1}
+    tiles = attention(q, k, v, PackPlan.of_runs([[40, 20], [70]]), **settings)
+    wide = attention(q, k, v, PackPlan.of_runs([[40], [20, 70]]), **settings)
+    blocks = attention(q, k, v, PackPlan._cross(lengths, lengths), **settings)
+    torch.testing.assert_close(tiles, wide)
+    torch.testing.assert_close(tiles, blocks)
+
+
+def test_dropout_leaves_out_the_share_it_should():
+    q, k = torch.zeros(2, 400, 1, 4)  # every weight is the same
+    plan = PackPlan.of(bounds([400]))
+    for dropout in (0.1, 0.7):
+        out = attention(q, k, torch.ones_like(k), plan, causal=False, dropout=dropout)  # share of kept / (1 - dropout)
+        assert out.mean() == pytest.approx(1.0, abs=0.02)
+        assert out.std() == pytest.approx((dropout / (1 - dropout) / 400) ** 0.5, rel=0.2)
+
+
+def test_seed_of_dropout():
+    q, k, v, plan = make([[60], [200]])
+
+    def drop(**seed: int) -> Tensor:
+        return attention(q, k, v, plan, causal=True, dropout=0.3, **seed)
+
+    assert torch.equal(drop(seed=5), drop(seed=5))
+    assert not torch.equal(drop(seed=5), drop(seed=6))
+    assert not torch.equal(drop(seed=5), drop(seed=5 + 2**32))  # all 64 bits count
+    assert not torch.equal(drop(), drop())
+    torch.manual_seed(1)
+    first = drop()
+    torch.manual_seed(1)
+    assert torch.equal(first, drop())
+
+
+@every_setting
+def test_gradcheck_of_settings(settings):
+    for lengths, lengths_k in (([3, 0, 4], [3, 0, 4]), ([2, 4, 1], [5, 3, 0])):
+        plan = PackPlan.of(bounds(lengths), bounds(lengths_k))
+        shapes = ((sum(lengths), 2, 3), (sum(lengths_k), 1, 3), (sum(lengths_k), 1, 3))
+        leaves = [torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes]
+        torch.autograd.gradcheck(lambda q, k, v: attention(q, k, v, plan, **settings), leaves)  # noqa: B023
 
 
 def test_single_token_gets_its_own_value():
@@ -179,10 +269,11 @@ def test_op_contract(layout, dtype):
     dout = torch.randn_like(q)
     if layout == "heads first":
         q, k, v, dout = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v, dout))
-    where = (plan.cu_seqlens, plan.tiles, plan.blocks)
-    torch.library.opcheck(_forward, (q, k, v, *where, True, 0.25))
-    out, lse = _forward(q, k, v, *where, True, 0.25)
-    torch.library.opcheck(_backward, (dout, q, k, v, out, lse, *where, True, 0.25))
+    layout = list(plan.layout)
+    settings = (plan.narrow_tiles, 0.25, -1, 0, 0.0, 0.0, None)
+    torch.library.opcheck(_forward, (q, k, v, layout, *settings))
+    out, lse = _forward(q, k, v, layout, *settings)
+    torch.library.opcheck(_backward, (dout, q, k, v, out, lse, layout, *settings, False))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
@@ -212,7 +303,6 @@ def test_same_bits_every_time():
     [
         ((5, 4), (5, 2, 8), (5, 2, 8)),
         ((5, 4, 8), (5, 2, 8), (5, 4, 8)),
-        ((5, 4, 8), (6, 2, 8), (6, 2, 8)),
         ((5, 4, 8), (5, 2, 4), (5, 2, 4)),
         ((5, 4, 8), (5, 3, 8), (5, 3, 8)),
         ((5, 4, 8), (5, 0, 8), (5, 0, 8)),
@@ -221,10 +311,55 @@ def test_same_bits_every_time():
 def test_wrong_shapes_are_named(q, k, v):
     message = rf"attention: q must be \(T, H, D\).*got q \[{str(q)[1:-1]}\], k \[{str(k)[1:-1]}\], v \[{str(v)[1:-1]}\]"
     with pytest.raises(ValueError, match=message):
-        attention(torch.zeros(q), torch.zeros(k), torch.zeros(v), _plan([[5]]), causal=True)
+        attention(torch.zeros(q), torch.zeros(k), torch.zeros(v), PackPlan.of_runs([[5]]), causal=True)
 
 
 def test_mixed_dtypes_are_named():
     q, k, v, plan = make([[5]])
-    with pytest.raises(ValueError, match=r"one dtype, got torch\.float32, torch\.float16, torch\.float32"):
+    with pytest.raises(ValueError, match=r"one dtype.*got torch\.float32, torch\.float16, torch\.float32"):
         attention(q, k.half(), v, plan, causal=True)
+    with pytest.raises(ValueError, match=r"one dtype, float16.*got torch\.int64"):
+        attention(q.long(), k.long(), v.long(), plan, causal=True)
+
+
+def test_mixed_devices_are_named():
+    q, k, v, plan = make([[5]])
+    with pytest.raises(ValueError, match="on one device, got cpu, meta, cpu, cpu"):
+        attention(q, k.to("meta"), v, plan, causal=True)
+
+
+def test_plan_of_another_batch_is_named():
+    q, k, v, _ = make([[5]])
+    with pytest.raises(ValueError, match="plan is of 6 tokens and 6 keys, got q of 5 and k of 5"):
+        attention(q, k, v, PackPlan.of(bounds([6])), causal=True)
+    with pytest.raises(ValueError, match="plan is of 5 tokens and 6 keys, got q of 5 and k of 5"):
+        attention(q, k, v, PackPlan.of(bounds([5]), bounds([6])), causal=True)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
+        ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
+        ({"dropout": 0.1, "seed": -1}, r"seed must be in \[0, 2\^63\), got -1"),
+        ({"softcap": 0.0}, "softcap must be above 0, got 0.0"),
+        ({"window": (-2, 0)}, r"window must be \(left, right\).*got \(-2, 0\)"),
+    ],
+)
+def test_settings_out_of_range_are_named(settings, message):
+    with pytest.raises(ValueError, match=message):
+        attention(*make([[5]]), causal=True, **settings)
+
+
+def test_heads_too_wide_are_named():
+    q = torch.zeros(5, 1, 257)
+    with pytest.raises(ValueError, match="heads must be 1 to 256 wide, got 257"):
+        attention(q, q, q, PackPlan.of(bounds([5])), causal=True)
+
+
+def test_example_is_what_the_function_takes():
+    sizes = {"lengths": [48, 3, 200], "heads": 4, "head_dim": 32, "kv_heads": 2, "causal": True}
+    arguments = example("cpu", torch.bfloat16, **sizes)
+    assert attention(**arguments).shape == (251, 4, 32)
+    assert torch.equal(arguments["q"], example("cpu", torch.bfloat16, **sizes)["q"])
+    assert all({"lengths", "heads", "head_dim", "causal"} == set(sizes) for sizes in SHAPES.values())
