@@ -110,7 +110,7 @@ class MultiTaskModel(nn.Module):
                     x[:a],
                     self.weight.to(x.dtype),
                     self.bias.to(x.dtype),
-                    rows.task[:a],
+                    rows.offsets[: first_span + 1],
                     rows.target[:a],
                     rows.value[:a],
                     rows.weight[:a],

@@ -5,13 +5,17 @@ from typing import NamedTuple
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from parity import assert_as_accurate
 from trunkline.kernels.task_loss import (
+    SHAPES,
     LossSums,
     _backward,
     _forward,
+    example,
+    task_logits,
     task_loss,
     task_loss_reference,
 )
@@ -20,7 +24,7 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 CLASSES = [3, 1, 2, 7, 1, 5]  # columns of every task
 REGRESSION = [False, True, False, False, False, False]  # the other task with one column has one class
 ABSENT = 3
-ROWS = {"mixed": [0, 1, 2, 4, 5] * 40, "one row": [2], "one task": [1] * 9, "no row": []}  # the task of every row
+ROWS = {"mixed": sorted([0, 1, 2, 4, 5] * 40), "one row": [2], "one task": [1] * 9, "no row": []}  # each row's task
 
 
 class Inputs(NamedTuple):
@@ -29,7 +33,7 @@ class Inputs(NamedTuple):
     x: Tensor
     weight: Tensor
     bias: Tensor
-    task: Tensor
+    offsets: Tensor
     target: Tensor
     value: Tensor
     row_weight: Tensor
@@ -39,13 +43,14 @@ class Inputs(NamedTuple):
 
 def make(tasks: list[int], dtype: torch.dtype = torch.float32, device: str = "cpu", width: int = 24) -> Inputs:
     task = torch.tensor(tasks, dtype=torch.int64)
+    counts = torch.bincount(task, minlength=len(CLASSES))
     R, K, regression = len(task), sum(CLASSES), torch.tensor(REGRESSION)
     target = (torch.rand(R) * torch.tensor(CLASSES)[task]).long()
     inputs = Inputs(
         x=torch.randn(R, width).to(dtype),
         weight=torch.randn(K, width).to(dtype),
         bias=torch.randn(K).to(dtype),
-        task=task,
+        offsets=F.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
         target=target,
         value=torch.where(regression[task], torch.randn(R), 0.0),
         row_weight=torch.rand(R) + 0.5,
@@ -94,14 +99,9 @@ def test_half_precision_sums_in_float32(dtype):
     torch.testing.assert_close(loss, exact.float())
 
 
-def test_gathers_in_chunks(monkeypatch):
-    monkeypatch.setattr("trunkline.kernels.task_loss.GATHERED", 3 * max(CLASSES) * 24 + 1)  # 200 rows, 3 at a time
-    assert_matches(make(ROWS["mixed"]), smoothing=0.1)
-
-
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_gradcheck(smoothing):
-    x, weight, bias, *rest = make([0, 1, 2, 4, 5, 0], torch.float64, width=3)
+    x, weight, bias, *rest = make([0, 0, 1, 2, 4, 5], torch.float64, width=3)
 
     def loss(*leaves: Tensor) -> Tensor:
         return task_loss(*leaves, *rest, width=max(CLASSES), label_smoothing=smoothing).loss
@@ -111,15 +111,15 @@ def test_gradcheck(smoothing):
 
 def test_sums():
     """Worked out by hand: two tasks of two classes, whose logits are the features, and a number."""
-    x = torch.tensor([[0.0, 0.0], [1.0, 0.0], [0.0, 1.0], [5.0, 0.0], [3.0, 0.0]])
+    x = torch.tensor([[0.0, 0.0], [0.0, 1.0], [1.0, 0.0], [5.0, 0.0], [3.0, 0.0]])
     sums = task_loss(
         x,
         torch.tensor([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0], [0.0, 1.0], [1.0, 0.0]]),
         torch.zeros(5),
-        task=torch.tensor([0, 1, 0, 1, 2]),
+        offsets=torch.tensor([0, 2, 4, 5], dtype=torch.int32),
         target=torch.tensor([0, 1, 1, 0, 0]),
         value=torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0]),
-        row_weight=torch.tensor([2.0, 0.5, 1.0, 0.0, 0.25]),
+        row_weight=torch.tensor([2.0, 1.0, 0.5, 0.0, 0.25]),
         class_offsets=torch.tensor([0, 2, 4, 5], dtype=torch.int32),
         regression=torch.tensor([False, False, True]),
         width=2,
@@ -151,9 +151,11 @@ def test_rows_of_weight_zero_do_not_count():
     inputs = make(ROWS["mixed"])
     for total in results(inputs._replace(row_weight=torch.zeros_like(inputs.row_weight)), torch.ones(len(CLASSES))):
         assert not total.any()
-    kept = torch.arange(len(inputs.task)) % 3 > 0
+    kept = torch.arange(len(inputs.x)) % 3 > 0
     dloss = torch.randn(len(CLASSES))
-    fewer = results(Inputs(*(t[kept] if len(t) == len(kept) else t for t in inputs)), dloss)
+    offsets = F.pad(kept.cumsum(0), (1, 0))[inputs.offsets].to(torch.int32)
+    fewer = Inputs(*(t[kept] if len(t) == len(kept) else t for t in inputs))._replace(offsets=offsets)
+    fewer = results(fewer, dloss)
     *masked, dx, dweight, dbias = results(inputs._replace(row_weight=inputs.row_weight * kept), dloss)
     assert not dx[~kept].any()
     for got, expected in zip((*masked, dx[kept], dweight, dbias), fewer, strict=True):
@@ -168,7 +170,7 @@ def test_only_loss_carries_gradients():
 
 @pytest.mark.parametrize("offset", [1e3, -1e3])
 def test_logits_of_a_thousand(offset):
-    inputs = make([0, 2, 5] * 20)
+    inputs = make(sorted([0, 2, 5] * 20))
     assert_matches(inputs._replace(bias=inputs.bias + offset), smoothing=0.1)
 
 
@@ -177,7 +179,7 @@ def test_gradient_of_a_sure_prediction(dtype):
     """p = 0.9993 for the true class: p - 1 must not be what is left of the rounding of p."""
     logits = torch.zeros(5, 5).fill_diagonal_(8.625)  # exact in every dtype, and so is everything but the gradient
     offsets, regression = torch.tensor([0, 5], dtype=torch.int32), torch.tensor([False])
-    rows = (torch.zeros(5, dtype=torch.int64), torch.arange(5), torch.zeros(5), torch.ones(5))
+    rows = (offsets, torch.arange(5), torch.zeros(5), torch.ones(5))
 
     def gradients(function, dtype: torch.dtype, **options: int) -> tuple[Tensor, ...]:
         leaves = [t.to(dtype).requires_grad_() for t in (torch.eye(5), logits, torch.zeros(5))]
@@ -226,16 +228,17 @@ def test_views():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_op_contract(dtype):
-    inputs = make([0, 1, 5, 1], dtype)
+    inputs = make([0, 1, 1, 5], dtype)
     *_, gradient = _forward(*inputs, max(CLASSES), 0.1)
     torch.library.opcheck(_forward, (*inputs, max(CLASSES), 0.1))
     dloss = torch.randn(len(CLASSES))
     torch.library.opcheck(_backward, (dloss, gradient, *inputs[:4], inputs.class_offsets))
+    torch.library.opcheck(task_logits, (*inputs[:4], inputs.class_offsets, max(CLASSES)))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
 def test_compiles():
-    x, weight, bias, *rest = make([0, 1, 5, 1])
+    x, weight, bias, *rest = make([0, 1, 1, 5])
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
 
     def function(*leaves: Tensor) -> LossSums:
@@ -266,9 +269,135 @@ def test_wrong_table_is_named(weight, bias):
         task_loss(*inputs, width=max(CLASSES))
 
 
-@pytest.mark.parametrize("name", ["task", "target", "value", "row_weight"])
+@pytest.mark.parametrize("name", ["target", "value", "row_weight"])
 def test_wrong_number_of_rows_is_named(name):
     inputs = make([0, 1])
     inputs = inputs._replace(**{name: getattr(inputs, name).repeat(2)})
     with pytest.raises(ValueError, match=rf"task_loss: {name} must be \(R,\) = \(2,\) to match x, got \[4\]"):
         task_loss(*inputs, width=max(CLASSES))
+
+
+def test_order_of_rows_in_a_task_does_not_matter():
+    inputs, dloss = make(ROWS["mixed"]), torch.randn(len(CLASSES))
+    bounds = inputs.offsets.tolist()
+    shuffled = [a + torch.randperm(b - a) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+    order = torch.cat(shuffled)
+    moved = results(Inputs(*(t[order] if len(t) == len(order) else t for t in inputs)), dloss)
+    *sums, dx, dweight, dbias = results(inputs, dloss)
+    for got, expected in zip(moved, (*sums, dx[order], dweight, dbias), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_class_weights_are_row_weights():
+    inputs, class_weight = make(ROWS["mixed"]), torch.rand(sum(CLASSES))
+    task = torch.tensor(ROWS["mixed"])
+    weights = class_weight[inputs.class_offsets[task] + inputs.target]
+    expected = task_loss(*inputs._replace(row_weight=inputs.row_weight * weights), width=max(CLASSES))
+    got = task_loss(*inputs, width=max(CLASSES), class_weight=class_weight)
+    torch.testing.assert_close(got, expected)
+    first = inputs.offsets[2], inputs.offsets[3]  # against torch's own meaning of class weights
+    rows, table = slice(*first), slice(*inputs.class_offsets[2:4])
+    logits = F.linear(inputs.x[rows], inputs.weight[table], inputs.bias[table])
+    ones = inputs._replace(row_weight=torch.ones_like(inputs.row_weight))
+    loss, weight, *_ = task_loss(*ones, width=max(CLASSES), class_weight=class_weight)
+    torch.testing.assert_close(loss[2] / weight[2], F.cross_entropy(logits, inputs.target[rows], class_weight[table]))
+
+
+def test_micro_batches_add_up_to_the_batch():
+    """Sums, and so losses normalised by them: rows dealt out so that a task may miss a whole micro-batch."""
+    inputs = make(ROWS["mixed"], torch.float64)
+    dloss = 1 / results(inputs, torch.ones(len(CLASSES)).double())[1].clamp(min=1)  # loss_t = sum w l / sum w
+    whole = results(inputs, dloss)
+    part = torch.arange(len(inputs.x)) // 50
+    parts = []
+    for index in range(4):
+        kept = part == index
+        offsets = F.pad(kept.cumsum(0), (1, 0))[inputs.offsets].to(torch.int32)
+        micro = Inputs(*(t[kept] if len(t) == len(kept) else t for t in inputs))._replace(offsets=offsets)
+        parts.append(results(micro, dloss))
+    for place in (0, 1, 2, 3, 5, 6):  # all but dx
+        torch.testing.assert_close(sum(p[place] for p in parts), whole[place], rtol=1e-6, atol=1e-9)
+
+
+def test_many_more_tasks_than_rows():
+    inputs, N = make([0, 0, 2, 5]), 500
+    present = results(inputs, torch.ones(len(CLASSES)))
+    counts = torch.zeros(N, dtype=torch.int64).index_put_((torch.tensor([0, 2, 5]),), torch.tensor([2, 1, 1]))
+    more = N - len(CLASSES)
+    wide = inputs._replace(
+        weight=torch.cat([inputs.weight, torch.randn(2 * more, 24)]),
+        bias=torch.cat([inputs.bias, torch.randn(2 * more)]),
+        offsets=F.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
+        class_offsets=torch.tensor([0, *CLASSES, *[2] * more]).cumsum(0).to(torch.int32),
+        regression=torch.tensor([*REGRESSION, *[False] * more]),
+    )
+    for got, expected in zip(results(wide, torch.ones(N)), present, strict=True):
+        torch.testing.assert_close(got[: len(expected)], expected)
+        assert not got[len(expected) :].any()
+
+
+def test_logits():
+    inputs = make(ROWS["mixed"])
+    logits = task_logits(*inputs[:4], inputs.class_offsets, max(CLASSES))
+    for row in (0, 70, 199):
+        t = ROWS["mixed"][row]
+        table = slice(*inputs.class_offsets[t : t + 2])
+        own = F.linear(inputs.x[row], inputs.weight[table], inputs.bias[table])
+        torch.testing.assert_close(logits[row, : CLASSES[t]], own)
+        assert (logits[row, CLASSES[t] :] == -math.inf).all()
+
+
+@pytest.mark.parametrize("target", [-1, 2, 7])
+def test_target_outside_of_the_classes_is_named(target):
+    inputs = make(ROWS["mixed"])
+    inputs.target[101] = target
+    message = rf"task_loss: target must be in \[0, 2\) for task 2, got {target} at row 101"
+    with pytest.raises(ValueError, match=message):
+        task_loss(*inputs, width=max(CLASSES))
+
+
+def test_target_of_a_number_has_no_meaning():
+    inputs = make([0, 1, 1, 2])
+    expected = task_loss(*inputs, width=max(CLASSES))
+    inputs.target[1:3] = -100
+    torch.testing.assert_close(task_loss(*inputs, width=max(CLASSES)), expected)
+
+
+def test_float_targets_are_named():
+    inputs = make([0, 1])
+    with pytest.raises(ValueError, match=r"target must be int64 classes, got torch.float32; numbers belong into value"):
+        task_loss(*inputs._replace(target=inputs.target.float()), width=max(CLASSES))
+
+
+@pytest.mark.parametrize("offsets", [[0, 1, 1, 1, 1, 1, 1], [0, 2, 1, 2, 2, 2, 2], [1, 2, 2, 2, 2, 2, 2]])
+def test_offsets_that_do_not_cover_the_rows_are_named(offsets):
+    inputs = make([0, 1])._replace(offsets=torch.tensor(offsets, dtype=torch.int32))
+    message = rf"task_loss: offsets must rise from 0 to R = 2, got \[{', '.join(map(str, offsets))}\]"
+    with pytest.raises(ValueError, match=message):
+        task_loss(*inputs, width=max(CLASSES))
+
+
+def test_wrong_number_of_tasks_is_named():
+    inputs = make([0, 1])
+    message = r"offsets must be \(7,\) and regression \(6,\) to match class_offsets of N = 6 tasks, got \[6\] and \[6\]"
+    with pytest.raises(ValueError, match=message):
+        task_loss(*inputs._replace(offsets=inputs.offsets[:-1]), width=max(CLASSES))
+
+
+@pytest.mark.parametrize("width", [6, max(CLASSES)])
+def test_columns_that_do_not_fit_the_table_are_named(width):
+    inputs = make([0, 1])
+    if width == max(CLASSES):
+        inputs.class_offsets[-1] -= 1
+    message = rf"class_offsets must rise from 0 to K = 19 by 1 to C = {width} columns a task, got \[0, 3, 4, 6, 13, 14"
+    with pytest.raises(ValueError, match=message):
+        task_loss(*inputs, width=width)
+
+
+@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
+def test_example(sizes):
+    arguments = example("cpu", torch.bfloat16, **(sizes | {"rows": 64, "width": 8}))
+    assert arguments["x"].shape == (64, 8)
+    sums = task_loss(**arguments)
+    assert sums.count.sum() == 64
+    assert sums.loss.isfinite().all()

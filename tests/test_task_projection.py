@@ -5,7 +5,14 @@ import torch
 from torch import Tensor
 
 from parity import assert_as_accurate
-from trunkline.kernels.task_projection import _backward, _forward, task_projection, task_projection_reference
+from trunkline.kernels.task_projection import (
+    SHAPES,
+    _backward,
+    _forward,
+    example,
+    task_projection,
+    task_projection_reference,
+)
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 ACTIVATIONS = ["none", "gelu", "relu", "tanh"]
@@ -102,7 +109,8 @@ def test_op_contract(activation):
     x, weight, bias, offsets = make([3, 0, 2], torch.bfloat16)
     torch.library.opcheck(_forward, (x, weight, bias, offsets, activation))
     y, z = _forward(x, weight, bias, offsets, activation)
-    torch.library.opcheck(_backward, (torch.randn_like(y), x, weight, bias, z, offsets, activation))
+    saved = z if activation == "gelu" else y
+    torch.library.opcheck(_backward, (torch.randn_like(y), x, weight, bias, saved, offsets, activation))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
@@ -144,3 +152,19 @@ def test_wrong_shapes_are_named(x, bias, offsets):
 def test_unknown_activation_is_named():
     with pytest.raises(ValueError, match="activation must be one of none, gelu, relu, tanh, got 'swish'"):
         task_projection(*make([2]), "swish")
+
+
+@pytest.mark.parametrize("offsets", [[0, 2, 4], [0, 6, 5], [1, 3, 5]])
+def test_offsets_that_do_not_cover_the_rows_are_named(offsets):
+    x, weight, bias, _ = make([2, 3])
+    message = rf"task_projection: offsets must rise from 0 to R = 5, got \[{', '.join(map(str, offsets))}\]"
+    with pytest.raises(ValueError, match=message):
+        task_projection(x, weight, bias, torch.tensor(offsets, dtype=torch.int32))
+
+
+@pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
+def test_example(sizes):
+    arguments = example("cpu", torch.bfloat16, **(sizes | {"rows": 64, "width": 8, "columns": 8}))
+    y = task_projection(**arguments)
+    assert y.shape == (64, 8)
+    assert y.isfinite().all()
