@@ -19,16 +19,16 @@ from trunkline.engine.generate import Search, generate
 from trunkline.engine.heads import HEADS
 from trunkline.engine.model import MultiTaskModel, in_model_order
 from trunkline.engine.packing import Example, pack
+from trunkline.engine.pretrained import SETTINGS, WEIGHTS
 from trunkline.engine.trunk import Trunk, TrunkConfig, preset
-from trunkline.training.config import Config, restore_config
+from trunkline.training.config import Config, restore_config, trunk_of
 from trunkline.training.corpus import load_corpus
 from trunkline.training.data import Layout, describe, prediction_rows
 from trunkline.training.evaluation import evaluate
 from trunkline.training.tasks import Task
 from trunkline.training.tokenizer import Tokenizer
 
-WEIGHTS, SETTINGS = "model.safetensors", "engine.json"
-FIXED = ("tasks", "trunk", "projection", "label_smoothing", "tokenizer", "device")  # what an engine is made from
+FIXED = ("tasks", "trunk", "init", "projection", "label_smoothing", "tokenizer", "device")  # what it is made from
 
 
 class Engine:
@@ -39,7 +39,8 @@ class Engine:
         engine.predict(["a gripping film"], tasks=["sst2"])
 
     Args:
-        trunk: a preset's name, a `TrunkConfig`, or a `Trunk` whose weights are the start (its tokenizer goes with it).
+        trunk: a preset's name, a `TrunkConfig`, or a `Trunk` whose weights are the start (its tokenizer goes with it);
+            None: what `init` brings, or 'tiny'.
         tasks: names of embedded tasks, or `Task`s.
         tokenizer: as `Config.tokenizer`, or a `Tokenizer`.
         settings: any other field of `trunkline.training.config.Config`.
@@ -53,7 +54,7 @@ class Engine:
 
     def __init__(
         self,
-        trunk: str | TrunkConfig | Trunk = "tiny",
+        trunk: str | TrunkConfig | Trunk | None = None,
         tasks: Sequence[str | Task] = (),
         tokenizer: str | Tokenizer = "",
         **settings: Any,
@@ -61,7 +62,16 @@ class Engine:
         if isinstance(tokenizer, str):
             settings["tokenizer"] = tokenizer
         start = trunk if isinstance(trunk, Trunk) else None
-        shape = trunk.config if isinstance(trunk, Trunk) else preset(trunk) if isinstance(trunk, str) else trunk
+        if isinstance(trunk, Trunk):
+            shape = trunk.config
+        elif isinstance(trunk, TrunkConfig):
+            shape = trunk
+        else:
+            shape = preset(trunk or "tiny")
+        if init := settings.get("init"):
+            if start is not None:
+                raise ValueError(f"engine: a Trunk and init='{init}' are two starts: give one of them")
+            shape = trunk_of(init, {} if trunk is None else asdict(shape))
         self._hold(Config(tasks=tuple(tasks), trunk=shape, **settings), start)
         if isinstance(tokenizer, Tokenizer):
             self.tokenizer = tokenizer
@@ -95,7 +105,12 @@ class Engine:
         self.tokenizer = tokenizer
         if self._model is None:
             torch.manual_seed(self.config.seed)
-            if self._trunk is None:
+            if self._trunk is None and self.config.init:
+                dropout = self.config.trunk.dropout
+                self._trunk = Trunk.from_pretrained(self.config.init, dropout=dropout, dtype=torch.float32)
+                self._trunk.grow_vocabulary(tokenizer.vocab_size)
+                self.config = replace(self.config, trunk=self._trunk.config)
+            elif self._trunk is None:
                 self.config = replace(self.config, trunk=replace(self.config.trunk, vocab_size=tokenizer.vocab_size))
                 self._trunk = Trunk(self.config.trunk)
             elif self.config.trunk.vocab_size < tokenizer.vocab_size:

@@ -65,7 +65,8 @@ class MultiTaskModel(nn.Module):
         for parameter in (self.weight, self.span_weight):
             nn.init.normal_(parameter, std=0.02)
         if "vocabulary" in groups and not trunk.config.tie_vocabulary:
-            self.vocabulary = nn.Parameter(torch.empty(trunk.config.vocab_size, D).normal_(std=0.02))
+            start = torch.empty(trunk.config.vocab_size, D).normal_(std=0.02)
+            self.vocabulary = nn.Parameter(start if trunk.vocabulary is None else trunk.vocabulary.clone())
         if projection:
             self.projection_weight = nn.Parameter(torch.zeros(N, D, D))
             self.projection_bias = nn.Parameter(torch.zeros(N, D))

@@ -6,9 +6,11 @@ One config covers the GPT-2, Llama / Qwen and BERT shapes. The trunk knows nothi
 T tokens, D width, H query heads, G key/value heads, E head width, R rows asked for
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,11 @@ from torch import Tensor, nn
 
 from trunkline.engine.packing import PackPlan
 from trunkline.kernels.attention import attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from trunkline.engine.pretrained import Origin
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -48,6 +55,13 @@ class TrunkConfig:
     """Where a token's place comes from: a learned vector added to the input, or a rotation of queries and keys."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths."""
+    rope_factor: float = 1.0
+    """Makes long rotary wavelengths this much longer: those that fit less than `rope_low_frequency` times into
+    `rope_original_positions` wholly, more than `rope_high_frequency` times not at all, others partly (Llama 3)."""
+    rope_low_frequency: float = 1.0
+    rope_high_frequency: float = 4.0
+    rope_original_positions: int = 0
+    """Longest sequence before `rope_factor`; 0: it applies to all wavelengths alike (linear scaling)."""
     norm: Literal["layer", "rms"] = "layer"
     """LayerNorm or RMSNorm."""
     norm_eps: float = 1e-5
@@ -80,6 +94,11 @@ class TrunkConfig:
             raise ValueError(f"trunk: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f"trunk: rotary positions need an even head width, got {self.head_width}")
+        if not self.rope_low_frequency < self.rope_high_frequency:
+            raise ValueError(
+                f"trunk: rope_low_frequency {self.rope_low_frequency} must be below "
+                f"rope_high_frequency {self.rope_high_frequency}"
+            )
 
     @property
     def kv_heads(self) -> int:
@@ -203,8 +222,12 @@ class Trunk(nn.Module):
         ValueError: an unknown preset.
     """
 
+    vocabulary: Tensor | None  # (V, D) what a checkpoint predicts tokens with, where that is not the embedding
+    origin: "Origin | None"  # what else the Hugging Face checkpoint held that this trunk comes from
+
     def __init__(self, config: TrunkConfig | str = "tiny"):
         super().__init__()
+        self.vocabulary = self.origin = None  # neither is trained here: not among the parameters
         self.config = config = preset(config) if isinstance(config, str) else config
         self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
@@ -239,6 +262,11 @@ class Trunk(nn.Module):
             return None
         half = torch.arange(0, self.config.head_width, 2, device=positions.device, dtype=torch.float32)
         frequency = 1 / self.config.rope_theta ** (half / self.config.head_width)  # rounded as Hugging Face does
+        if (factor := self.config.rope_factor) != 1:
+            fits = self.config.rope_original_positions * frequency / (2 * math.pi)  # times a wavelength does
+            low, high = self.config.rope_low_frequency, self.config.rope_high_frequency
+            kept = ((fits - low) / (high - low)).clamp(0, 1)
+            frequency = (1 - kept) * frequency / factor + kept * frequency
         angle = positions[:, None].float() * frequency  # (T, E / 2)
         return angle.cos(), angle.sin()
 
@@ -263,6 +291,70 @@ class Trunk(nn.Module):
             x = block(x, angles, attend)
         x = self.blocks[-1](x, angles, attend, rows)
         return self.final_norm(x) if self.config.norm_position == "pre" else x
+
+    def grow_vocabulary(self, vocab_size: int) -> None:
+        """Adds entries up to `vocab_size`, near the mean of those there are; a vocabulary that is larger stays."""
+        added = vocab_size - self.config.vocab_size
+        if added <= 0:
+            return
+        self.config = replace(self.config, vocab_size=vocab_size)
+        self.tokens.num_embeddings = vocab_size
+        self.tokens.weight = nn.Parameter(_with_entries(self.tokens.weight.detach(), added))
+        if self.vocabulary is not None:
+            self.vocabulary = _with_entries(self.vocabulary, added)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, dropout: float | None = None, dtype: torch.dtype | None = None
+    ) -> "Trunk":
+        """The trunk of a Hugging Face checkpoint, or of an engine of ours.
+
+        Covers GPT-2, BERT, Llama, Mistral, Qwen2 and Qwen3; reads safetensors and JSON only and runs no code of the
+        checkpoint. What the trunk has no use for (heads, BERT's pooler) is kept as it is for `to_hugging_face`; an
+        output embedding that is not tied to the input's is kept in `vocabulary`, where `MultiTaskModel` starts from it.
+
+        Args:
+            source: a folder with config.json and model.safetensors, or with model.safetensors.index.json and the files
+                it names; a saved engine or finished run; or an id on the Hugging Face hub.
+            dropout: in place of the checkpoint's.
+            dtype: of the weights; None: the checkpoint's.
+
+        Returns:
+            The trunk, in evaluation mode, on the CPU.
+
+        Raises:
+            ValueError: nothing to load, a damaged file, or an architecture or option that the trunk lacks; names it.
+        """
+        from trunkline.engine.pretrained import load
+
+        return load(str(source), dropout, dtype)
+
+    def to_hugging_face(self, vocabulary: Tensor | None = None) -> "PreTrainedModel":
+        """A transformers model with a copy of the weights: of the class that the trunk's checkpoint names, with all its
+        other tensors; for a trunk of ours the one with a vocabulary head where there is one, else the bare one.
+
+        Args:
+            vocabulary: (V, D) of a trunk whose vocabulary is not tied; None: the checkpoint's.
+
+        Raises:
+            ValueError: no covered architecture has this shape; says what stands against the nearest one.
+        """
+        from trunkline.engine.pretrained import to_hugging_face
+
+        return to_hugging_face(self, vocabulary)
+
+    def save_pretrained(self, folder: str | Path, vocabulary: Tensor | None = None) -> Path:
+        """Writes config.json and model.safetensors as transformers does; it need not be installed. As `to_hugging_face`
+        otherwise."""
+        from trunkline.engine.pretrained import save
+
+        return save(self, Path(folder), vocabulary)
+
+
+def _with_entries(weight: Tensor, added: int) -> Tensor:
+    """(V, D) -> (V + added, D)"""
+    entries = weight.float().mean(0) + 0.02 * torch.randn(added, weight.shape[1], device=weight.device)
+    return torch.cat([weight, entries.to(weight.dtype)])
 
 
 def preset(name: str, **changes: Any) -> TrunkConfig:

@@ -1,6 +1,5 @@
 """The trunk: no sequence of a packed batch sees another, and its shapes are those of Hugging Face's models."""
 
-import re
 from dataclasses import replace
 
 import numpy as np
@@ -226,89 +225,3 @@ def test_contradicting_fields_are_named(fields, message):
 def test_unknown_preset_is_named():
     with pytest.raises(ValueError, match="trunk: unknown preset 'large'; there are tiny, small, medium, bert-base"):
         Trunk("large")
-
-
-# Our module -> theirs, joined in this order; * is the layer.
-_GPT2_NAMES = {
-    "tokens": ["wte"],
-    "positions": ["wpe"],
-    "blocks.*.attention_norm": ["h.*.ln_1"],
-    "blocks.*.qkv": ["h.*.attn.c_attn"],
-    "blocks.*.attention_out": ["h.*.attn.c_proj"],
-    "blocks.*.mlp_norm": ["h.*.ln_2"],
-    "blocks.*.mlp_in": ["h.*.mlp.c_fc"],
-    "blocks.*.mlp_out": ["h.*.mlp.c_proj"],
-    "final_norm": ["ln_f"],
-}
-_LLAMA_NAMES = {
-    "tokens": ["embed_tokens"],
-    "blocks.*.attention_norm": ["layers.*.input_layernorm"],
-    "blocks.*.qkv": [f"layers.*.self_attn.{x}_proj" for x in "qkv"],
-    "blocks.*.query_norm": ["layers.*.self_attn.q_norm"],
-    "blocks.*.key_norm": ["layers.*.self_attn.k_norm"],
-    "blocks.*.attention_out": ["layers.*.self_attn.o_proj"],
-    "blocks.*.mlp_norm": ["layers.*.post_attention_layernorm"],
-    "blocks.*.mlp_in": ["layers.*.mlp.gate_proj", "layers.*.mlp.up_proj"],
-    "blocks.*.mlp_out": ["layers.*.mlp.down_proj"],
-    "final_norm": ["norm"],
-}
-_BERT_NAMES = {
-    "tokens": ["embeddings.word_embeddings"],
-    "positions": ["embeddings.position_embeddings"],
-    "token_types": ["embeddings.token_type_embeddings"],
-    "embedding_norm": ["embeddings.LayerNorm"],
-    "blocks.*.qkv": [f"encoder.layer.*.attention.self.{x}" for x in ("query", "key", "value")],
-    "blocks.*.attention_out": ["encoder.layer.*.attention.output.dense"],
-    "blocks.*.attention_norm": ["encoder.layer.*.attention.output.LayerNorm"],
-    "blocks.*.mlp_in": ["encoder.layer.*.intermediate.dense"],
-    "blocks.*.mlp_out": ["encoder.layer.*.output.dense"],
-    "blocks.*.mlp_norm": ["encoder.layer.*.output.LayerNorm"],
-}
-
-
-def hugging_face_model(shape: str) -> torch.nn.Module:
-    transformers = pytest.importorskip("transformers")
-    config = SHAPES[shape]
-    fields = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": config.hidden_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "max_position_embeddings": config.max_positions,
-        "n_inner" if shape == "gpt2" else "intermediate_size": config.mlp_width,
-    }
-    if config.positions == "rotary":
-        fields["num_key_value_heads"], fields["head_dim"] = config.kv_heads, config.head_width
-        fields["rope_parameters"] = {"rope_type": "default", "rope_theta": config.rope_theta}
-        fields["rms_norm_eps"] = config.norm_eps
-    kind = "GPT2" if shape == "gpt2" else shape.capitalize()
-    theirs = getattr(transformers, f"{kind}Config")(**fields)
-    return getattr(transformers, f"{kind}Model")(theirs, **({"add_pooling_layer": False} if shape == "bert" else {}))
-
-
-def copy_weights(trunk: Trunk, model: torch.nn.Module, names: dict[str, list[str]], inputs_first: bool) -> None:
-    """`inputs_first`: the weights of their linear layers are (in, out)."""
-    theirs = model.state_dict()
-    for name, parameter in trunk.named_parameters():
-        module, _, kind = name.rpartition(".")
-        layer = "".join(filter(str.isdigit, module))
-        sources = [source.replace("*", layer) for source in names[re.sub(r"\d+", "*", module)]]
-        weight = torch.cat([theirs.pop(f"{source}.{kind}") for source in sources])
-        parameter.data.copy_(weight.T if inputs_first and layer and weight.ndim == 2 else weight)
-    assert not theirs  # every weight of theirs has its place
-
-
-@every_shape
-def test_agrees_with_hugging_face(shape):
-    model = hugging_face_model(shape).eval()
-    randomise(model)
-    trunk = make(shape)
-    names = {"gpt2": _GPT2_NAMES, "bert": _BERT_NAMES}.get(shape, _LLAMA_NAMES)
-    copy_weights(trunk, model, names, inputs_first=shape == "gpt2")
-    batch = packed(sequences())
-    with torch.no_grad():
-        for example, states in zip(
-            batch.order, run(trunk, batch).split(batch.plan.cu_seqlens.diff().tolist()), strict=True
-        ):
-            expected = model(torch.from_numpy(sequences()[example])[None]).last_hidden_state[0]
-            torch.testing.assert_close(states, expected, atol=1e-5, rtol=1e-5)

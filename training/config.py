@@ -1,13 +1,14 @@
 """A run's settings: frozen dataclasses, read from YAML with key=value overrides, saved beside what the run made."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
 
+from trunkline.engine import pretrained
 from trunkline.engine.generate import Search
 from trunkline.engine.trunk import PRESETS, TrunkConfig
 from trunkline.training.balancing import Balancing
@@ -73,6 +74,9 @@ class Config:
     """Folder that file names of tasks start from; set to that of the YAML file."""
     trunk: TrunkConfig = field(default_factory=TrunkConfig)
     """Fields of the trunk, or the name of a preset (tiny, small, medium, bert-base), or both: {preset: tiny, ...}."""
+    init: str = ""
+    """Folder or hub id of a Hugging Face checkpoint, or folder of a finished run, whose trunk and tokenizer are the
+    start; of `trunk`, only the dropout may then be another."""
     projection: Literal["", "none", "gelu", "tanh"] = ""
     """Activation of a per-task projection before every head; empty: no projection; none: a linear one."""
     weights: dict[str, float] = field(default_factory=dict)
@@ -88,7 +92,7 @@ class Config:
     label_smoothing: float = 0.0
     """Share of the probability spread over all classes."""
     tokenizer: str = ""
-    """Folder, tokenizer.json or hub id; empty: a byte-level BPE trained on the run's training text."""
+    """Folder, tokenizer.json or hub id; empty: that of `init`; else a byte-level BPE trained on the run's own text."""
     vocab_size: int = 8192
     """Entries of a tokenizer that is trained."""
     steps: int = 1000
@@ -198,7 +202,10 @@ def config_from(settings: Mapping[str, Any]) -> Config:
     """
     import jsonargparse
 
-    settings = {**settings, "trunk": _expand_preset(settings.get("trunk", {}))}
+    trunk = _expand_preset(settings.get("trunk", {}))
+    if (init := settings.get("init")) and isinstance(trunk, Mapping):
+        trunk = {**trunk, **asdict(trunk_of(init, trunk))}
+    settings = {**settings, "trunk": trunk}
     if "balancing" in settings:
         settings["balancing"] = _expand_method(settings["balancing"])
     _check_keys(settings, Config, "")
@@ -283,6 +290,22 @@ def _expand_preset(trunk: Any) -> Any:
     if name not in PRESETS:
         raise ValueError(f"config: trunk '{name}' is no preset; there are {', '.join(PRESETS)}")
     return {**PRESETS[name], **{key: value for key, value in trunk.items() if key != "preset"}}
+
+
+def trunk_of(init: str, given: Mapping[str, Any]) -> TrunkConfig:
+    """The trunk that `init` brings, with the dropout that is given.
+
+    The size of the vocabulary is no contradiction: it is set from the tokenizer, which may have added entries.
+
+    Raises:
+        ValueError: `init` cannot be loaded, or its trunk differs in another field that is given.
+    """
+    shape = pretrained.shape_of(init)
+    for name, value in given.items():
+        found = getattr(shape, name, value)  # names that there are not are found by `_check_keys`
+        if name not in ("dropout", "vocab_size") and value != found:
+            raise ValueError(f"config: trunk.{name} is {value}, but {found} in '{init}', which init starts from")
+    return replace(shape, dropout=given.get("dropout", shape.dropout))
 
 
 def _check_keys(settings: Any, of: type, where: str) -> None:

@@ -69,8 +69,8 @@ def load_corpus(
 
 
 def _tokenizer(config: Config, training: list[tuple[Task, Rows]], tell: Callable[[str], None]) -> Tokenizer:
-    if config.tokenizer:
-        return Tokenizer.load(config.tokenizer)
+    if source := config.tokenizer or config.init:
+        return Tokenizer.load(source)
 
     def texts() -> Iterator[str]:
         for task, rows in training:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trunkline.engine import pretrained
 from trunkline.engine.memory import keep_freed_memory
 from trunkline.engine.packing import PackedBatch, pack
 from trunkline.training import checkpoint
@@ -238,6 +239,7 @@ def _fingerprint(config: Config, corpus: Corpus) -> dict[str, Any]:
     settings = asdict(config)
     for name in ("run", "base", "data", "device"):
         del settings[name]
+    settings["init"] = pretrained.digest(config.init) if config.init else ""
     settings["tasks"] = [task.name for task in corpus.tasks]  # in the order of the heads
     data = {
         split.task.name: asdict(split.task) | {"examples": len(split), "tokens": int(split.lengths.sum())}
