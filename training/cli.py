@@ -71,6 +71,13 @@ def _parser() -> argparse.ArgumentParser:
         help="default: the lines of standard input; a tab parts two texts of a pair",
     )
 
+    submit = command("submit", _submit, "predict GLUE's test splits, as a zip for its server")
+    _run_and_data(submit)
+    submit.add_argument("--out", type=Path, default=Path("glue.zip"), help="the zip to write; default: glue.zip")
+    submit.add_argument(
+        "--fill-missing", action="store_true", help="a constant for tasks that the run lacks; default: an error"
+    )
+
     tasks = command("tasks", _tasks, "list the embedded tasks")
     tasks.add_argument("--data", type=Path, help="folder laid out like the hub, to count examples in")
 
@@ -170,6 +177,12 @@ def _predict(options: argparse.Namespace) -> None:
     answers |= {name: engine.generate(lines, name) for name in asked if name in writing}
     for place, line in enumerate(lines):
         print(json.dumps({"text": line, **{name: answers[name][place] for name in asked}}, ensure_ascii=False))
+
+
+def _submit(options: argparse.Namespace) -> None:
+    from trunkline.training.submit import submit
+
+    print(submit(_load(options), options.out, options.fill_missing, tell=print))
 
 
 def _tasks(options: argparse.Namespace) -> None:
