@@ -83,7 +83,8 @@ def test_saved_and_loaded_it_is_the_same(config, tmp_path):
 
 def test_the_full_config_differs_from_the_default_everywhere():
     default = Config(tasks=("sst2",))
-    assert not [field.name for field in fields(Config) if getattr(FULL, field.name) == getattr(default, field.name)]
+    alike = [field.name for field in fields(Config) if getattr(FULL, field.name) == getattr(default, field.name)]
+    assert alike == ["init"]  # needs a checkpoint: test_pretrained_start.py
 
 
 @pytest.mark.parametrize("name", ["demo", "glue"])
