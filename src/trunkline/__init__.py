@@ -7,9 +7,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trunkline.engine.drop_in import attention_counts as attention_counts
+    from trunkline.engine.drop_in import flash_attn_func as flash_attn_func
+    from trunkline.engine.drop_in import flash_attn_varlen_func as flash_attn_varlen_func
+    from trunkline.engine.drop_in import scaled_dot_product_attention as scaled_dot_product_attention
     from trunkline.engine.engine import Engine as Engine
+    from trunkline.engine.multihead_attention import MultiheadAttention as MultiheadAttention
     from trunkline.engine.packing import PackedBatch as PackedBatch
     from trunkline.engine.packing import PackPlan as PackPlan
+    from trunkline.engine.patch import patch as patch
+    from trunkline.engine.patch import unpatch as unpatch
     from trunkline.engine.trunk import Trunk as Trunk
     from trunkline.engine.trunk import TrunkConfig as TrunkConfig
     from trunkline.kernels.attention import attention as attention
@@ -28,6 +35,13 @@ _MODULES = {
     "PackedBatch": "trunkline.engine.packing",
     "PackPlan": "trunkline.engine.packing",
     "attention": "trunkline.kernels.attention",
+    "flash_attn_func": "trunkline.engine.drop_in",
+    "flash_attn_varlen_func": "trunkline.engine.drop_in",
+    "scaled_dot_product_attention": "trunkline.engine.drop_in",
+    "attention_counts": "trunkline.engine.drop_in",
+    "MultiheadAttention": "trunkline.engine.multihead_attention",
+    "patch": "trunkline.engine.patch",
+    "unpatch": "trunkline.engine.patch",
     "task_projection": "trunkline.kernels.task_projection",
     "task_loss": "trunkline.kernels.task_loss",
     "linear_cross_entropy": "trunkline.kernels.linear_cross_entropy",

@@ -1,0 +1,509 @@
+"""Hugging Face models with our attention against the same models with PyTorch's, in float64 on random weights."""
+
+import copy
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import trunkline
+from trunkline.engine import drop_in, plans
+
+transformers = pytest.importorskip("transformers")
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # dynamo's own doing
+]
+
+VOCABULARY, WINDOW = 50, 4
+SMALL: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 160,
+    "bos_token_id": 0,
+    "eos_token_id": None,
+    "pad_token_id": 1,
+}
+GROUPED = {**SMALL, "num_key_value_heads": 2, "head_dim": 8}
+BUILD: dict[str, Callable[[], Any]] = {
+    "gpt2": lambda: transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=160,
+            scale_attn_by_inverse_layer_idx=True,
+            bos_token_id=0,
+            eos_token_id=None,
+            pad_token_id=1,
+        )
+    ),
+    "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)),
+    "qwen3": lambda: transformers.Qwen3ForCausalLM(
+        transformers.Qwen3Config(
+            **GROUPED,
+            use_sliding_window=True,
+            sliding_window=WINDOW,
+            layer_types=["full_attention", "sliding_attention"],
+        )
+    ),
+    "mistral": lambda: transformers.MistralForCausalLM(transformers.MistralConfig(**GROUPED, sliding_window=WINDOW)),
+    "bert": lambda: transformers.BertForMaskedLM(transformers.BertConfig(**SMALL)),
+    "modernbert": lambda: transformers.ModernBertForMaskedLM(
+        transformers.ModernBertConfig(**SMALL, local_attention=2 * WINDOW, global_attn_every_n_layers=2)
+    ),
+    "bart": lambda: transformers.BartForConditionalGeneration(
+        transformers.BartConfig(
+            vocab_size=VOCABULARY,
+            d_model=32,
+            encoder_layers=2,
+            decoder_layers=2,
+            encoder_attention_heads=4,
+            decoder_attention_heads=4,
+            encoder_ffn_dim=48,
+            decoder_ffn_dim=48,
+            max_position_embeddings=160,
+            forced_eos_token_id=None,
+            bos_token_id=0,
+            eos_token_id=None,
+            pad_token_id=1,
+            decoder_start_token_id=2,
+        )
+    ),
+}
+DECODERS = ["gpt2", "llama", "qwen3", "mistral"]
+FAMILIES = list(BUILD)
+
+
+@pytest.fixture(scope="module")
+def built() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def model_of(built: dict[str, Any]) -> Iterator[Callable[[str], Any]]:
+    """The model of a family, in evaluation mode; made once, and as it was after every test."""
+    used = []
+
+    def model(family: str) -> Any:
+        if family not in built:
+            torch.manual_seed(1)
+            built[family] = BUILD[family]().double().eval()
+            for name, parameter in built[family].named_parameters():
+                if parameter.ndim == 2 and "layernorm" not in name:
+                    parameter.data.normal_(std=0.3)  # so large that a wrong mask shows
+        used.append(built[family])
+        return built[family]
+
+    yield model
+    for one in used:
+        one.zero_grad()
+        if one.config._attn_implementation == "trunkline":
+            trunkline.unpatch(one)
+
+
+@pytest.fixture(autouse=True)
+def fresh_counts() -> Iterator[None]:
+    """What is left to PyTorch warns anew in every test, and fails one that does not expect it."""
+    drop_in._counts.clear()
+    yield
+    drop_in._counts.clear()
+
+
+def ids(*shape: int) -> Tensor:
+    return torch.randint(2, VOCABULARY, shape)
+
+
+MASKS = {
+    "no padding": None,
+    "left": [(3, 11), (0, 11), (9, 11)],
+    "right": [(0, 7), (0, 11), (0, 1)],
+    "both": [(2, 7), (4, 11), (0, 5)],
+}
+
+
+def mask_of(rows: list[tuple[int, int]] | None, slots: int = 11) -> dict[str, Tensor]:
+    if rows is None:
+        return {}
+    slot = torch.arange(slots)
+    return {"attention_mask": torch.stack([(slot >= first) & (slot < end) for first, end in rows]).long()}
+
+
+def results(model: Any, inputs: dict[str, Tensor], of_use: Tensor) -> dict[str, Tensor]:
+    """Logits where a token is, and the gradients of all parameters."""
+    logits = model(**inputs).logits[of_use]
+    generator = torch.Generator().manual_seed(0)
+    model.zero_grad()
+    (logits * torch.randn(logits.shape, generator=generator, dtype=logits.dtype)).sum().backward()
+    gradients = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    return {"logits": logits.detach(), **gradients}
+
+
+def assert_same_patched(model: Any, inputs: dict[str, Tensor], of_use: Tensor, calls: int) -> None:
+    before = results(model, inputs, of_use)
+    trunkline.patch(model)
+    patched = results(model, inputs, of_use)
+    assert trunkline.attention_counts() == {"patch": calls}
+    trunkline.unpatch(model)
+    after = results(model, inputs, of_use)
+    assert before.keys() == patched.keys()
+    for name in before:
+        torch.testing.assert_close(patched[name], before[name], msg=lambda text, name=name: f"{name}: {text}")
+        assert torch.equal(after[name], before[name]), name
+
+
+@pytest.mark.parametrize("rows", MASKS.values(), ids=MASKS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits_and_gradients(family, rows, model_of):
+    model, tokens, mask = model_of(family), ids(3, 11), mask_of(rows)
+    of_use = mask["attention_mask"].bool() if mask else torch.ones(3, 11, dtype=torch.bool)
+    inputs = {"input_ids": tokens, **mask}
+    if family == "bart":  # decoder and encoder equally long: their masks must not be taken for one another
+        decoder = {f"decoder_{name}": value.flip(0) for name, value in inputs.items()}
+        assert_same_patched(model, {**inputs, **decoder}, of_use.flip(0), calls=6)
+    else:
+        assert_same_patched(model, inputs, of_use, calls=2)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "mistral", "bert", "modernbert", "bart"])
+def test_rows_too_long_for_a_tile(family, model_of):
+    mask = mask_of([(0, 140), (5, 131), (139, 140)], 140)
+    inputs = {"input_ids": ids(3, 140), **mask}
+    if family == "bart":
+        inputs["decoder_input_ids"] = ids(3, 5)
+    of_use = torch.ones(3, 5, dtype=torch.bool) if family == "bart" else mask["attention_mask"].bool()
+    assert_same_patched(model_of(family), inputs, of_use, calls=6 if family == "bart" else 2)
+
+
+@pytest.mark.parametrize("cache", ["dynamic", "static"])
+@pytest.mark.parametrize("family", [*DECODERS, "bart"])
+def test_generated_ids(family, cache, model_of):
+    model = model_of(family)
+    mask = mask_of([(3, 7), (0, 7), (6, 7)], 7)
+    settings = {"max_new_tokens": 9, "do_sample": False, "cache_implementation": cache}
+
+    def generate() -> Tensor:
+        return model.generate(inputs, **mask, **settings)
+
+    inputs = ids(3, 7)
+    expected = generate()
+    trunkline.patch(model)
+    assert torch.equal(generate(), expected)
+    assert trunkline.attention_counts() == {"patch": 2 + 9 * 4 if family == "bart" else 9 * 2}
+
+
+def test_generated_by_beams(model_of):
+    model, inputs = model_of("bart"), ids(2, 7)
+    expected = model.generate(inputs, max_new_tokens=6, num_beams=3)
+    assert torch.equal(trunkline.patch(model).generate(inputs, max_new_tokens=6, num_beams=3), expected)
+
+
+def test_cache_that_is_continued(model_of):
+    """Several tokens at once behind a cache, in the window and out of it."""
+    for family in DECODERS:
+        model, tokens = model_of(family), ids(2, 12)
+        mask = mask_of([(2, 12), (0, 12)], 12)["attention_mask"]
+
+        def run(model: Any = model, tokens: Tensor = tokens, mask: Tensor = mask) -> Tensor:
+            cache, logits = transformers.DynamicCache(config=model.config), []
+            for first, end in ((0, 5), (5, 7), (7, 12)):
+                out = model(tokens[:, first:end], attention_mask=mask[:, :end], past_key_values=cache)
+                logits.append(out.logits)
+            return torch.cat(logits, 1)[mask.bool()]
+
+        with torch.no_grad():
+            expected = run()
+            trunkline.patch(model)
+            torch.testing.assert_close(run(), expected)
+    assert trunkline.attention_counts() == {"patch": 3 * 2 * len(DECODERS)}
+
+
+PACKED = [3, 1, 7, 5]
+
+
+def packed(flash: bool) -> tuple[list[Tensor], dict[str, Any]]:
+    """Sequences, and the batch that `DataCollatorWithFlattening` makes of them."""
+    sequences = [ids(length) for length in PACKED]
+    collate = transformers.DataCollatorWithFlattening(return_flash_attn_kwargs=flash)
+    batch = collate([{"input_ids": sequence.tolist()} for sequence in sequences])
+    batch.pop("labels")
+    return sequences, batch
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.parametrize("family", [*DECODERS, "bert"])
+def test_packed(family, use_cache, model_of):
+    model = model_of(family)
+    sequences, batch = packed(flash=True)
+    with torch.no_grad():
+        expected = torch.cat([model(sequence[None]).logits[0] for sequence in sequences])
+        trunkline.patch(model)
+        out = model(**batch, **({} if family == "bert" else {"use_cache": use_cache})).logits[0]
+    torch.testing.assert_close(out, expected)
+    assert trunkline.attention_counts() == {"patch": 2}
+
+
+@pytest.mark.parametrize("family", DECODERS)
+def test_packed_by_position_ids(family, model_of):
+    model = model_of(family)
+    _, batch = packed(flash=False)
+    batch["use_cache"] = False
+    assert_same_patched(model, batch, torch.ones(1, sum(PACKED), dtype=torch.bool), calls=2)
+
+
+def test_packed_sequences_never_read_one_another(model_of):
+    model = trunkline.patch(model_of("llama"))
+    _, batch = packed(flash=True)
+    with torch.no_grad():
+        clean = model(**batch).logits
+        batch["input_ids"][0, 4:11] = ids(7)  # the third sequence
+        dirty = model(**batch).logits
+    theirs = torch.zeros(sum(PACKED), dtype=torch.bool)
+    theirs[4:11] = True
+    assert torch.equal(dirty[0, ~theirs], clean[0, ~theirs])
+    assert not torch.equal(dirty[0, theirs], clean[0, theirs])
+
+
+COMPILED = {
+    "gpt2, packed": ("gpt2", lambda: packed(flash=True)[1]),
+    "llama, no mask": ("llama", lambda: {"input_ids": ids(3, 11)}),
+    "mistral, padded": ("mistral", lambda: {"input_ids": ids(3, 11), **mask_of(MASKS["both"])}),
+    "bert, padded": ("bert", lambda: {"input_ids": ids(3, 11), **mask_of(MASKS["both"])}),
+}
+
+
+@pytest.mark.parametrize(("family", "inputs"), COMPILED.values(), ids=COMPILED)
+def test_compiled_without_a_graph_break(family, inputs, model_of):
+    model, inputs = trunkline.patch(model_of(family)), inputs()
+    if family != "bert":
+        inputs["use_cache"] = False
+    of_use = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).bool()
+    expected = results(model, inputs, of_use)
+    compiled = results_of_compiled(model, inputs, of_use)
+    for name in expected:
+        torch.testing.assert_close(compiled[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+    assert trunkline.attention_counts() == {"patch": 4}  # a compiled call counts when it is compiled
+
+
+def results_of_compiled(model: Any, inputs: dict[str, Tensor], of_use: Tensor) -> dict[str, Tensor]:
+    torch.compiler.reset()
+    forward = model.forward
+    model.forward = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    try:
+        return results(model, inputs, of_use)
+    finally:
+        del model.forward
+
+
+def test_compiled_steps_of_generation(model_of):
+    """A static cache, the masks made outside of the graph."""
+    model, inputs = model_of("mistral"), ids(2, 5)
+    settings = {**mask_of([(2, 5), (0, 5)], 5), "max_new_tokens": 5, "cache_implementation": "static"}
+    expected = model.generate(inputs, **settings)
+    trunkline.patch(model)
+    torch.compiler.reset()
+    model.forward = torch.compile(model.forward, fullgraph=True, backend="aot_eager")
+    try:
+        assert torch.equal(model.generate(inputs, **settings), expected)
+    finally:
+        del model.forward
+
+
+def test_gaps_in_a_compiled_graph_are_an_error(model_of):
+    model = trunkline.patch(model_of("gpt2"))
+    mask = torch.tensor([[1, 1, 0, 1, 1]])
+    with pytest.raises(RuntimeError, match="must lie side by side"):
+        results_of_compiled(model, {"input_ids": ids(1, 5), "attention_mask": mask, "use_cache": False}, mask.bool())
+
+
+def test_mask_of_other_keys_is_an_error(model_of):
+    model = trunkline.patch(model_of("bert"))
+    for slots in (4, 6):
+        with pytest.raises(RuntimeError, match="as long as the keys"):
+            model(ids(2, 5), attention_mask=torch.ones(2, slots))
+
+
+def test_masks_that_are_no_bounds_are_left_to_torch(model_of):
+    model, tokens = model_of("llama"), ids(2, 5)
+    gaps = torch.tensor([[1, 1, 0, 1, 1], [1, 1, 1, 1, 1]])
+    matrix = torch.ones(5, 5, dtype=torch.bool).tril()[None, None].repeat(2, 1, 1, 1)
+    matrix[..., 3, 1] = False
+    for mask in (gaps, matrix, torch.zeros(matrix.shape, dtype=torch.float64).masked_fill_(~matrix, -1e9)):
+        expected = model(tokens, attention_mask=mask).logits
+        trunkline.patch(model)
+        drop_in._counts.clear()
+        with pytest.warns(UserWarning, match="patch: a mask that is neither padding, causal, packed nor a window"):
+            torch.testing.assert_close(model(tokens, attention_mask=mask).logits, expected)
+        assert trunkline.attention_counts() == {"patch: a mask that is neither padding, causal, packed nor a window": 2}
+        trunkline.unpatch(model)
+
+
+def test_mask_with_a_pattern_of_the_user_is_left_to_torch(model_of):
+    from transformers.masking_utils import create_causal_mask
+
+    model = trunkline.patch(model_of("llama"))
+    embeds = torch.zeros(1, 6, 32)
+    for pattern in (
+        {"or_mask_function": lambda batch, head, q, kv: (q < 3) & (kv < 3)},
+        {"and_mask_function": lambda batch, head, q, kv: kv != 1},
+        {"block_sequence_ids": torch.tensor([[-1, 0, 0, -1, 1, 1]])},
+    ):
+        mask = create_causal_mask(model.config, embeds, None, None, **pattern)
+        model.config._attn_implementation = "sdpa"
+        expected = create_causal_mask(model.config, embeds, None, None, **pattern)
+        model.config._attn_implementation = "trunkline"
+        assert torch.equal(mask, expected)
+
+
+def test_chunks_are_left_to_torch():
+    config = transformers.Llama4TextConfig(**GROUPED, attention_chunk_size=4, num_local_experts=2, moe_layers=[])
+    from transformers.masking_utils import create_chunked_causal_mask
+
+    trunkline.patch(BUILD["llama"]())  # registers
+    masks = []
+    for implementation in ("trunkline", "sdpa"):
+        config._attn_implementation = implementation
+        masks.append(create_chunked_causal_mask(config, torch.zeros(1, 9, 32), None, None))
+    assert torch.equal(*masks)
+
+
+def test_plan_is_made_once_a_forward(model_of, monkeypatch):
+    made = []
+    plan = plans.PackPlan
+    monkeypatch.setattr(plans, "PackPlan", lambda **fields: made.append(1) or plan(**fields))
+    model = trunkline.patch(model_of("gpt2"))
+    inputs = {"input_ids": ids(3, 11), **mask_of(MASKS["both"])}
+    results(model, inputs, inputs["attention_mask"].bool())
+    assert len(made) == 1
+    model(**inputs)
+    assert len(made) == 2
+
+
+def test_dropout_is_drawn_from_the_seed():
+    config = transformers.GPT2Config(
+        vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, attn_pdrop=0.5, resid_pdrop=0.0, embd_pdrop=0.0
+    )
+    model, tokens = trunkline.patch(transformers.GPT2LMHeadModel(config).train()), ids(2, 9)
+
+    def run(seed: int) -> Tensor:
+        torch.manual_seed(seed)
+        return model(tokens).logits
+
+    assert torch.equal(run(1), run(1))
+    assert not torch.equal(run(1), run(2))
+    assert torch.equal(model.eval()(tokens).logits, model(tokens).logits)
+
+
+@pytest.mark.parametrize("family", ["GPTNeo", "GPTJ"])
+def test_model_with_its_own_attention_is_an_error(family):
+    small = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1}
+    config = {
+        "GPTNeo": lambda: transformers.GPTNeoConfig(
+            **small, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+        ),
+        "GPTJ": lambda: transformers.GPTJConfig(**small, n_embd=32, n_layer=2, n_head=4, rotary_dim=8),
+    }[family]()
+    model = getattr(transformers, f"{family}ForCausalLM")(config)
+    with pytest.raises(ValueError, match=f"{family}ForCausalLM.* does not take its attention from"):
+        trunkline.patch(model)
+    assert model.config._attn_implementation != "trunkline"
+    assert not model._forward_hooks
+
+
+def test_forward_that_does_not_come_to_us_is_an_error(model_of):
+    model = trunkline.patch(model_of("llama"))
+    model.config._attn_implementation = "sdpa"
+    with pytest.raises(RuntimeError, match="LlamaForCausalLM ran without calling our attention"):
+        model(ids(1, 3))
+    model.config._attn_implementation = "trunkline"
+    model(ids(1, 3))
+
+
+def test_what_changes_the_result_and_is_unknown_is_an_error(model_of):
+    config = transformers.T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4)
+    model = transformers.T5EncoderModel(config)
+    if model._can_set_attn_implementation():
+        with pytest.raises(ValueError, match="with position_bias, which is not supported"):
+            trunkline.patch(model)(ids(1, 5))
+    else:  # older transformers
+        with pytest.raises(ValueError, match="does not take its attention from"):
+            trunkline.patch(model)
+    with pytest.raises(ValueError, match="LlamaAttention asks for attention with s_aux"):
+        trunkline.patch(model_of("llama"))(ids(1, 5), s_aux=torch.zeros(4))
+
+
+def test_attention_weights_are_an_error(model_of):
+    model = trunkline.patch(model_of("gpt2"))
+    with pytest.raises(ValueError, match="output_attentions=True"):
+        model(ids(1, 5), output_attentions=True)
+    with pytest.raises(ValueError, match="output_attentions=True"):
+        model.generate(ids(1, 5), max_new_tokens=2, output_attentions=True, return_dict_in_generate=True)
+
+
+def test_only_this_model_changes_and_comes_back(model_of):
+    model = BUILD["llama"]()
+    other = copy.deepcopy(model)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    implementation = model.config._attn_implementation
+    members = dict(vars(type(model.model.layers[0].self_attn)))
+    assert trunkline.patch(model) is model
+    assert trunkline.patch(model) is model  # once is enough
+    assert model.config._attn_implementation == "trunkline"
+    assert other.config._attn_implementation == implementation
+    assert vars(type(model.model.layers[0].self_attn)) == members
+    assert trunkline.unpatch(model) is model
+    assert model.config._attn_implementation == implementation
+    assert not model._forward_hooks
+    assert not model._forward_pre_hooks
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    with pytest.raises(ValueError, match="this LlamaForCausalLM is not patched"):
+        trunkline.unpatch(model)
+
+
+def test_what_is_no_hugging_face_model_is_an_error():
+    with pytest.raises(ValueError, match="expected a Hugging Face PreTrainedModel, got Linear"):
+        trunkline.patch(torch.nn.Linear(2, 2))
+
+
+def test_same_losses_under_trainer(tmp_path):
+    examples = [{"input_ids": ids(5 + 3 * (i % 4)).tolist()} for i in range(16)]
+
+    def collate(rows: list[dict]) -> dict[str, Tensor]:
+        longest = max(len(row["input_ids"]) for row in rows)
+        padding = [longest - len(row["input_ids"]) for row in rows]
+        tokens = torch.tensor([row["input_ids"] + [1] * n for row, n in zip(rows, padding, strict=True)])
+        mask = torch.tensor([[1] * (longest - n) + [0] * n for n in padding])
+        return {"input_ids": tokens, "attention_mask": mask, "labels": tokens.masked_fill(mask == 0, -100)}
+
+    def losses(name: str, patched: bool) -> list[float]:
+        torch.manual_seed(0)
+        model = BUILD["llama"]()
+        if patched:
+            trunkline.patch(model)
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path / name),
+            max_steps=4,
+            per_device_train_batch_size=4,
+            learning_rate=0.01,
+            logging_steps=1,
+            report_to=[],
+            use_cpu=True,
+            save_strategy="no",
+            disable_tqdm=True,
+            dataloader_pin_memory=False,
+        )
+        trainer = transformers.Trainer(model, arguments, train_dataset=examples, data_collator=collate)
+        trainer.train()
+        return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+    expected = losses("plain", patched=False)
+    assert losses("patched", patched=True) == pytest.approx(expected, rel=1e-4)
+    assert len(expected) == 4
+    assert expected[-1] < expected[0]
+    assert trunkline.attention_counts() == {"patch": 8}
