@@ -188,7 +188,7 @@ def test_what_is_left_to_torch_is_the_same_and_counted(q, k, settings, reason):
 
 def test_errors_of_scaled_dot_product_attention_are_those_of_torch():
     q, k = random(2, 4, 3, 8), random(2, 3, 5, 8)
-    for arguments in ((q, k, k), (q, q.long(), q), (q, q, q, torch.ones(3, 3).bool(), 0.0, True)):
+    for arguments in ((q, k, k), (q, q.long(), q)):
         with pytest.raises(RuntimeError) as theirs:
             F.scaled_dot_product_attention(*arguments)
         with pytest.raises(RuntimeError) as ours:
