@@ -336,8 +336,8 @@ def test_masks_that_are_no_bounds_are_left_to_torch(model_of):
     matrix[..., 3, 1] = False
     for mask in (gaps, matrix, torch.zeros(matrix.shape, dtype=torch.float64).masked_fill_(~matrix, -1e9)):
         expected = model(tokens, attention_mask=mask).logits
-        trunkline.patch(model)
         drop_in._counts.clear()
+        trunkline.patch(model)
         with pytest.warns(UserWarning, match="patch: a mask that is neither padding, causal, packed nor a window"):
             torch.testing.assert_close(model(tokens, attention_mask=mask).logits, expected)
         assert trunkline.attention_counts() == {"patch: a mask that is neither padding, causal, packed nor a window": 2}
