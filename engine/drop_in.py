@@ -90,7 +90,9 @@ def flash_attn_func(
     count_call("flash_attn_func")
     plan = whole_rows_plan(q.shape[0], q.shape[1], k.shape[1], q.device)
     out = attention(
-        *(x.flatten(0, 1) for x in (q, k, v)),
+        q.flatten(0, 1),
+        k.flatten(0, 1),
+        v.flatten(0, 1),
         plan,
         causal=causal,
         scale=softmax_scale,
@@ -181,9 +183,10 @@ def heads_second(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan, **settings: An
     Returns:
         (B, S, H, D), contiguous.
     """
-    q, k, v = (as_under_autocast(x) for x in (q, k, v))
-    out = attention(*(x.transpose(1, 2).flatten(0, 1) for x in (q, k, v)), plan, **settings)  # (B * S, H, D)
-    return out.view(len(q), -1, *out.shape[1:])
+    B = len(q)
+    q, k, v = (as_under_autocast(x).transpose(1, 2).flatten(0, 1) for x in (q, k, v))
+    out = attention(q, k, v, plan, **settings)  # (B * S, H, D)
+    return out.view(B, -1, *out.shape[1:])
 
 
 def as_under_autocast(x: Tensor) -> Tensor:

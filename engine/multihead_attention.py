@@ -108,7 +108,7 @@ class MultiheadAttention(nn.MultiheadAttention):
         elif not self.batch_first:
             inputs = [x.transpose(0, 1) for x in inputs]
         if query is key is value and self.in_proj_weight is not None:
-            projected = F.linear(inputs[0], self.in_proj_weight, self.in_proj_bias).chunk(3, -1)
+            projected = list(F.linear(inputs[0], self.in_proj_weight, self.in_proj_bias).chunk(3, -1))
         else:
             weights = (
                 (self.q_proj_weight, self.k_proj_weight, self.v_proj_weight)

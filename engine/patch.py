@@ -165,7 +165,7 @@ def _after_forward(model: nn.Module, args: tuple, output: Any) -> None:
         raise RuntimeError(f"patch: {type(model).__name__} ran without calling our attention; unpatch it")
 
 
-def _mask(**asked: Any) -> Tensor:
+def _mask(**asked: Any) -> Tensor | None:
     """What Hugging Face calls for the mask of a forward: our bounds, or the whole matrix where they cannot say it."""
     from transformers.masking_utils import sdpa_mask
 

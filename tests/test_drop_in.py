@@ -203,7 +203,7 @@ def test_autocast():
         out = trunkline.scaled_dot_product_attention(q, k, v.bfloat16())
         expected = F.scaled_dot_product_attention(q, k, v.bfloat16())
     assert out.dtype == expected.dtype == torch.bfloat16
-    torch.testing.assert_close(out, expected)
+    torch.testing.assert_close(out, expected, atol=0.01, rtol=0.02)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing

@@ -472,6 +472,7 @@ def test_what_is_no_hugging_face_model_is_an_error():
 
 
 def test_same_losses_under_trainer(tmp_path):
+    pytest.importorskip("accelerate")
     examples = [{"input_ids": ids(5 + 3 * (i % 4)).tolist()} for i in range(16)]
 
     def collate(rows: list[dict]) -> dict[str, Tensor]:

@@ -14,13 +14,13 @@ if TYPE_CHECKING:
     from trunkline.engine.engine import Engine as Engine
     from trunkline.engine.multihead_attention import MultiheadAttention as MultiheadAttention
     from trunkline.engine.packing import PackedBatch as PackedBatch
-    from trunkline.engine.packing import PackPlan as PackPlan
     from trunkline.engine.patch import patch as patch
     from trunkline.engine.patch import unpatch as unpatch
     from trunkline.engine.trunk import Trunk as Trunk
     from trunkline.engine.trunk import TrunkConfig as TrunkConfig
     from trunkline.kernels.attention import attention as attention
     from trunkline.kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from trunkline.kernels.pack_plan import PackPlan as PackPlan
     from trunkline.kernels.task_loss import task_loss as task_loss
     from trunkline.kernels.task_projection import task_projection as task_projection
     from trunkline.training.tasks import Task as Task
@@ -33,7 +33,7 @@ _MODULES = {
     "Trunk": "trunkline.engine.trunk",
     "TrunkConfig": "trunkline.engine.trunk",
     "PackedBatch": "trunkline.engine.packing",
-    "PackPlan": "trunkline.engine.packing",
+    "PackPlan": "trunkline.kernels.pack_plan",
     "attention": "trunkline.kernels.attention",
     "flash_attn_func": "trunkline.engine.drop_in",
     "flash_attn_varlen_func": "trunkline.engine.drop_in",
