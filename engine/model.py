@@ -130,20 +130,20 @@ class MultiTaskModel(nn.Module):
             )
         if self.num_vocabulary:
             weights = vocabulary or [self.vocabulary_weight]
-            per_weight = self.num_vocabulary // len(weights)
-            for first, weight in zip(range(first_vocabulary, N, per_weight), weights, strict=True):
-                a, b = sum(rows.counts[:first]), sum(rows.counts[: first + per_weight])
-                sums.append(
-                    linear_cross_entropy(
-                        x[a:b],
-                        weight.to(x.dtype),
-                        rows.target[a:b],
-                        rows.task[a:b] - first,
-                        rows.weight[a:b],
-                        num_tasks=per_weight,
-                        label_smoothing=self.label_smoothing,
-                    )
+            a, per_weight = sum(rows.counts[:first_vocabulary]), self.num_vocabulary // len(weights)
+            firsts = range(first_vocabulary, N, per_weight)
+            sums.append(
+                linear_cross_entropy(
+                    x[a:],
+                    weights,
+                    rows.target[a:],
+                    rows.task[a:] - first_vocabulary,
+                    rows.weight[a:],
+                    num_tasks=[per_weight] * len(weights),
+                    rows=[sum(rows.counts[first : first + per_weight]) for first in firsts],
+                    label_smoothing=self.label_smoothing,
                 )
+            )
         return LossSums(*(torch.cat(parts) for parts in zip(*sums, strict=True)))
 
     def task_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:

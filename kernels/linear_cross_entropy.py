@@ -1,27 +1,42 @@
 """Cross-entropy of vocabulary heads from hidden states: the logits are never whole in memory.
 
-For row r with logits z = cap(x_r W^T + b), cap(z) = c * tanh(z / c), and the log-sum-exp L over the V words:
-    l_r = L - (1 - s) * z[y] - s * mean_v z[v] + zeta * L^2,   s the label smoothing, zeta the z-loss
-    dl_r/dz = softmax(z) * (1 + 2 * zeta * L) - (1 - s) * onehot(y) - s / V
-and the loss of a task is sum_r w_r l_r. The gradient of the logits is computed anew in the backward pass.
-Saved for backward: x, the weights and L (4 bytes a row).
+For row r with logits z = cap(x_r W^T + b), cap(z) = c * tanh(z / c), the question is: the label y or another word? With
+o = log sum_{v != y} exp(z[v]), the margin m = o - z[y] by which the others win, and L = z[y] + softplus(m), which is
+the log-sum-exp of all V logits:
+    l_r = softplus(m) + s * mean_v (z[y] - z[v]) + zeta * L^2,   s the label smoothing, zeta the z-loss
+    dl_r/dz[v] = sigmoid(m) * (1 + 2 * zeta * L) * exp(z[v] - o) - s / V   for v != y
+    dl_r/dz[y] = -sigmoid(m) + 2 * zeta * L * (1 - sigmoid(m)) + s - s / V
+and the loss of a task is sum_r w_r l_r. No probability near 1 is subtracted from 1: sure predictions lose no digits.
+
+The logits of a chunk of rows are made, become their own gradient in place, and give dX and a summand of dW (float32).
+The gradients of a single task are those for dloss = 1 times its dloss, so they are formed in the forward pass:
+6 R V D FLOP. Several tasks on one head may have different dloss, which nobody knows before the backward pass; there
+the chunks are computed again, with weights w_r * dloss[task]: 8 R V D FLOP, and exact whatever arrives.
+Saved for backward: dX, dW and db of a single task; x, W, b and the labels of several.
+
+Chunks in memory and not tiles on the chip, because tiles need 8 R V D FLOP always. On an H200 (790 TFLOP/s, 4.3 TB/s) a
+16-bit logit costs 10 bytes of traffic, as much as 1.2 of the 3 products at D = 768 and 0.2 at D = 4096 if nothing is
+found in the cache; the sum of dW costs 8 V D bytes a chunk, at 1000 rows a quarter of the chunk's products, whatever V
+and D. Tiles would win below D = 256.
 
 R rows, D width, V vocabulary, N tasks
-Source: Wijmans et al., Cut Your Losses, arXiv:2411.09009; z-loss as in PaLM, arXiv:2204.02311, section 5.
+Source: Wijmans et al., Cut Your Losses, arXiv:2411.09009; Hsu et al., Liger Kernel, arXiv:2410.10989; z-loss as in
+PaLM, arXiv:2204.02311, section 5; soft cap as in Gemma 2, arXiv:2408.00118, section 2.
 """
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from trunkline.kernels.dispatch import register
+from trunkline.kernels.linear_cross_entropy_triton import rows_triton, sums_triton
 from trunkline.kernels.task_loss import LossSums, sum_by_task
 
-CHUNK = 256  # rows whose logits exist at a time: 50 MiB of float32 at V = 50257
-LOG2_E = math.log2(math.e)
+# Rows whose logits exist at a time: so many, or more while they have no more than these bytes. The CPU's stay cached.
+CHUNKS = {"cpu": (256, 8 << 20), "cuda": (960, 96 << 20)}
 
 
 def linear_cross_entropy_reference(
@@ -45,17 +60,114 @@ def linear_cross_entropy_reference(
     return sum_by_task(loss * row_weight.to(loss.dtype), task, num_tasks)
 
 
-def _chunks(x: Tensor, weight: Tensor, bias: Tensor | None, softcap: float) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """Chunks of rows with their logits (r, V) and the derivative of the soft cap (1 without it)."""
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    for start in range(0, len(x), CHUNK):
-        rows = slice(start, min(start + CHUNK, len(x)))
-        logits = F.linear(x[rows], weight, bias).to(dtype)  # (r, D) @ (D, V) -> (r, V)
-        slope = logits.new_ones(())
-        if softcap:
-            capped = (logits / softcap).tanh_()
-            slope, logits = 1 - capped.square(), capped * softcap
-        yield rows, logits, slope
+def _rows_reference(
+    logits: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_weight: Tensor,
+    loss: Tensor,
+    correct: Tensor,
+    with_gradient: bool,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> None:
+    """The weighted losses of a chunk, and its gradient in place of its logits; as few passes over them as can be."""
+    z, y, row_weight = logits.to(loss.dtype), target[:, None], row_weight[:, None]
+    if bias is not None:
+        z.add_(bias)
+    if softcap:
+        share = z.div_(softcap).tanh_()
+        slope, z = 1 - share.square(), share * softcap
+    own = z.gather(1, y)  # (r, 1), like all that follows for a row
+    gap = (own - z).mean(-1, keepdim=True) if label_smoothing else torch.zeros_like(own)
+    z.scatter_(1, y, torch.finfo(z.dtype).min)
+    top = z.amax(-1, keepdim=True)
+    others = z.sub_(top).exp_().sum(-1, keepdim=True)
+    margin = top + others.log() - own
+    softplus = torch.logaddexp(margin, torch.zeros_like(margin))
+    total = own + softplus
+    loss[:, None] = row_weight * (softplus + label_smoothing * gap + z_loss * total.square())
+    correct[:, None] = own > top
+    if not with_gradient:
+        return
+
+    V = z.shape[1]
+    doubt, drift = margin.sigmoid(), 2 * z_loss * total  # 1 - p[y]
+    z.mul_(row_weight * doubt * (1 + drift) / others)
+    if label_smoothing:
+        z.sub_(row_weight * (label_smoothing / V))
+    own_gradient = drift * (1 - doubt) - doubt + label_smoothing - label_smoothing / V
+    z.scatter_(1, y, row_weight * own_gradient)
+    if softcap:
+        z.mul_(slope)
+    if z is not logits:
+        logits.copy_(z)
+
+
+def _in_chunks(
+    rows_of_chunk: Callable[..., None],
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    row_weight: Tensor,
+    with_gradient: bool,
+    *options: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Weighted losses (R,), which rows are correct (R,), and the gradients of x, weight and bias at dloss = 1."""
+    (R, D), V = x.shape, len(weight)
+    loss, correct = (torch.empty_like(row_weight) for _ in range(2))
+    dx = x.new_empty((R, D) if with_gradient else (0, D))
+    dweight = loss.new_zeros((V, D) if with_gradient else (0, D))
+    dbias = loss.new_zeros(V if with_gradient and bias is not None else 0)
+    weight = weight.to(x.dtype)
+    at_least, most_bytes = CHUNKS.get(x.device.type, CHUNKS["cuda"])
+    size = max(1, min(R, max(at_least, most_bytes // (V * x.itemsize))))
+    buffer = x.new_empty(size, -(-V // 64) * 64)[:, :V]  # cuBLAS wants every row to start at a multiple of 16 bytes
+    for start in range(0, R, size):
+        rows = slice(start, min(start + size, R))
+        logits = torch.mm(x[rows], weight.T, out=buffer[: rows.stop - start])  # (r, D) @ (D, V) -> (r, V)
+        rows_of_chunk(logits, bias, target[rows], row_weight[rows], loss[rows], correct[rows], with_gradient, *options)
+        if not with_gradient:
+            continue
+        torch.mm(logits, weight, out=dx[rows])  # (r, V) @ (V, D) -> (r, D)
+        _add_product(dweight, logits.T, x[rows])  # (V, r) @ (r, D) -> (V, D)
+        if bias is not None:
+            dbias += logits.sum(0, dtype=dbias.dtype)
+    return loss, correct, dx, dweight, dbias
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """total += a @ b, where total may be of higher precision."""
+    if a.dtype == total.dtype:
+        total.addmm_(a, b)
+    elif a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # adds up in registers and never rounds
+    else:
+        total += a @ b
+
+
+def _forward_triton(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    task: Tensor,
+    row_weight: Tensor,
+    num_tasks: int,
+    with_gradient: bool,
+    label_smoothing: float,
+    z_loss: float,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    options = (with_gradient, label_smoothing, z_loss, softcap)
+    if x.dtype == torch.float64:  # the kernel computes in float32
+        return _forward_reference(x, weight, bias, target, task, row_weight, num_tasks, *options)
+    bias = None if bias is None else bias.contiguous()
+    target, task, row_weight = target.contiguous(), task.contiguous(), row_weight.float().contiguous()
+    loss, correct, dx, dweight, dbias = _in_chunks(rows_triton, x, weight, bias, target, row_weight, *options)
+    return *sums_triton(loss, correct, row_weight, task, num_tasks), dx, dweight, dbias
 
 
 def _forward_reference(
@@ -66,103 +178,81 @@ def _forward_reference(
     task: Tensor,
     row_weight: Tensor,
     num_tasks: int,
+    with_gradient: bool,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    loss, correct, lse = (torch.empty_like(row_weight, dtype=dtype) for _ in range(3))
-    for rows, logits, _ in _chunks(x, weight, bias, softcap):
-        y = target[rows, None]
-        top, best = logits.max(-1, keepdim=True)
-        logits.sub_(top)  # the loss is made of differences: large logits cost it no digits
-        expected = (1 - label_smoothing) * logits.gather(1, y) + label_smoothing * logits.mean(-1, keepdim=True)
-        log_total = logits.mul_(LOG2_E).exp2_().sum(-1, keepdim=True).log()  # exp2 is the cheaper exponential
-        normaliser = top + log_total
-        loss[rows] = (log_total - expected + z_loss * normaliser.square()).squeeze(1)
-        correct[rows] = (best == y).to(loss.dtype).squeeze(1)
-        lse[rows] = normaliser.squeeze(1)
-    row_weight = row_weight.to(loss.dtype)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    kept = row_weight.nonzero().squeeze(1)  # the others cost nothing
+    target, task = target[kept], task[kept]
+    row_weight = row_weight[kept].to(torch.promote_types(x.dtype, torch.float32))
+    outside = ((target < 0) | (target >= len(weight))).nonzero()
+    if len(outside):
+        i = int(outside[0])
+        raise ValueError(
+            f"linear_cross_entropy: targets must be in [0, {len(weight)}), got {int(target[i])} "
+            f"in row {int(kept[i])}, of task {int(task[i])}"
+        )
+    options = (with_gradient, label_smoothing, z_loss, softcap)
+    inputs = (x[kept], weight, bias, target, row_weight)
+    loss, correct, dx, dweight, dbias = _in_chunks(_rows_reference, *inputs, *options)
+    if with_gradient:
+        dx = torch.zeros_like(x, memory_format=torch.contiguous_format).index_copy_(0, kept, dx)
     counted = (row_weight > 0).to(loss.dtype)
-    columns = (row_weight * loss, row_weight, counted, counted * correct)
-    sums = LossSums(*(sum_by_task(values, task, num_tasks) for values in columns))
-    return *sums, lse
+    sums = LossSums(
+        *(sum_by_task(values, task, num_tasks) for values in (loss, row_weight, counted, counted * correct))
+    )
+    return *sums, dx, dweight, dbias
 
 
-def _backward_reference(
-    dloss: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    task: Tensor,
-    row_weight: Tensor,
-    lse: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dx = torch.empty_like(x)
-    dweight = torch.zeros_like(weight, dtype=lse.dtype)  # sums over chunks stay in float32
-    dbias = dweight.new_zeros(len(weight) if bias is not None else 0)
-    scale = row_weight.to(lse.dtype) * dloss[task]  # (R,)
-    for rows, logits, slope in _chunks(x, weight, bias, softcap):
-        p = logits.softmax(-1)
-        if z_loss:
-            p.mul_(1 + 2 * z_loss * lse[rows, None])
-        if label_smoothing:
-            p.sub_(label_smoothing / len(weight))
-        p.scatter_add_(1, target[rows, None], p.new_full((len(p), 1), label_smoothing - 1))
-        dlogits = p.mul_(scale[rows, None]).mul_(slope)  # (r, V)
-        if bias is not None:
-            dbias += dlogits.sum(0)
-        dlogits = dlogits.to(x.dtype)
-        dx[rows] = dlogits @ weight  # (r, V) @ (V, D) -> (r, D)
-        dweight += dlogits.T @ x[rows]  # (V, r) @ (r, D) -> (V, D)
-    return dx, dweight.to(weight.dtype), dbias.to(weight.dtype)
-
-
-def _forward_fake(x, weight, bias, target, task, row_weight, num_tasks, label_smoothing, z_loss, softcap):
+def _forward_fake(x, weight, bias, target, task, row_weight, num_tasks, with_gradient, *options):
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return *(x.new_empty(num_tasks, dtype=dtype) for _ in range(4)), x.new_empty(len(x), dtype=dtype)
-
-
-def _backward_fake(dloss, x, weight, bias, *rest):
+    (R, D), V = x.shape, len(weight)
     return (
-        x.new_empty(x.shape),
-        weight.new_empty(weight.shape),
-        weight.new_empty(len(weight) if bias is not None else 0),
+        *(x.new_empty(num_tasks, dtype=dtype) for _ in range(4)),
+        x.new_empty((R, D) if with_gradient else (0, D)),
+        x.new_empty((V, D) if with_gradient else (0, D), dtype=dtype),
+        x.new_empty(V if with_gradient and bias is not None else 0, dtype=dtype),
     )
 
 
-_forward = register("linear_cross_entropy_forward", reference=_forward_reference, fake=_forward_fake)
-_backward = register("linear_cross_entropy_backward", reference=_backward_reference, fake=_backward_fake)
+_forward = register("linear_cross_entropy", reference=_forward_reference, triton=_forward_triton, fake=_forward_fake)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, target, task, row_weight, num_tasks, *options):
-        loss, *sums, lse = _forward(x, weight, bias, target, task, row_weight, num_tasks, *options)
-        ctx.save_for_backward(x, weight, bias, target, task, row_weight, lse)
-        ctx.options = options
-        ctx.mark_non_differentiable(*sums)
-        return loss, *sums
+    def forward(ctx, x, weight, bias, target, task, row_weight, num_tasks, differentiated, *options):
+        ctx.formed = differentiated and num_tasks == 1
+        ctx.num_tasks, ctx.options = num_tasks, options
+        ctx.dtypes = [t.dtype for t in (x, weight, weight if bias is None else bias)]
+        inputs = (x, weight, bias, target, task, row_weight)
+        *sums, dx, dweight, dbias = _forward(*inputs, num_tasks, ctx.formed, *options)
+        ctx.save_for_backward(*((dx, dweight, dbias) if ctx.formed else inputs))
+        ctx.mark_non_differentiable(*sums[1:])
+        return tuple(sums)
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        dx, dweight, dbias = _backward(dloss.contiguous(), *ctx.saved_tensors, *ctx.options)
-        return dx, dweight, dbias if ctx.saved_tensors[2] is not None else None, *[None] * 7
+        if ctx.formed:
+            gradients = [dloss * gradient for gradient in ctx.saved_tensors]
+        else:
+            *inputs, task, row_weight = ctx.saved_tensors
+            row_weight = row_weight * dloss[task]
+            gradients = _forward(*inputs, task, row_weight, ctx.num_tasks, True, *ctx.options)[4:]
+        dx, dweight, dbias = (gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return dx, dweight, dbias if ctx.needs_input_grad[2] else None, *[None] * 8
 
 
 def linear_cross_entropy(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | Sequence[Tensor],
     target: Tensor,
     task: Tensor,
     row_weight: Tensor,
     *,
-    num_tasks: int,
-    bias: Tensor | None = None,
+    num_tasks: int | Sequence[int],
+    bias: Tensor | Sequence[Tensor | None] | None = None,
+    rows: Sequence[int] | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
@@ -170,33 +260,105 @@ def linear_cross_entropy(
 ) -> LossSums:
     """Next-token loss sums per task, from the hidden states of the rows that carry a label.
 
+    Several heads in one call: `weight`, `num_tasks` and `rows` hold one entry for each head, and rows and tasks stand
+    in the order of the heads.
+
     Args:
-        x: (R, D) hidden states; float32, float16, bfloat16 or float64.
-        weight: (V, D) vocabulary matrix, tied to the embedding or not.
-        target: (R,) int64, the token to predict, or `ignore_index`.
+        x: (R, D) hidden states; float32, float16, bfloat16 or float64, which is for checks: no kernel computes in it.
+        weight: (V, D) vocabulary matrix, tied to the embedding or not; in the dtype of x or, with x in 16 bits, in
+            float32: its products are then taken in 16 bits, its gradient is not rounded.
+        target: (R,) int64, the token to predict, 0 <= target < V, or `ignore_index`. On the CPU others raise, on a GPU
+            the loss is NaN, or TRITON_DEBUG=1 stops the kernel.
         task: (R,) int64, 0 <= task < num_tasks.
         row_weight: (R,) float32, factor of each row's loss.
-        num_tasks: N
+        num_tasks: N; the gradients of a head with one task take a quarter less arithmetic.
         bias: (V,)
+        rows: how many rows each head has, R in all; may be left out for a single head.
         label_smoothing: share of the probability spread over the vocabulary.
         z_loss: factor of the squared log-sum-exp, which keeps the logits from drifting; 1e-4 is usual.
         softcap: logits are capped smoothly to +-softcap; 0: they are not.
         ignore_index: rows with this target do not count.
 
     Returns:
-        `LossSums`; sums are taken in float32 at least. Gradients flow from `loss` to x, weight and bias.
+        `LossSums`; sums are taken in float32 at least. A row is correct if no other logit is as high as its target's.
+        Gradients flow from `loss` to x, weight and bias.
 
     Raises:
-        ValueError: shapes that do not fit one another.
+        ValueError: shapes that do not fit one another, targets that are no integers or (CPU) not in the vocabulary.
     """
-    R, D = x.shape
-    if weight.shape[1] != D or (bias is not None and bias.shape != weight.shape[:1]):
-        got = f"{list(weight.shape)}" + ("" if bias is None else f" and {list(bias.shape)}")
-        raise ValueError(f"linear_cross_entropy: weight must be (V, {D}) and bias (V,), got {got}")
-    for name, rows in (("target", target), ("task", task), ("row_weight", row_weight)):
-        if rows.shape != (R,):
-            raise ValueError(f"linear_cross_entropy: {name} must be (R,) = ({R},) to match x, got {list(rows.shape)}")
+    weights = [weight] if isinstance(weight, Tensor) else list(weight)
+    biases = [bias] * len(weights) if bias is None or isinstance(bias, Tensor) else list(bias)
+    tasks = [num_tasks] if isinstance(num_tasks, int) else list(num_tasks)
+    (R, D), counts = x.shape, [len(x)] if rows is None else list(rows)
+    if not len(weights) == len(biases) == len(tasks) == len(counts) or sum(counts) != R:
+        raise ValueError(
+            "linear_cross_entropy: weight, bias, num_tasks and rows must have one entry for each head, and rows must "
+            f"add up to {R}, got {len(weights)}, {len(biases)}, {len(tasks)} and rows {counts}"
+        )
+    for w, b in zip(weights, biases, strict=True):
+        if w.ndim != 2 or w.shape[1] != D or (b is not None and b.shape != w.shape[:1]):
+            got = f"{list(w.shape)}" + ("" if b is None else f" and {list(b.shape)}")
+            raise ValueError(f"linear_cross_entropy: weight must be (V, {D}) and bias (V,), got {got}")
+    for name, labels in (("target", target), ("task", task), ("row_weight", row_weight)):
+        if labels.shape != (R,):
+            raise ValueError(f"linear_cross_entropy: {name} must be (R,) = ({R},) to match x, got {list(labels.shape)}")
+    if target.is_floating_point():
+        raise ValueError(f"linear_cross_entropy: target must be of integers, got {target.dtype}")
+
     ignored = target == ignore_index
     target, row_weight = target.masked_fill(ignored, 0), row_weight.masked_fill(ignored, 0.0)
     options = (float(label_smoothing), float(z_loss), float(softcap))
-    return LossSums(*_LinearCrossEntropy.apply(x, weight, bias, target, task, row_weight, num_tasks, *options))
+
+    def sums(head: int, x: Tensor, target: Tensor, task: Tensor, row_weight: Tensor) -> LossSums:
+        w, b = weights[head], biases[head]
+        differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b))
+        inputs = (x, w, b, target, task - sum(tasks[:head]), row_weight)
+        return LossSums(*_LinearCrossEntropy.apply(*inputs, tasks[head], differentiated, *options))
+
+    inputs = (x, target, task, row_weight)
+    if len(weights) == 1:
+        return sums(0, *inputs)
+    parts = zip(*(t.split(counts) for t in inputs), strict=True)
+    heads = [sums(head, *part) for head, part in enumerate(parts)]
+    return LossSums(*(torch.cat(values) for values in zip(*heads, strict=True)))
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "8192 x 768 x 50257": {"rows": 8192, "width": 768, "vocabulary": 50257},
+    "16384 x 4096 x 128256": {"rows": 16384, "width": 4096, "vocabulary": 128256},
+    "1024 x 256 x 8192": {"rows": 1024, "width": 256, "vocabulary": 8192},
+    "1024 x 256 x 8192, 2 tasks": {"rows": 1024, "width": 256, "vocabulary": 8192, "tasks": 2},
+    "1024 x 256 x 8192, all options": {
+        "rows": 1024, "width": 256, "vocabulary": 8192, "bias": True,
+        "label_smoothing": 0.1, "z_loss": 1e-4, "softcap": 30.0,
+    },
+}  # fmt: skip
+
+
+def example(
+    device: torch.device | str,
+    dtype: torch.dtype,
+    *,
+    rows: int,
+    width: int,
+    vocabulary: int,
+    tasks: int = 1,
+    bias: bool = False,
+    **options: float,
+) -> dict[str, Any]:
+    """Arguments of `linear_cross_entropy`: rows sorted by task, logits of about the size of a trained model's."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape: int, std: float) -> Tensor:
+        return torch.empty(shape, dtype=dtype).normal_(std=std, generator=generator).to(device)
+
+    return {
+        "x": normal(rows, width, std=1.0),
+        "weight": normal(vocabulary, width, std=2 / width**0.5),
+        "target": torch.randint(vocabulary, (rows,), generator=generator).to(device),
+        "task": (torch.arange(rows) * tasks // rows).to(device),
+        "row_weight": torch.ones(rows).to(device),
+        "num_tasks": tasks,
+        "bias": normal(vocabulary, std=1.0) if bias else None,
+        **options,
+    }

@@ -1,0 +1,182 @@
+"""How the vocabulary loss is called: compiled, for several heads, in mixed precision, and wrongly."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from trunkline.kernels import linear_cross_entropy as module
+from trunkline.kernels.linear_cross_entropy import SHAPES, _forward, example, linear_cross_entropy
+from trunkline.kernels.task_loss import LossSums
+from vocabulary import OPTIONS, D, Inputs, N, V, definition, make, op, results
+
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("with_gradient", [True, False], ids=["gradient", "no gradient"])
+def test_op_contract(with_gradient, with_bias, dtype, device):
+    x, weight, bias, *rest = make(3, dtype, device)
+    torch.library.opcheck(_forward, (x, weight, bias if with_bias else None, *rest, N, with_gradient, 0.1, 0.01, 3.0))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+@pytest.mark.parametrize("num_tasks", [1, N])
+def test_compiles(num_tasks):
+    x, weight, bias, target, task, row_weight = make(10)
+    target[::3] = -100
+    rest = (target, task.clamp(max=num_tasks - 1), row_weight, num_tasks)
+    leaves = [t.requires_grad_() for t in (x, weight, bias)]
+
+    def function(*leaves: Tensor) -> LossSums:
+        return op(*leaves, *rest, **OPTIONS["everything"])
+
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(*leaves)
+    eager = function(*leaves)
+    torch.testing.assert_close(compiled, eager)
+    dloss = torch.randn(num_tasks)
+    got, expected = (torch.autograd.grad(sums.loss, leaves, dloss) for sums in (compiled, eager))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize(("num_tasks", "formed"), [(1, [True]), (N, [False, True])])
+def test_gradients_are_formed_once(num_tasks, formed, monkeypatch):
+    """In the forward pass for one task, in the backward pass for several, and not at all where nobody asks."""
+    calls = []
+
+    def forward(*args):
+        calls.append(args[7])
+        return _forward(*args)
+
+    monkeypatch.setattr(module, "_forward", forward)
+    inputs = make(10)
+    inputs = inputs._replace(task=inputs.task.clamp(max=num_tasks - 1))
+    results(inputs, torch.randn(num_tasks), num_tasks=num_tasks)
+    assert calls == formed
+    calls.clear()
+    op(*inputs, num_tasks)
+    with torch.no_grad():
+        op(*(t.requires_grad_() for t in inputs[:3]), *inputs[3:], num_tasks)
+    assert calls == [False, False]
+
+
+@pytest.mark.parametrize("num_tasks", [1, N])
+def test_graph_can_be_kept(num_tasks):
+    inputs = make(300)
+    leaves = [t.requires_grad_() for t in inputs[:3]]
+    loss = op(*leaves, inputs.target, inputs.task.clamp(max=num_tasks - 1), inputs.row_weight, num_tasks).loss
+    dloss = torch.randn(num_tasks)
+    first, second = (torch.autograd.grad(loss, leaves, factor * dloss, retain_graph=True) for factor in (1, 2))
+    torch.testing.assert_close([2 * gradient for gradient in first], list(second))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_order_of_rows_does_not_matter(device):
+    inputs, dloss = make(600, torch.float64, device), torch.randn(N, device=device, dtype=torch.float64)
+    order = inputs.task.argsort()
+    sorted_inputs = inputs._replace(**{n: getattr(inputs, n)[order] for n in ("x", "target", "task", "row_weight")})
+    *sums, dx, dweight, dbias = results(inputs, dloss)
+    torch.testing.assert_close(results(sorted_inputs, dloss), (*sums, dx[order], dweight, dbias))
+
+
+@pytest.mark.parametrize("num_tasks", [1, N])
+def test_weight_in_float32_has_an_unrounded_gradient(num_tasks):
+    """As in mixed precision: hidden states in bfloat16, the weight that is trained in float32."""
+    inputs = make(600, torch.bfloat16)
+    inputs = inputs._replace(weight=inputs.weight.float(), task=inputs.task.clamp(max=num_tasks - 1), bias=None)
+    x, weight = inputs.x.requires_grad_(), inputs.weight.requires_grad_()
+    loss = op(x, weight, *inputs[2:], num_tasks).loss
+    dx, dweight = torch.autograd.grad(loss.sum(), (x, weight))
+    assert (dx.dtype, dweight.dtype) == (torch.bfloat16, torch.float32)
+    assert not torch.equal(dweight, dweight.bfloat16().float())
+    exact = [t.detach().double().requires_grad_() for t in (x, weight)]
+    loss = definition(*exact, *inputs[2:], num_tasks)
+    torch.testing.assert_close(dweight, torch.autograd.grad(loss.sum(), exact)[1].float(), rtol=0.0, atol=0.05)
+
+
+def heads(**changes: Any) -> dict[str, Any]:
+    """Three heads: of two tasks, of one whose rows are missing, and of one."""
+    arguments = {
+        "x": torch.randn(300, D),
+        "weight": [torch.randn(v, D) / 2 for v in (101, 7, 40)],
+        "target": torch.cat([torch.randint(101, (120,)), torch.randint(40, (180,))]),
+        "task": torch.tensor([0, 1, 3]).repeat_interleave(torch.tensor([100, 20, 180])),
+        "row_weight": torch.rand(300),
+        "num_tasks": [2, 1, 1],
+        "bias": [torch.randn(101), None, torch.randn(40)],
+        "rows": [120, 0, 180],
+    }
+    return arguments | changes
+
+
+def test_several_heads_are_like_one_call_each():
+    together, dloss = heads(), torch.randn(N)
+    leaves = [t.requires_grad_() for t in (together["x"], *together["weight"], together["bias"][0])]
+    sums = linear_cross_entropy(**together)
+    gradients = torch.autograd.grad(sums.loss, leaves, dloss)
+
+    inputs = Inputs(**{name: together[name] for name in ("x", "target", "task", "row_weight")}, weight=None, bias=None)
+    parts = []
+    for head, (rows, first, num_tasks) in enumerate(
+        [(slice(0, 120), 0, 2), (slice(0, 0), 2, 1), (slice(120, 300), 3, 1)]
+    ):
+        x, _, _, target, task, row_weight = (None if t is None else t[rows] for t in inputs)
+        weight, bias = together["weight"][head], together["bias"][head]
+        parts.append(op(x, weight, bias, target, task - first, row_weight, num_tasks))
+    expected = LossSums(*(torch.cat(values) for values in zip(*parts, strict=True)))
+    assert all(map(torch.equal, sums, expected))
+    assert sums.count.tolist() == [100.0, 20.0, 0.0, 180.0]
+    for got, wanted in zip(gradients, torch.autograd.grad(expected.loss, leaves, dloss), strict=True):
+        assert torch.equal(got, wanted)
+    assert not gradients[2].any()  # of the head without rows
+
+
+@pytest.mark.parametrize(
+    "changes", [{"rows": None}, {"rows": [120, 0, 181]}, {"num_tasks": 4}, {"num_tasks": [2, 2]}, {"bias": [None]}]
+)
+def test_heads_that_do_not_fit_are_named(changes):
+    with pytest.raises(
+        ValueError, match="weight, bias, num_tasks and rows must have one entry for each head, .* got 3,"
+    ):
+        linear_cross_entropy(**heads(**changes))
+
+
+def test_example_fits_the_function():
+    arguments = example("cpu", torch.float32, **SHAPES["1024 x 256 x 8192, all options"] | {"rows": 5, "vocabulary": 9})
+    assert linear_cross_entropy(**arguments).count.tolist() == [5.0]
+
+
+@pytest.mark.parametrize(
+    ("weight", "bias", "got"), [((9, 4), None, r"\[9, 4\]"), ((9, D), 8, rf"\[9, {D}\] and \[8\]")]
+)
+def test_wrong_vocabulary_is_named(weight, bias, got):
+    inputs = make(2)._replace(weight=torch.zeros(weight), bias=None if bias is None else torch.zeros(bias))
+    message = rf"linear_cross_entropy: weight must be \(V, {D}\) and bias \(V,\), got {got}$"
+    with pytest.raises(ValueError, match=message):
+        op(*inputs)
+
+
+@pytest.mark.parametrize("name", ["target", "task", "row_weight"])
+def test_wrong_number_of_rows_is_named(name):
+    inputs = make(2)
+    inputs = inputs._replace(**{name: getattr(inputs, name).repeat(2)})
+    with pytest.raises(ValueError, match=rf"cross_entropy: {name} must be \(R,\) = \(2,\) to match x, got \[4\]"):
+        op(*inputs)
+
+
+@pytest.mark.parametrize("word", [-1, V])
+def test_target_outside_of_the_vocabulary_is_named(word):
+    inputs = make(5)
+    inputs.row_weight[1] = 0
+    inputs.target[3], inputs.task[3] = word, 1
+    with pytest.raises(ValueError, match=rf"targets must be in \[0, {V}\), got {word} in row 3, of task 1$"):
+        op(*inputs)
+
+
+def test_targets_must_be_integers():
+    inputs = make(5)
+    with pytest.raises(ValueError, match=r"target must be of integers, got torch.float32"):
+        op(*inputs._replace(target=inputs.target.float()))
