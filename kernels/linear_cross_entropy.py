@@ -84,7 +84,7 @@ def _rows_reference(
     z.scatter_(1, y, torch.finfo(z.dtype).min)
     top = z.amax(-1, keepdim=True)
     others = z.sub_(top).exp_().sum(-1, keepdim=True)
-    margin = top + others.log() - own
+    margin = (top - own) + others.log()  # differences first: large logits cost no digits
     softplus = torch.logaddexp(margin, torch.zeros_like(margin))
     total = own + softplus
     loss[:, None] = row_weight * (softplus + label_smoothing * gap + z_loss * total.square())

@@ -65,8 +65,8 @@ def _row_kernel(
         others = others * tl.exp(top - higher) + tl.sum(tl.exp(z - higher), 0)
         top = higher
 
-    log_others = top + tl.log(others)  # -inf for a vocabulary of one word
-    margin = log_others - own
+    log_others = tl.log(others)  # above top; -inf for a vocabulary of one word
+    margin = (top - own) + log_others  # differences first: large logits cost no digits
     softplus = tl.maximum(margin, 0.0) + tl.log(1 + tl.exp(-tl.abs(margin)))
     total = own + softplus  # the log-sum-exp of all
     loss = softplus + label_smoothing / V * gap + z_loss * total * total
@@ -80,7 +80,7 @@ def _row_kernel(
         for first in range(0, V, BLOCK_V):  # the second read comes from the cache
             v = first + tl.arange(0, BLOCK_V)
             z, slope = _load_logits(row_ptr, bias_ptr, v, v < V, float("-inf"), softcap, HAS_BIAS, HAS_CAP)
-            gradient = doubt * (1 + drift) * tl.exp(z - log_others) - label_smoothing / V
+            gradient = doubt * (1 + drift) * tl.exp((z - top) - log_others) - label_smoothing / V
             gradient = tl.where(v == y, own_gradient, gradient) * slope * row_weight
             tl.store(row_ptr + v, tl.where(counts, gradient, 0.0), mask=v < V)
 
