@@ -140,12 +140,10 @@ def _in_chunks(
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
     """total += a @ b, where total may be of higher precision."""
-    if a.dtype == total.dtype:
-        total.addmm_(a, b)
-    elif a.is_cuda:
+    if a.is_cuda and a.dtype != total.dtype:
         torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # adds up in registers and never rounds
     else:
-        total += a @ b
+        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def _forward_triton(
