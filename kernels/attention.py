@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trunkline.kernels import attention_torch
+from trunkline.kernels import attention_long, attention_short, attention_torch
 from trunkline.kernels.attention_scores import kept_reference
 from trunkline.kernels.dispatch import register
-from trunkline.kernels.pack_plan import PackPlan
+from trunkline.kernels.pack_plan import Layout, PackPlan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 MAX_WIDTH = 256  # of a head: what the kernels hold in one piece
@@ -71,16 +71,97 @@ def attention_reference(
     return out
 
 
-def _forward_fake(q, k, v, *rest):
+def _forward_triton(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: list[Tensor],
+    narrow_tiles: int,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    dropout: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    if q.dtype == torch.float64:
+        return attention_torch.forward(q, k, v, layout, narrow_tiles, scale, left, right, softcap, dropout, seed)
+    q, k, v = map(_with_dense_heads, (q, k, v))
+    spans, tiles, blocks, cu_seqlens, _, cu_seqlens_k = Layout.of(layout)
+    out, lse = _forward_fake(q)  # every token is in a tile or a block; for those in tiles nothing is kept
+    settings = (scale, left, right, softcap, dropout, 0 if seed is None else int(seed))
+    if len(tiles):
+        attention_short.forward(q, k, v, out, spans, tiles, narrow_tiles, *settings)
+    if len(blocks):
+        attention_long.forward(q, k, v, out, lse, cu_seqlens, cu_seqlens_k, blocks, right == 0, *settings)
+    return out, lse
+
+
+def _backward_triton(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout: list[Tensor],
+    narrow_tiles: int,
+    scale: float,
+    left: int,
+    right: int,
+    softcap: float,
+    dropout: float,
+    seed: Tensor | None,
+    deterministic: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if q.dtype == torch.float64:
+        settings = (scale, left, right, softcap, dropout, seed, deterministic)
+        return attention_torch.backward(dout, q, k, v, out, lse, layout, narrow_tiles, *settings)
+    dout, (q, k, v) = dout.contiguous(), map(_with_dense_heads, (q, k, v))
+    spans, tiles, blocks, cu_seqlens, key_blocks, cu_seqlens_k = Layout.of(layout)
+    dq, dk, dv = _backward_fake(dout, q, k, v)
+    settings = (scale, left, right, softcap, dropout, 0 if seed is None else int(seed))
+    if len(tiles):
+        attention_short.backward(dout, q, k, v, dq, dk, dv, spans, tiles, narrow_tiles, *settings)
+    if len(blocks) or len(key_blocks):
+        attention_long.backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dq,
+            dk,
+            dv,
+            cu_seqlens,
+            cu_seqlens_k,
+            blocks,
+            key_blocks,
+            right == 0,
+            *settings,
+            deterministic,
+        )
+    return dq, dk, dv
+
+
+def _with_dense_heads(x: Tensor) -> Tensor:
+    """The kernels take any strides between tokens and heads, and none inside a head."""
+    return x if x.stride(2) == 1 else x.contiguous()
+
+
+def _forward_fake(q, *rest):
     statistics = torch.promote_types(q.dtype, torch.float32)
     return q.new_empty(q.shape), q.new_empty(q.shape[1::-1], dtype=statistics)
 
 
-_forward = register("attention_forward", reference=attention_torch.forward, fake=_forward_fake)
+def _backward_fake(dout, q, k, v, *rest):
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+_forward = register("attention_forward", reference=attention_torch.forward, triton=_forward_triton, fake=_forward_fake)
 _backward = register(
-    "attention_backward",
-    reference=attention_torch.backward,
-    fake=lambda dout, q, k, v, *rest: tuple(x.new_empty(x.shape) for x in (q, k, v)),
+    "attention_backward", reference=attention_torch.backward, triton=_backward_triton, fake=_backward_fake
 )
 
 
@@ -134,7 +215,7 @@ def attention(
 
     Returns:
         (T, H, D), contiguous, the dtype of `q`. Sums are taken in float32 at least; float32 is multiplied in full
-        precision unless `torch.backends.cuda.matmul.allow_tf32`. Gradients flow to q, k and v.
+        precision unless `torch.backends.cuda.matmul.fp32_precision` is "tf32". Gradients flow to q, k and v.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit one another or the plan; settings out of their range.
