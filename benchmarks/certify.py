@@ -162,7 +162,7 @@ def record_launches(kernels: Iterable[Kernel], archs: Sequence[int], quick: bool
         warmup: bool,
     ) -> None:
         kernel, shape, dtype = current
-        allowed, _ = getattr(kernel.module, "SPILLS", {}).get(function.__name__, (0, ""))
+        allowed, _ = function.fn.__globals__.get("SPILLS", {}).get(function.__name__, (0, ""))
         names = kernel.name, shape, str(dtype).removeprefix("torch.")
         found.setdefault(
             (DRIVER.arch, function, key),
@@ -182,7 +182,7 @@ def record_launches(kernels: Iterable[Kernel], archs: Sequence[int], quick: bool
     Autotuner.run = run_every_configuration
     for kernel in kernels:
         for place, (shape, sizes) in enumerate(kernel.shapes.items()):
-            for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            for dtype in getattr(kernel.module, "KERNEL_DTYPES", (torch.bfloat16, torch.float16, torch.float32)):
                 if place and dtype != torch.bfloat16:
                     continue
                 arguments: dict[str, Any] | None = None
@@ -211,7 +211,8 @@ def certify(kernels: Iterable[Kernel], archs: Sequence[int], quick: bool = False
     """Records, compiles and measures, in a process of its own: Triton's launcher is gone afterwards.
 
     Args:
-        kernels: whose launches; at all of their shapes in bfloat16, at the first also in float16 and float32.
+        kernels: whose launches; at all of their shapes in bfloat16, at the first also in float16 and float32, or in
+            those of these that its file lists as KERNEL_DTYPES.
         archs: compute capabilities times ten: 80, 90, 100.
         quick: architectures after the first only at the first shape, in bfloat16.
         jobs: processes that compile.

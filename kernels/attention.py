@@ -20,10 +20,11 @@ from torch import Tensor
 
 from trunkline.kernels import attention_long, attention_short, attention_torch
 from trunkline.kernels.attention_scores import kept_reference
-from trunkline.kernels.dispatch import register
+from trunkline.kernels.dispatch import INTERPRET, register
 from trunkline.kernels.pack_plan import Layout, PackPlan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # and float32 where tf32 is allowed
 MAX_WIDTH = 256  # of a head: what the kernels hold in one piece
 
 
@@ -84,7 +85,7 @@ def _forward_triton(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if q.dtype == torch.float64:
+    if not _has_kernel(q.dtype):
         return attention_torch.forward(q, k, v, layout, narrow_tiles, scale, left, right, softcap, dropout, seed)
     q, k, v = map(_with_dense_heads, (q, k, v))
     spans, tiles, blocks, cu_seqlens, _, cu_seqlens_k = Layout.of(layout)
@@ -114,9 +115,9 @@ def _backward_triton(
     seed: Tensor | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if q.dtype == torch.float64:
-        settings = (scale, left, right, softcap, dropout, seed, deterministic)
-        return attention_torch.backward(dout, q, k, v, out, lse, layout, narrow_tiles, *settings)
+    if not _has_kernel(q.dtype):
+        given = (scale, left, right, softcap, dropout, seed, deterministic)
+        return attention_torch.backward(dout, q, k, v, out, lse, layout, narrow_tiles, *given)
     dout, (q, k, v) = dout.contiguous(), map(_with_dense_heads, (q, k, v))
     spans, tiles, blocks, cu_seqlens, key_blocks, cu_seqlens_k = Layout.of(layout)
     dq, dk, dv = _backward_fake(dout, q, k, v)
@@ -124,25 +125,16 @@ def _backward_triton(
     if len(tiles):
         attention_short.backward(dout, q, k, v, dq, dk, dv, spans, tiles, narrow_tiles, *settings)
     if len(blocks) or len(key_blocks):
-        attention_long.backward(
-            dout,
-            q,
-            k,
-            v,
-            out,
-            lse,
-            dq,
-            dk,
-            dv,
-            cu_seqlens,
-            cu_seqlens_k,
-            blocks,
-            key_blocks,
-            right == 0,
-            *settings,
-            deterministic,
-        )
+        tensors = (dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens, cu_seqlens_k, blocks, key_blocks)
+        attention_long.backward(*tensors, right == 0, *settings, deterministic)
     return dq, dk, dv
+
+
+def _has_kernel(dtype: torch.dtype) -> bool:
+    """Products of float32 in its own precision have no matrix units, and its wide tiles no room in shared memory: the
+    reference takes them."""
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return dtype in KERNEL_DTYPES or (dtype == torch.float32 and (tf32 or INTERPRET))
 
 
 def _with_dense_heads(x: Tensor) -> Tensor:

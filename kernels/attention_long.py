@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from trunkline.kernels.attention_scores import dropout_threshold, kept, tanh
-from trunkline.kernels.dispatch import tl, triton
+from trunkline.kernels.dispatch import INTERPRET, tl, triton
 
 BLOCK = 128  # queries or keys of a work item; kernels with smaller tiles share it among programs
 UNLIMITED = 2**30  # a window wider than any sequence
@@ -276,7 +276,6 @@ def _settings(
 ) -> dict[str, Any]:
     """The arguments that all kernels have in common."""
     D = q.shape[2]
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return {
         "scale": scale,
         "left": min(window_left, UNLIMITED) if window_left >= 0 else UNLIMITED,
@@ -289,7 +288,7 @@ def _settings(
         "BLOCK_D": max(triton.next_power_of_2(D), 16),  # the least that a product of tiles takes
         "SOFTCAP": softcap > 0,
         "DROPOUT": dropout > 0,
-        "PRECISION": "tf32" if tf32 else "ieee",
+        "PRECISION": "tf32" if q.dtype == torch.float32 and not INTERPRET else "ieee",
     }
 
 

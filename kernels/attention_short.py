@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trunkline.kernels.attention_scores import dropout_threshold, kept, tanh
-from trunkline.kernels.dispatch import tl, triton
+from trunkline.kernels.dispatch import INTERPRET, tl, triton
 from trunkline.kernels.pack_plan import SHORT, TILE_SIZES
 
 
@@ -251,15 +251,15 @@ def _arguments(
 
 def _launch(part: Tensor, q: Tensor, k: Tensor, block: int, softcap: float, dropout: float) -> tuple[tuple, dict]:
     """Grid and compile-time arguments for the tiles of one width."""
-    tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     options = {
         "GROUP": q.shape[1] // k.shape[1],
         "D": q.shape[2],
         "HAS_SOFTCAP": softcap > 0,
         "HAS_DROPOUT": dropout > 0,
-        "INPUT_PRECISION": "tf32" if tf32 else "ieee",
+        "INPUT_PRECISION": "tf32" if q.dtype == torch.float32 and not INTERPRET else "ieee",
         "BLOCK": block,
         "BLOCK_D": max(16, triton.next_power_of_2(q.shape[2])),  # the least that a product of tiles takes
         "num_warps": block // 16,
+        "num_stages": 1,  # query heads that are loaded ahead cost registers that the backward pass does not have
     }
     return (len(part) * k.shape[1],), options

@@ -25,7 +25,7 @@ except ImportError:  # macOS, CPU builds: the references serve there, and kernel
 __all__ = ["register", "tl", "triton"]
 
 _LIBRARY = torch.library.Library("trunkline", "DEF")
-_INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read when a module is imported, as Triton does
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read when a module is imported, as Triton does
 _FORCE_REFERENCE = os.environ.get("TRUNKLINE_REFERENCE") == "1"
 
 TRITON: dict[Callable, Callable] = {}  # op -> its Triton implementation, for tools that run or compile it by itself
@@ -43,7 +43,7 @@ def register(name: str, *, reference: Callable, fake: Callable, triton: Callable
     _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     if triton is not None and not _FORCE_REFERENCE:
-        _LIBRARY.impl(name, triton, "CPU" if _INTERPRET else "CUDA")
+        _LIBRARY.impl(name, triton, "CPU" if INTERPRET else "CUDA")
     torch.library.register_fake(f"trunkline::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.trunkline, name).default
     if triton is not None:
