@@ -65,7 +65,7 @@ def _times(outcome: list[float] | Exception) -> dict[str, Any]:
 
 def tables(folder: Path) -> str:
     """What was measured on one device, in Markdown: the parts whose JSON is there."""
-    makers = {"step": _speed, "learning": _learning}
+    makers = {"step": _speed, "balancing": _balancing, "learning": _learning}
     found = {name: folder / f"{name}.json" for name in makers if (folder / f"{name}.json").exists()}
     return "".join(makers[name](json.loads(path.read_text(encoding="utf-8"))) for name, path in found.items())
 
@@ -92,6 +92,16 @@ median of {len(step["turns"]["trunkline"])} turns.
 {chr(10).join(rows)}
 
 300 classification heads take {step["time_300_heads_over_9"]:.2f}x the time of 9 on the same tokens.
+"""
+
+
+def _balancing(balancing: dict[str, Any]) -> str:
+    times = balancing["time_over_fixed"]
+    return f"""
+**Balancing** on {_measured_on(balancing["environment"])}, {balancing["threads"]} thread: with task weights from every
+task's exact gradient a step of nine tasks takes {times["weights from gradients"]:.3f}x the time of one with fixed
+weights; with one backward pass per task it takes {times["a backward pass per task"]:.1f}x (`{balancing["command"]}`,
+median of {len(balancing["seconds"]["fixed weights"])} turns).
 """
 
 

@@ -196,6 +196,20 @@ def test_report_has_tables_and_plots(results):
     assert "old" not in readme.read_text()
 
 
+def test_readme_says_what_balancing_costs(results):
+    ratios = {"fixed weights": 1.0, "weights from gradients": 1.0149, "a backward pass per task": 6.24}
+    measured = {
+        "command": "measure it",
+        "threads": 1,
+        "seconds": {"fixed weights": [0.5] * 7},
+        "time_over_fixed": ratios,
+    }
+    record.record("balancing", measured, record.environment())
+    text = " ".join(record.tables(results / "nvidia-h200").split())
+    assert "takes 1.015x the time of one with fixed weights" in text
+    assert "one backward pass per task it takes 6.2x (`measure it`, median of 7 turns)" in text
+
+
 def test_gpu_parts_fit_into_nine_minutes_and_go_on_after_a_failure(capfd):
     assert sum(part.budget for part in gpu.parts(Path("data"), dry=False)) <= 540
     failing = gpu.Part("failing", [sys.executable, "-c", "print('said'); raise SystemExit(3)"], 60)

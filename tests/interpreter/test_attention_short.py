@@ -1,5 +1,7 @@
 """Attention of short sequences, the kernels against the definition in float64."""
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -67,6 +69,31 @@ def test_settings(settings, device):
 def test_dropout_with_small_and_large_seeds(device):
     for seed in (0, 1, 2**63 - 1):
         assert_matches(*make(device, heads=(1, 1), width=16), causal=False, dropout=0.5, seed=seed)
+
+
+BUGS: dict[str, tuple[str, str, Callable]] = {
+    "boundaries that nobody minds": ("forward", "spans", lambda spans: torch.tensor([0, len(spans)]).expand_as(spans)),
+    "one key too many": ("forward", "right", lambda right: right + 1),
+    "one key too few in backward": ("backward", "left", lambda left: 62),
+    "wrong scale in backward": ("backward", "scale", lambda scale: 1.01 * scale),
+}
+
+
+@pytest.mark.parametrize(("function", "argument", "wrong"), BUGS.values(), ids=BUGS)
+def test_bugs_are_found(function, argument, wrong, device, monkeypatch):
+    right = getattr(attention_short, function)
+
+    def with_bug(*arguments: Any) -> None:
+        bound = inspect.signature(right).bind(*arguments)
+        changed = wrong(bound.arguments[argument])
+        bound.arguments[argument] = changed.to(device).int().contiguous() if isinstance(changed, Tensor) else changed
+        right(*bound.args)
+
+    inputs = make(device, heads=(1, 1), width=16)
+    assert_matches(*inputs, causal=True, window=(63, 0))
+    monkeypatch.setattr(attention_short, function, with_bug)
+    with pytest.raises(AssertionError):
+        assert_matches(*inputs, causal=True, window=(63, 0))
 
 
 def results(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan, dout: Tensor) -> list[Tensor]:
