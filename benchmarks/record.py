@@ -107,6 +107,7 @@ median of {len(balancing["seconds"]["fixed weights"])} turns).
 
 def _learning(learning: dict[str, Any]) -> str:
     run, mean, rows = learning["run"], learning["mean"], []
+    one_task = "" if learning["way"] == "packed" else ", of one task each"
     for name, task in run["tasks"].items():
         metric, baseline = task["metric"], task["baseline"]
         theirs = learning["hugging_face"][name][metric]
@@ -119,7 +120,7 @@ def _learning(learning: dict[str, Any]) -> str:
 padding {run["padding_waste"]:.1%}, peak memory {run["peak_memory_bytes"] / 2**30:.1f} GiB. Scores on the whole
 validation splits of the data at hand, in which QNLI, QQP and MNLI are subsets: none of this is a GLUE score. Beside it
 a Hugging Face loop with the same data, mix, shape and learning rate and as many seconds of training
-(`{learning["command"]}`): {learning["steps"]:,} steps, batches {learning["way"]}{"" if learning["way"] == "packed" else ", of one task each"}.
+(`{learning["command"]}`): {learning["steps"]:,} steps, batches {learning["way"]}{one_task}.
 
 | task | metric | trunkline | trivial baseline | Hugging Face loop | loss |
 |---|---|---|---|---|---|
