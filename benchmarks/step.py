@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -25,6 +26,10 @@ from trunkline.engine.memory import keep_freed_memory
 from trunkline.engine.model import MultiTaskModel
 from trunkline.engine.packing import Example, PackedBatch, pack
 from trunkline.engine.trunk import Trunk, preset
+
+if TYPE_CHECKING:
+    from trunkline.training.config import Config
+    from trunkline.training.corpus import Corpus
 
 BUDGET, MAX_LENGTH, VOCABULARY, EXAMPLES = 2048, 512, 8192, 2000
 TASKS = ("cola", "sst2", "mrpc", "stsb", "rte", "qqp", "qnli", "mnli", "dialogsum")
@@ -81,18 +86,15 @@ Step = Callable[[], tuple[int, int]]  # one optimizer step: how many real tokens
 
 def trunkline(data: Path) -> tuple[Step, int]:
     """The eight GLUE tasks and DialogSum on the packed trunk."""
-    from trunkline.training.mixing import Mixer, Mixing
+    from trunkline.training.loop import next_batch
+    from trunkline.training.mixing import Mixer
 
-    corpus = read(data)
-    mixer = Mixer([split.lengths for split in corpus.train], Mixing(), [], BUDGET, steps=100_000, seed=0)
+    config = configured(data)
+    corpus = read(config)
+    mixer = Mixer([split.lengths for split in corpus.train], config.mixing, [], BUDGET, steps=100_000, seed=0)
     model = MultiTaskModel(trunk(corpus.tokenizer.vocab_size), corpus.tasks)
     numbers = iter(range(100_000))
-
-    def next_batch() -> PackedBatch:
-        examples = [corpus.train[task].example(i, task) for task, i in mixer.batch(next(numbers))]
-        return pack(examples, len(corpus.train), BUDGET)
-
-    return _step(model, next_batch)
+    return _step(model, lambda: next_batch(corpus.train, mixer, next(numbers), config))
 
 
 def heads(count: int) -> Callable[[Path], tuple[Step, int]]:
@@ -140,13 +142,14 @@ SYSTEMS = {"trunkline": trunkline, "9 heads": heads(9), "300 heads": heads(300)}
 def hugging_face(data: Path, way: str) -> tuple[Step, int]:
     from trunkline.benchmarks.hugging_face import HuggingFaceModel
     from trunkline.benchmarks.hugging_face import batches as made
-    from trunkline.training.mixing import Mixing, shares
+    from trunkline.training.mixing import shares
 
-    corpus = read(data)
+    config = configured(data)
+    corpus = read(config)
     model = HuggingFaceModel(shape(corpus.tokenizer.vocab_size), corpus.train)
     optimizer = torch.optim.AdamW(model.parameters(), 3e-4, fused=True)
     sizes = [len(split) for split in corpus.train]
-    stream: Iterator = made(way, corpus.train, shares(Mixing(), sizes, [], 0.0).tolist(), BUDGET, seed=0)
+    stream: Iterator = made(way, corpus.train, shares(config.mixing, sizes, [], 0.0).tolist(), BUDGET, seed=0)
 
     def step() -> tuple[int, int]:
         batch = next(stream)
@@ -169,13 +172,18 @@ def trunk(vocab_size: int) -> Trunk:
     return Trunk(shape(vocab_size))
 
 
-def read(data: Path):
-    """The corpus, with the first examples of every task only."""
+def configured(data: Path) -> "Config":
     from trunkline.training.config import Batch, Config
+
+    batch = Batch(BUDGET, max_length=MAX_LENGTH)
+    return Config(tasks=TASKS, data=str(data), trunk=shape(VOCABULARY), vocab_size=VOCABULARY, batch=batch)
+
+
+def read(config: "Config") -> "Corpus":
+    """The corpus, with the first examples of every task only."""
     from trunkline.training.corpus import load_corpus
 
-    config = Config(tasks=TASKS, data=str(data), vocab_size=VOCABULARY, batch=Batch(BUDGET, max_length=MAX_LENGTH))
-    corpus = load_corpus(replace(config, trunk=shape(VOCABULARY)))
+    corpus = load_corpus(config)
     return replace(corpus, train=tuple(first(split, EXAMPLES) for split in corpus.train))
 
 

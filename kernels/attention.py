@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trunkline.kernels import attention_long, attention_short, attention_torch
 from trunkline.kernels.attention_scores import kept_reference
-from trunkline.kernels.dispatch import INTERPRET, register
+from trunkline.kernels.dispatch import INTERPRET, input_precision, register
 from trunkline.kernels.pack_plan import Layout, PackPlan
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -94,7 +94,7 @@ def _forward_triton(
     if len(tiles):
         attention_short.forward(q, k, v, out, spans, tiles, narrow_tiles, *settings)
     if len(blocks):
-        attention_long.forward(q, k, v, out, lse, cu_seqlens, cu_seqlens_k, blocks, right == 0, *settings)
+        attention_long.forward(q, k, v, out, lse, cu_seqlens, cu_seqlens_k, blocks, *settings)
     return out, lse
 
 
@@ -126,15 +126,14 @@ def _backward_triton(
         attention_short.backward(dout, q, k, v, dq, dk, dv, spans, tiles, narrow_tiles, *settings)
     if len(blocks) or len(key_blocks):
         tensors = (dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens, cu_seqlens_k, blocks, key_blocks)
-        attention_long.backward(*tensors, right == 0, *settings, deterministic)
+        attention_long.backward(*tensors, *settings)
     return dq, dk, dv
 
 
 def _has_kernel(dtype: torch.dtype) -> bool:
     """Products of float32 in its own precision have no matrix units, and its wide tiles no room in shared memory: the
     reference takes them."""
-    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return dtype in KERNEL_DTYPES or (dtype == torch.float32 and (tf32 or INTERPRET))
+    return dtype in KERNEL_DTYPES or input_precision(dtype) == "tf32" or (INTERPRET and dtype == torch.float32)
 
 
 def _with_dense_heads(x: Tensor) -> Tensor:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 from trunkline.kernels.attention_scores import dropout_threshold, kept, tanh
-from trunkline.kernels.dispatch import INTERPRET, tl, triton
+from trunkline.kernels.dispatch import input_precision, padded_width, tl, triton
+from trunkline.kernels.pack_plan import KEY_BLOCK, QUERY_BLOCK
 
-BLOCK = 128  # queries or keys of a work item; kernels with smaller tiles share it among programs
 UNLIMITED = 2**30  # a window wider than any sequence
 _UNSPECIALIZED = ["statistics_stride", "left", "right", "seed", "threshold"]  # one compilation for all values
 
@@ -266,7 +266,6 @@ def tile_options(kernel: str, dtype: torch.dtype, D: int) -> dict[str, int]:
 
 def _settings(
     q: Tensor,
-    causal: bool,
     scale: float,
     window_left: int,
     window_right: int,
@@ -279,16 +278,16 @@ def _settings(
     return {
         "scale": scale,
         "left": min(window_left, UNLIMITED) if window_left >= 0 else UNLIMITED,
-        "right": 0 if causal else min(window_right, UNLIMITED) if window_right >= 0 else UNLIMITED,
+        "right": min(window_right, UNLIMITED) if window_right >= 0 else UNLIMITED,
         "softcap": softcap,
         "seed": int(seed),
         "threshold": dropout_threshold(dropout),
         "kept_scale": 1 / (1 - dropout),
         "D": D,
-        "BLOCK_D": max(triton.next_power_of_2(D), 16),  # the least that a product of tiles takes
+        "BLOCK_D": padded_width(D),
         "SOFTCAP": softcap > 0,
         "DROPOUT": dropout > 0,
-        "PRECISION": "tf32" if q.dtype == torch.float32 and not INTERPRET else "ieee",
+        "PRECISION": input_precision(q.dtype),
     }
 
 
@@ -301,7 +300,6 @@ def forward(
     cu_seqlens: Tensor,
     cu_seqlens_k: Tensor,
     blocks: Tensor,
-    causal: bool,
     scale: float,
     window_left: int,
     window_right: int,
@@ -312,7 +310,7 @@ def forward(
     """Fills `out` and `lse` for the queries of `blocks`; other rows are left as they are.
 
     Args:
-        q: (T, H, D) queries, float32, float16 or bfloat16; D up to 256. q, k and v may be views.
+        q: (T, H, D) queries, float32, float16 or bfloat16; D up to 256. q, k and v may be views of dense heads.
         k: (Tk, G, D) keys; G divides H.
         v: (Tk, G, D) values.
         out: (T, H, D), contiguous, the dtype of `q`.
@@ -320,21 +318,19 @@ def forward(
         cu_seqlens: (S + 1,) int32, first query of every sequence and the end of the last.
         cu_seqlens_k: (S + 1,) int32, the same for the keys.
         blocks: (n, 2) int32, sequence and block of 128 queries inside it.
-        causal: no key behind a query's position is seen.
         scale: factor of the scores, above 0.
         window_left: how many keys before its position a query sees; -1: all.
-        window_right: the same behind it.
+        window_right: the same behind it; 0: causal.
         softcap: c; 0: none.
         dropout: probability of leaving a weight out, below 1.
         seed: of dropout.
     """
     if not len(blocks):
         return
-    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
     H, G = q.shape[1], k.shape[1]
     tile = tile_options("forward", q.dtype, q.shape[2])
-    parts = BLOCK // tile["BLOCK_M"]
-    settings = _settings(q, causal, scale, window_left, window_right, softcap, dropout, seed)
+    parts = QUERY_BLOCK // tile["BLOCK_M"]  # programs that share a block
+    settings = _settings(q, scale, window_left, window_right, softcap, dropout, seed)
     _forward_kernel[(len(blocks) * parts * H,)](
         q, k, v, out, lse, cu_seqlens, cu_seqlens_k, blocks, *q.stride()[:2], *k.stride()[:2], *v.stride()[:2],
         lse.shape[1], H, H // G, PARTS=parts, **settings, **tile,
@@ -355,43 +351,40 @@ def backward(
     cu_seqlens_k: Tensor,
     blocks: Tensor,
     key_blocks: Tensor,
-    causal: bool,
     scale: float,
     window_left: int,
     window_right: int,
     softcap: float,
     dropout: float,
     seed: int,
-    deterministic: bool,
 ) -> None:
     """Fills `dq` for the queries of `blocks`, `dk` and `dv` for the keys of `key_blocks`; other rows are left.
 
     dQ has a kernel of its own, which computes the scores anew: 7 products instead of 5. Summed up beside dK and dV, by
     atomics, it would need a float32 copy of twice the size of dQ, zeroed before and rounded after, and registers that
-    a head dim of 128 does not leave. So the bits are the same in every run, `deterministic` or not.
+    a head dim of 128 does not leave. So the bits are the same in every run.
 
     Args as `forward`, and:
-        dout: (T, H, D), any strides.
+        dout: (T, H, D), a view of dense heads.
         dq: (T, H, D), contiguous.
         dk: (Tk, G, D), contiguous.
         dv: (Tk, G, D), contiguous.
         key_blocks: (n, 2) int32, sequence and block of 128 keys inside it.
     """
-    dout, q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (dout, q, k, v))
     H, G = q.shape[1], k.shape[1]
     strides = [stride for x in (dout, q, k, v) for stride in x.stride()[:2]]
-    settings = _settings(q, causal, scale, window_left, window_right, softcap, dropout, seed)
+    settings = _settings(q, scale, window_left, window_right, softcap, dropout, seed)
     delta = torch.empty_like(lse)
     if len(blocks):
         tile = tile_options("query gradient", q.dtype, q.shape[2])
-        parts = BLOCK // tile["BLOCK_M"]
+        parts = QUERY_BLOCK // tile["BLOCK_M"]  # programs that share a block
         _query_gradient_kernel[(len(blocks) * parts * H,)](
             dout, q, k, v, out, lse, delta, dq, cu_seqlens, cu_seqlens_k, blocks, *strides,
             lse.shape[1], H, H // G, PARTS=parts, **settings, **tile,
         )  # fmt: skip
     if len(key_blocks):
         tile = tile_options("key gradient", q.dtype, q.shape[2])
-        parts = BLOCK // tile["BLOCK_N"]
+        parts = KEY_BLOCK // tile["BLOCK_N"]
         _key_gradient_kernel[(len(key_blocks) * parts * G,)](
             dout, q, k, v, lse, delta, dk, dv, cu_seqlens, cu_seqlens_k, key_blocks, *strides,
             lse.shape[1], G, H // G, PARTS=parts, **settings, **tile,

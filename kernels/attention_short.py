@@ -17,11 +17,10 @@ T tokens, H query heads, G key/value heads, D head width
 Source: block-diagonal tiles as in Krell et al., arXiv:2107.02027.
 """
 
-import torch
 from torch import Tensor
 
 from trunkline.kernels.attention_scores import dropout_threshold, kept, tanh
-from trunkline.kernels.dispatch import INTERPRET, tl, triton
+from trunkline.kernels.dispatch import input_precision, padded_width, tl, triton
 from trunkline.kernels.pack_plan import SHORT, TILE_SIZES
 
 
@@ -256,9 +255,9 @@ def _launch(part: Tensor, q: Tensor, k: Tensor, block: int, softcap: float, drop
         "D": q.shape[2],
         "HAS_SOFTCAP": softcap > 0,
         "HAS_DROPOUT": dropout > 0,
-        "INPUT_PRECISION": "tf32" if q.dtype == torch.float32 and not INTERPRET else "ieee",
+        "INPUT_PRECISION": input_precision(q.dtype),
         "BLOCK": block,
-        "BLOCK_D": max(16, triton.next_power_of_2(q.shape[2])),  # the least that a product of tiles takes
+        "BLOCK_D": padded_width(q.shape[2]),
         "num_warps": block // 16,
         "num_stages": 1,  # query heads that are loaded ahead cost registers that the backward pass does not have
     }

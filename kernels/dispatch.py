@@ -22,7 +22,7 @@ except ImportError:  # macOS, CPU builds: the references serve there, and kernel
 
     triton, tl = SimpleNamespace(jit=_jit), SimpleNamespace(constexpr=object)
 
-__all__ = ["register", "tl", "triton"]
+__all__ = ["INTERPRET", "input_precision", "padded_width", "register", "tl", "triton"]
 
 _LIBRARY = torch.library.Library("trunkline", "DEF")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read when a module is imported, as Triton does
@@ -51,6 +51,18 @@ def register(name: str, *, reference: Callable, fake: Callable, triton: Callable
     for device in ("cpu", "cuda"):
         _LIBRARY.impl(name, _without_autocast(op, device), f"Autocast{device.upper()}")
     return op
+
+
+def input_precision(dtype: torch.dtype) -> str:
+    """How a kernel multiplies: float32 as TF32 where PyTorch's own products may, otherwise exactly."""
+    # not allow_tf32: reading that is an error once the newer setting was used
+    tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return "tf32" if tf32 else "ieee"
+
+
+def padded_width(columns: int) -> int:
+    """Columns of a tile that holds so many: a power of two, and no fewer than a product of tiles takes."""
+    return max(16, triton.next_power_of_2(columns))
 
 
 def _without_autocast(op: Callable, device: str) -> Callable:

@@ -9,7 +9,7 @@ R rows, D width, N tasks, K columns of the table, C columns of the widest task
 import torch
 from torch import Tensor
 
-from trunkline.kernels.dispatch import tl, triton
+from trunkline.kernels.dispatch import input_precision, padded_width, tl, triton
 from trunkline.kernels.task_tiles import rows_of_tile, search_block
 
 WIDEST = 256  # C that a tile can hold
@@ -202,14 +202,6 @@ def _backward_kernel(
             tl.store(partial_bias_ptr + chunk * C + c, dbias, mask=in_classes)
 
 
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
-def _columns_block(width: int) -> int:
-    return max(16, triton.next_power_of_2(width))  # a product has 16 columns at least
-
-
 def _run_forward(
     x: Tensor,
     weight: Tensor,
@@ -224,7 +216,7 @@ def _run_forward(
 ) -> Tensor:
     """(R, C): the gradient of the logits; without `labels` the logits."""
     (R, D), N = x.shape, len(class_offsets) - 1
-    out, block_c = x.new_empty(R, width, dtype=torch.float32), _columns_block(width)
+    out, block_c = x.new_empty(R, width, dtype=torch.float32), padded_width(width)
     *rows, regression = labels
     tiles = R // block_r + N
     _forward_kernel[(tiles,)](
@@ -243,7 +235,7 @@ def _run_forward(
         width,
         smoothing,
         ONLY_LOGITS=partial is None,
-        PRECISION=_precision(),
+        PRECISION=input_precision(x.dtype),
         BLOCK_R=block_r,
         BLOCK_C=block_c,
         BLOCK_D=(128 if block_c <= 64 else 64) // (2 if x.dtype == torch.float32 else 1),
@@ -293,7 +285,7 @@ def backward(
     dloss: Tensor, gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, class_offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     (R, D), C, N = x.shape, gradient.shape[1], len(class_offsets) - 1
-    block_c = _columns_block(C)
+    block_c = padded_width(C)
     block_d = min(256, 4096 // block_c) if block_c < 64 else 64
     if x.dtype == torch.float32:
         block_d = min(64, block_d)
@@ -321,7 +313,7 @@ def backward(
                 C,
                 chunk,
                 FIRST=first,
-                PRECISION=_precision(),
+                PRECISION=input_precision(x.dtype),
                 BLOCK_R=32 if block_c <= 128 else 16,
                 BLOCK_C=block_c,
                 BLOCK_D=block_d,

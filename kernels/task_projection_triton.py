@@ -12,7 +12,7 @@ R rows, N tasks, D width in, C width out
 import torch
 from torch import Tensor
 
-from trunkline.kernels.dispatch import tl, triton
+from trunkline.kernels.dispatch import input_precision, tl, triton
 from trunkline.kernels.task_tiles import rows_of_tile, search_block
 
 GROUP = 8  # tiles of rows that sweep the columns together
@@ -212,10 +212,6 @@ def _weight_gradient_kernel(
         tl.store(partial_ptr + chunk.to(tl.int64) * D * C + place, total, mask=inside)
 
 
-def _precision() -> str:
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee"
-
-
 def _product_tile(dtype: torch.dtype, rows: int, columns: int, plain: bool) -> dict[str, int]:
     """Large tiles where there are enough of them to occupy a GPU, otherwise small ones; `plain`: without activation."""
     if dtype == torch.float32:
@@ -253,7 +249,7 @@ def _product(
         ACTIVATION=activation,
         HAS_BIAS=bias is not None,
         SAVE_Z=save_z,
-        PRECISION=_precision(),
+        PRECISION=input_precision(x.dtype),
         BLOCK_N=search_block(N),
         GROUP=GROUP,
         **tile,
@@ -324,7 +320,7 @@ def _weight_gradient(x: Tensor, g: Tensor, weight: Tensor, offsets: Tensor) -> T
                 C,
                 chunk,
                 FIRST=first,
-                PRECISION=_precision(),
+                PRECISION=input_precision(x.dtype),
                 BLOCK_D=block,
                 BLOCK_C=block,
                 BLOCK_R=block_r,

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
-from scipy.optimize import nnls
 
 Method = Literal[
     "fixed",
@@ -274,6 +273,8 @@ def _shortest(gram: np.ndarray) -> np.ndarray:
     With A^T A = gram, it is that of the x >= 0 for which |A x|^2 + (1 - sum of x)^2 is least: only the length of x
     depends on how the two parts are weighed.
     """
+    from scipy.optimize import nnls  # half a second, which a run that does without need not wait for
+
     n = len(gram)
     values, vectors = np.linalg.eigh(gram / gram.trace())
     root = np.sqrt(np.maximum(values, 0.0))[:, None] * vectors.T  # (n, n), root^T root = gram / trace

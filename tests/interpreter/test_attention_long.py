@@ -4,6 +4,7 @@ On a GPU the same with more lengths and dtypes.
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor
 
 from parity import check, upstream_gradient
 from trunkline.kernels import attention_long
-from trunkline.kernels.attention_scores import kept_reference
+from trunkline.kernels.attention import attention_reference
+from trunkline.kernels.pack_plan import PackPlan
 
 UNTOUCHED = 77.0
+SEED = 2**40 + 11
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,18 @@ class Case:
     softcap: float = 0.0
     dropout: float = 0.0
     transposed: bool = False  # as Hugging Face has it: heads before tokens in memory
-    deterministic: bool = True
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What `attention_reference` takes."""
+        names = ("causal", "window", "softcap", "dropout")
+        return {name: getattr(self, name) for name in names} | {"scale": self.width**-0.5, "seed": SEED}
+
+    @property
+    def flags(self) -> tuple[Any, ...]:
+        """The same as the kernels take it."""
+        left, right = self.window
+        return (self.width**-0.5, left, 0 if self.causal else right, self.softcap, self.dropout, SEED)
 
 
 def bounds_of(lengths: list[int]) -> Tensor:
@@ -38,26 +52,6 @@ def blocks_of(lengths: list[int], sequences: list[int]) -> Tensor:
     longest_first = sorted(sequences, key=lambda s: -lengths[s])
     blocks = [(s, block) for s in longest_first for block in range(-(-lengths[s] // 128))]
     return torch.tensor(blocks, dtype=torch.int32).view(-1, 2)
-
-
-def definition(q: Tensor, k: Tensor, v: Tensor, bounds: Tensor, bounds_k: Tensor, case: Case, scale: float) -> Tensor:
-    out, (H, G), (left, right) = torch.zeros_like(q), case.heads, case.window
-    pairs, pairs_k = (x.unfold(0, 2, 1).tolist() for x in (bounds, bounds_k))
-    for (start, end), (start_k, end_k) in zip(pairs, pairs_k, strict=True):
-        row, column = torch.arange(start, end)[:, None], torch.arange(start_k, end_k)
-        ahead = ((column - end_k) - (row - end)).to(q.device)
-        hidden = ahead > (0 if case.causal else right if right >= 0 else 2**30)
-        hidden |= ahead < -(left if left >= 0 else 2**30)
-        keys, values = (x[start_k:end_k].repeat_interleave(H // G, 1) for x in (k, v))
-        scores = torch.einsum("ihd,jhd->hij", q[start:end], keys) * scale
-        if case.softcap:
-            scores = case.softcap * torch.tanh(scores / case.softcap)
-        weights = scores.masked_fill(hidden, float("-inf")).softmax(-1).masked_fill(hidden, 0.0)
-        if case.dropout:
-            kept = kept_reference(SEED, row, column, torch.arange(H)[:, None, None], case.dropout).to(q.device)
-            weights = weights * kept / (1 - case.dropout)
-        out[start:end] = torch.einsum("hij,jhd->ihd", weights, values)
-    return out
 
 
 def verify(case: Case, device: str) -> None:
@@ -75,11 +69,11 @@ def verify(case: Case, device: str) -> None:
     H, G = case.heads
     q, k, v = draw(sum(lengths), H, 2.0), draw(sum(lengths_k), G), draw(sum(lengths_k), G)
     dout = upstream_gradient(q, seed=0)
-    scale = case.width**-0.5
+    plan = PackPlan.of(cu_seqlens, cu_seqlens_k)
 
     def define(dtype: torch.dtype) -> dict[str, Tensor]:
         leaves = [x.detach().to(dtype).requires_grad_() for x in (q, k, v)]
-        out = definition(*leaves, cu_seqlens, cu_seqlens_k, case, scale)
+        out = attention_reference(*leaves, plan, **case.settings)
         dq, dk, dv = torch.autograd.grad(out, leaves, dout.to(dtype))
         return {"out": out.detach(), "dq": dq, "dk": dk, "dv": dv}
 
@@ -89,11 +83,10 @@ def verify(case: Case, device: str) -> None:
     out, dq, dk, dv = (torch.full(x.shape, UNTOUCHED, dtype=x.dtype, device=device) for x in (q, q, k, v))
     lse = torch.full((H, len(q)), UNTOUCHED, device=device)
     blocks, key_blocks = blocks_of(lengths, [*ours]).to(device), blocks_of(lengths_k, [*ours]).to(device)
-    flags = (case.causal, scale, *case.window, case.softcap, case.dropout, SEED)
     bounds = (cu_seqlens.to(device), cu_seqlens_k.to(device))
-    attention_long.forward(q, k, v, out, lse, *bounds, blocks, *flags)
+    attention_long.forward(q, k, v, out, lse, *bounds, blocks, *case.flags)
     gradients = (dq, dk, dv, *bounds, blocks, key_blocks)
-    attention_long.backward(dout, q, k, v, out, lse, *gradients, *flags, case.deterministic)
+    attention_long.backward(dout, q, k, v, out, lse, *gradients, *case.flags)
 
     results = {"out": (out, rows), "dq": (dq, rows), "dk": (dk, rows_k), "dv": (dv, rows_k)}
     for name, (x, own) in results.items():
@@ -104,7 +97,6 @@ def verify(case: Case, device: str) -> None:
     assert (lse[:, rows.stop :] == UNTOUCHED).all()
 
 
-SEED = 2**40 + 11
 CASES = {
     "causal": Case((129, 257), causal=True),
     "bidirectional": Case((200,), torch.float16, width=64),
@@ -127,7 +119,7 @@ def test_logsumexp(device):
     q, k, v = (x.to(device) for x in (q, k, v))
     out, lse, bounds = torch.empty_like(q), torch.empty(1, 140, device=device), bounds_of([140]).to(device)
     blocks = blocks_of([140], [0]).to(device)
-    attention_long.forward(q, k, v, out, lse, bounds, bounds, blocks, False, 0.3, -1, -1, 0.0, 0.0, 0)
+    attention_long.forward(q, k, v, out, lse, bounds, bounds, blocks, 0.3, -1, -1, 0.0, 0.0, 0)
     scores = q[:, 0].double() @ k[:, 0].double().T * 0.3
     torch.testing.assert_close(lse[0].double(), scores.logsumexp(1) / torch.tensor(2.0).log(), rtol=1e-6, atol=1e-6)
 
@@ -157,8 +149,7 @@ def test_ragged_lengths(flags, width, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("deterministic", [True, False])
-def test_scores_beyond_31_bits(deterministic):
+def test_scores_beyond_31_bits():
     """Offsets of the last rows pass 2^31 elements."""
     tokens, H, D = 2**31 // (32 * 128) + 1000, 32, 128
     q, k, v, out, dq, dk, dv = (torch.zeros(tokens, H, D, dtype=torch.bfloat16, device="cuda") for _ in range(7))
@@ -167,11 +158,11 @@ def test_scores_beyond_31_bits(deterministic):
     lse = torch.zeros(H, tokens, device="cuda")
     bounds = torch.tensor([0, tokens - 300, tokens], dtype=torch.int32, device="cuda")
     blocks = torch.tensor([[1, 0], [1, 1], [1, 2]], dtype=torch.int32, device="cuda")
-    flags = (True, D**-0.5, -1, -1, 0.0, 0.0, 0)
-    attention_long.forward(q, k, v, out, lse, bounds, bounds, blocks, *flags)
-    attention_long.backward(q, q, k, v, out, lse, dq, dk, dv, bounds, bounds, blocks, blocks, *flags, deterministic)
+    case = Case((300,), heads=(H, H), width=D, causal=True)
+    attention_long.forward(q, k, v, out, lse, bounds, bounds, blocks, *case.flags)
+    attention_long.backward(q, q, k, v, out, lse, dq, dk, dv, bounds, bounds, blocks, blocks, *case.flags)
     leaves = [x[-300:].float().requires_grad_() for x in (q, k, v)]
-    expected = definition(*leaves, bounds_of([300]), bounds_of([300]), Case((300,), heads=(H, H), causal=True), D**-0.5)
+    expected = attention_reference(*leaves, PackPlan.of(bounds_of([300])), **case.settings)
     gradients = torch.autograd.grad(expected, leaves, q[-300:].float())
     for ours, exact in zip((out, dq, dk, dv), (expected, *gradients), strict=True):
         torch.testing.assert_close(ours[-300:].float(), exact.detach(), rtol=0.02, atol=0.02)
