@@ -42,6 +42,8 @@ class Cache:
         shape = (config.num_layers, texts, config.kv_heads, slots, config.head_width)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
         self.lengths = torch.zeros(texts, dtype=torch.int64, device=like.device)
+        vocabulary = config.vocab_size if config.exact_match else 0
+        self.tokens = torch.zeros(texts, vocabulary, dtype=torch.bool, device=like.device)  # that a text has
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One token of each text, q (S, H, E) and k, v (S, G, E): stores key and value, attends to all so far."""
@@ -59,10 +61,19 @@ class Cache:
         )
         return out.squeeze(2)
 
+    def repeated(self, tokens: Tensor) -> Tensor | None:
+        """(S,) whether the text had this token before, for a trunk that asks; it has it now."""
+        if not self.tokens.numel():
+            return None
+        places = (torch.arange(len(tokens), device=tokens.device), tokens)
+        repeated = self.tokens[places]
+        self.tokens[places] = True
+        return repeated
+
     def keep(self, texts: Tensor) -> None:
         """Continues with these texts, in this order; one may occur several times."""
         self.keys, self.values = self.keys.index_select(1, texts), self.values.index_select(1, texts)
-        self.lengths = self.lengths[texts]
+        self.lengths, self.tokens = self.lengths[texts], self.tokens[texts]
 
 
 def generate(
@@ -102,7 +113,8 @@ def generate(
             if not beams.live:
                 return [text for _, text in beams.results]
             cache.keep(parents)
-            x = trunk(beams.last, cache.lengths, cache.attend)  # (S,) -> (S, D)
+            newest = beams.last
+            x = trunk(newest, cache.lengths, cache.attend, repeated=cache.repeated(newest))  # (S,) -> (S, D)
             cache.lengths += 1
 
 
@@ -120,6 +132,8 @@ def _prefill(trunk: Trunk, prompts: Sequence[np.ndarray], slots: int) -> tuple[T
         return attention(q, k, v, batch.plan, causal=True)
 
     x = trunk(batch.tokens, batch.positions, attend, batch.rows.token)
+    if trunk.config.exact_match:
+        cache.tokens[text, batch.tokens] = True
     cache.lengths[order] = batch.plan.cu_seqlens.diff().long()
     return torch.empty_like(x).index_copy_(0, order, x), cache
 

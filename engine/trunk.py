@@ -84,6 +84,10 @@ class TrunkConfig:
     """Segment embeddings; every token is of type 0 (BERT)."""
     dropout: float = 0.0
     """Probability of zeroing the embeddings' and each sublayer's output in training."""
+    exact_match: bool = False
+    """A learned vector marks every token that occurred before in its sequence. What two texts share is then to be seen
+    in the input, and need not be found by comparing all tokens, which takes far more text than most tasks have (after
+    DrQA's feature, arXiv:1704.00051)."""
     tie_vocabulary: bool = True
     """The vocabulary head uses the embedding matrix."""
 
@@ -149,6 +153,14 @@ class Norm(nn.Module):
             return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
         # under autocast queries and keys are narrower than the weight
         return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+
+
+def occurred_before(tokens: Tensor, positions: Tensor) -> Tensor:
+    """(T,) bool: whether the same token stands before it in its sequence, which begins where the position is 0."""
+    sequence = (positions == 0).cumsum(0)
+    keys, order = (sequence * (tokens.max() + 1) + tokens).sort(stable=True)
+    again = torch.cat([keys.new_zeros(1, dtype=torch.bool), keys[1:] == keys[:-1]])
+    return torch.empty_like(again).index_copy_(0, order, again)
 
 
 def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
@@ -234,6 +246,8 @@ class Trunk(nn.Module):
             self.positions = nn.Embedding(config.max_positions, config.hidden_size)
         if config.token_types:
             self.token_types = nn.Embedding(config.token_types, config.hidden_size)
+        if config.exact_match:
+            self.match = nn.Parameter(0.02 * torch.randn(config.hidden_size))
         if config.embedding_norm:
             self.embedding_norm = Norm(config)
         self.dropout = nn.Dropout(config.dropout)
@@ -247,12 +261,15 @@ class Trunk(nn.Module):
                 for linear in (block.attention_out, block.mlp_out):
                     linear.weight.mul_((2 * config.num_layers) ** -0.5)
 
-    def embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
+    def embed(self, tokens: Tensor, positions: Tensor, repeated: Tensor | None = None) -> Tensor:
         x = self.tokens(tokens)
         if self.config.positions == "learned":
             x = x + self.positions(positions)
         if self.config.token_types:
             x = x + self.token_types.weight[0]
+        if self.config.exact_match:
+            repeated = occurred_before(tokens, positions) if repeated is None else repeated
+            x = x + repeated[:, None] * self.match
         if self.config.embedding_norm:
             x = self.embedding_norm(x)
         return self.dropout(x)
@@ -270,7 +287,14 @@ class Trunk(nn.Module):
         angle = positions[:, None].float() * frequency  # (T, E / 2)
         return angle.cos(), angle.sin()
 
-    def forward(self, tokens: Tensor, positions: Tensor, plan: PackPlan | Attend, rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        plan: PackPlan | Attend,
+        rows: Tensor | None = None,
+        repeated: Tensor | None = None,
+    ) -> Tensor:
         """Hidden states of a packed stream.
 
         Args:
@@ -278,11 +302,13 @@ class Trunk(nn.Module):
             positions: (T,) int, offset of each token inside its own sequence, below `max_positions`.
             plan: where the sequences lie; or an `attend` function that decides itself what each token sees.
             rows: (R,) int64, the tokens whose hidden states are wanted; None: all.
+            repeated: (T,) bool, the tokens that occurred before in their sequence, which `exact_match` marks; None: as
+                the stream shows it.
 
         Returns:
             (R, D), or (T, D) without `rows`; after the final norm.
         """
-        x, angles = self.embed(tokens, positions), self.angles(positions)
+        x, angles = self.embed(tokens, positions, repeated), self.angles(positions)
         if isinstance(plan, PackPlan):
             attend = lambda layer, q, k, v: attention(q, k, v, plan, causal=self.config.causal)  # noqa: E731
         else:

@@ -17,7 +17,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 VOCABULARY, END = 40, 3
 GPT = TrunkConfig(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, max_positions=220)
 LLAMA = {"positions": "rotary", "norm": "rms", "activation": "swiglu", "bias": False, "num_kv_heads": 2}
-SHAPES = {"gpt2": GPT, "llama": replace(GPT, **LLAMA), "qwen3": replace(GPT, **LLAMA, head_dim=16, qk_norm=True)}
+SHAPES = {
+    "gpt2": GPT,
+    "llama": replace(GPT, **LLAMA),
+    "qwen3": replace(GPT, **LLAMA, head_dim=16, qk_norm=True),
+    "exact match": replace(GPT, exact_match=True),
+}
 LENGTHS = [5, 1, 140, 30, 128, 64, 65, 200, 2]
 
 Beam = tuple[float, list[int]]
@@ -33,7 +38,8 @@ class Writer:
         self.trunk = Trunk(SHAPES[shape]).double().eval()
         with torch.no_grad():
             for parameter in self.trunk.parameters():
-                if parameter.ndim > 1:  # so large that what comes next depends on all that was before
+                if parameter.ndim > 1 or parameter is getattr(self.trunk, "match", None):
+                    # so large that what comes next depends on all that was before
                     parameter.add_(0.4 * torch.randn_like(parameter))
         self.head = 0.5 * torch.randn(VOCABULARY, 32, dtype=torch.float64)
         self.bias = torch.zeros(VOCABULARY, dtype=torch.float64)

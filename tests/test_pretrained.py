@@ -274,6 +274,7 @@ def test_an_untied_vocabulary_makes_a_model_of_texts():
         (preset("small", qkv_bias=False), "the nearest, gpt2, lacks qkv_bias False"),
         (preset("small", causal=False, num_kv_heads=3), "the nearest, gpt2, lacks num_kv_heads 3, causal False"),
         (preset("small", head_dim=32), "the nearest, gpt2, lacks head_dim 32"),
+        (preset("small", exact_match=True), "the nearest, gpt2, lacks exact_match True"),
         (preset("bert-base", activation="swiglu"), "the nearest, bert, lacks activation 'swiglu'"),
         (TrunkConfig(**_SMALL, **_GATED | {"activation": "gelu"}), "the nearest, llama, lacks activation 'gelu'"),
     ],

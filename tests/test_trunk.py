@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trunkline.engine.packing import Example, PackedBatch, pack
-from trunkline.engine.trunk import Trunk, TrunkConfig, preset
+from trunkline.engine.trunk import Trunk, TrunkConfig, occurred_before, preset
 from trunkline.kernels.attention import attention
 
 _SMALL = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48, "max_positions": 256}
@@ -22,6 +22,7 @@ SHAPES = {
     "bert": TrunkConfig(
         **_SMALL, norm_position="post", norm_eps=1e-12, embedding_norm=True, causal=False, token_types=2
     ),
+    "exact match": TrunkConfig(**_SMALL, exact_match=True),
 }
 LENGTHS = [5, 1, 30, 64, 100, 129, 128, 200]
 TAIL = 7  # tokens of the dummy sequence
@@ -130,6 +131,23 @@ def test_function_in_place_of_a_plan_decides_what_is_seen():
     assert layers == [0, 1]
 
 
+def test_exact_match_marks_what_occurred_before_in_the_same_sequence():
+    random = np.random.default_rng(0)
+    texts = [random.integers(0, 20, length) for length in (1, 9, 30, 64, 100, 2, 150)]
+    batch, trunk = packed(texts), Trunk(replace(SHAPES["exact match"], vocab_size=20)).eval()
+    bounds = batch.plan.cu_seqlens.tolist()
+    expected = [
+        token in batch.tokens[start:place].tolist()
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True)
+        for place, token in enumerate(batch.tokens[start:end].tolist(), start)
+    ]
+    assert 100 < sum(expected) < 300
+    assert occurred_before(batch.tokens, batch.positions).tolist() == expected
+    marked = trunk.tokens.weight[batch.tokens] + trunk.positions.weight[batch.positions]
+    marked[torch.tensor(expected)] += trunk.match
+    torch.testing.assert_close(trunk.embed(batch.tokens, batch.positions), marked)
+
+
 def test_rotary_positions_are_relative():
     trunk, batch = make("llama"), packed([np.arange(1, 50)])
     moved = trunk(batch.tokens, batch.positions + 100, batch.plan)
@@ -173,7 +191,7 @@ def test_norm_of_queries_and_keys_is_rms():
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
 def test_compiles():
-    trunk, batch = make("qwen3", num_layers=1), packed(sequences())
+    trunk, batch = make("qwen3", num_layers=1, exact_match=True), packed(sequences())
     compiled = torch.compile(trunk, fullgraph=True, backend="aot_eager")
     states, expected = run(compiled, batch, batch.rows.token), run(trunk, batch, batch.rows.token)
     torch.testing.assert_close(states, expected)
