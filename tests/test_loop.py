@@ -311,9 +311,9 @@ def test_learning_rate_rises_and_falls():
     rates = [learning_rate(settings, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert rates[10] == 1.0
-    assert rates[99] == pytest.approx(0.1)
+    assert 0 < rates[99] < 0.001
     assert all(a > b for a, b in zip(rates[10:], rates[11:], strict=False))
-    assert rates[55] == pytest.approx(0.55, abs=0.02)  # halfway down
+    assert rates[55] == pytest.approx(0.5)  # halfway down
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3])

@@ -182,12 +182,12 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
 
 
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
-    """Linear warm-up, then a cosine from the highest rate to a tenth of it at the last step."""
+    """Linear warm-up, then a cosine that would reach 0 at the step after the last."""
     warmup = max(1, round(settings.warmup * steps))
     if step < warmup:
         return settings.learning_rate * (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - 1 - warmup)
-    return settings.learning_rate * (0.55 + 0.45 * math.cos(math.pi * progress))
+    progress = (step - warmup) / max(1, steps - warmup)
+    return settings.learning_rate * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
 def next_batch(train: Sequence[Encoded], mixer: Mixer, number: int, config: Config) -> PackedBatch:
