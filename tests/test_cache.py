@@ -171,6 +171,10 @@ def test_a_run_encodes_again_only_what_has_changed(config, folder, tmp_path):
     assert new_files(config, None) == 3  # a tokenizer as well
     assert new_files(config, None) == 0
     assert new_files(replace(config, vocab_size=271), None) == 3
+    (tmp_path / "validation.csv").write_text("text,label\nOther words,1\n")
+    (tmp_path / "train.csv").write_text("text,label\nSome words,1\nmore words,0\n")
+    assert new_files(config, None) == 3
+    assert new_files(replace(config, lowercase=True), None) == 3
     (tmp_path / "train.csv").write_text("text,label\nother words,1\n")
     assert new_files(config, None) == 3
 

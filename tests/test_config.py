@@ -39,6 +39,7 @@ FULL = Config(
     label_smoothing=0.1,
     tokenizer="toks",
     vocab_size=300,
+    lowercase=True,
     steps=7,
     batch=Batch(tokens=4096, accumulate=2, max_length=256),
     mixing=Mixing("fixed", 3.0, {"sst2": 1.0, "mine": 2.5, "notes": 0.1}),

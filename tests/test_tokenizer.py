@@ -108,6 +108,16 @@ def test_a_trained_tokenizer_has_the_wanted_size_and_merges(trained):
     assert len(ids_of(Tokenizer.train([], 259), "abc")) == 3
 
 
+def test_in_lower_case_a_word_is_the_same_wherever_it_stands():
+    tokenizer = Tokenizer.train(TEXTS, 360, lowercase=True)
+    assert ids_of(tokenizer, "The Dog and THE dog") == ids_of(tokenizer, "the dog and the dog")
+    ids = ids_of(tokenizer, "Fox, fox")
+    assert ids[: len(ids) // 2] == ids[len(ids) // 2 + 1 :]
+    assert tokenizer.decode(ids) == "fox, fox"
+    ((_, places),) = tokenizer.encode(["ÀB Dog"])
+    assert "ÀB Dog"[slice(*places[-1])] == " Dog"  # places are those of the text as it was given
+
+
 # Tokenizers that come from elsewhere
 
 

@@ -95,6 +95,9 @@ class Config:
     """Folder, tokenizer.json or hub id; empty: that of `init`; else a byte-level BPE trained on the run's own text."""
     vocab_size: int = 8192
     """Entries of a tokenizer that is trained."""
+    lowercase: bool = False
+    """A tokenizer that is trained does not tell capitals from small letters, so a small vocabulary has room for more
+    words; generated text is in small letters."""
     steps: int = 1000
     """Optimizer steps."""
     batch: Batch = Batch()

@@ -84,10 +84,10 @@ def _tokenizer(config: Config, training: list[tuple[Task, Rows]], tell: Callable
 
     def make() -> Tokenizer:
         tell(f"training a tokenizer of {config.vocab_size} entries")
-        return Tokenizer.train(texts(), config.vocab_size)
+        return Tokenizer.train(texts(), config.vocab_size, config.lowercase)
 
     sources = [[task.head, task.text, task.label, rows.digest] for task, rows in training]
-    return cache.tokenizer([config.vocab_size, TOKENIZER_TEXTS, sources], make)
+    return cache.tokenizer([config.vocab_size, config.lowercase, TOKENIZER_TEXTS, sources], make)
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:

@@ -59,10 +59,16 @@ class Tokenizer:
             ) from error
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """A byte-level BPE made for these texts; the same texts give the same tokenizer."""
+    def train(cls, texts: Iterable[str], vocab_size: int, lowercase: bool = False) -> "Tokenizer":
+        """A byte-level BPE made for these texts; the same texts give the same tokenizer.
+
+        With `lowercase` a word is the same tokens wherever it stands: capitals become small letters, and the first
+        word of a text has a space before it like any other.
+        """
         inner = tokenizers.Tokenizer(tokenizers.models.BPE())
-        inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        if lowercase:
+            inner.normalizer = tokenizers.normalizers.Lowercase()
+        inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=lowercase)
         inner.decoder = tokenizers.decoders.ByteLevel()
         trainer = tokenizers.trainers.BpeTrainer(
             vocab_size=vocab_size,
