@@ -23,6 +23,7 @@ from trunkline.training.data import Encoded
 
 WAYS = ("padded", "grouped", "packed")
 GROUPED = 8  # batches that are sorted by length together
+READY = 64  # batches that the next is drawn from: batches of one task in a row, from short to long, teach badly
 
 Batch = tuple[list[tuple[int, int]], bool]  # (task, example) of each member; whether they lie in one row
 
@@ -141,15 +142,17 @@ def batches(way: str, splits: Sequence[Encoded], shares: Sequence[float], budget
                 members.append(draw())
             yield members, True
     pools: list[list[tuple[int, int]]] = [[] for _ in splits]
+    ready: list[Batch] = []
     while True:
-        member = draw()
-        pool = pools[member[0]]
-        pool.append(member)
-        size = max(2, int(budget / splits[member[0]].lengths.mean()))
-        wanted = size * (GROUPED if way == "grouped" else 1)
-        if len(pool) >= wanted:
-            if way == "grouped":
-                pool.sort(key=length)
-            for first in range(0, wanted, size):
-                yield pool[first : first + size], False
-            pool.clear()
+        while len(ready) < READY:
+            member = draw()
+            pool = pools[member[0]]
+            pool.append(member)
+            size = max(2, int(budget / splits[member[0]].lengths.mean()))
+            wanted = size * (GROUPED if way == "grouped" else 1)
+            if len(pool) >= wanted:
+                if way == "grouped":
+                    pool.sort(key=length)
+                ready += [(pool[first : first + size], False) for first in range(0, wanted, size)]
+                pool.clear()
+        yield ready.pop(rng.randrange(len(ready)))
