@@ -42,7 +42,7 @@ FULL = Config(
     lowercase=True,
     steps=7,
     batch=Batch(tokens=4096, accumulate=2, max_length=256),
-    mixing=Mixing("fixed", 3.0, {"sst2": 1.0, "mine": 2.5, "notes": 0.1}),
+    mixing=Mixing("fixed", 3.0, {"sst2": 1.0, "mine": 2.5, "notes": 0.1}, patience=4),
     optimizer=Optimizer(learning_rate=3e-5, warmup=0.1, clip=0.5),
     evaluation=Evaluation(every=3, examples=0, texts=0),
     search=Search(max_new_tokens=32, beams=4, length_penalty=0.8, min_new_tokens=2, no_repeat_ngram=3),
@@ -351,6 +351,11 @@ def test_numbers_may_be_written_as_whole_or_with_an_exponent(demo):
             "config: mixing.method fixed needs mixing.shares for every task; sst2 lack",
         ),
         (
+            {"tasks": ["sst2", "rte"], "mixing": {"method": "progress", "shares": {"rte": 1}}},
+            "config: mixing.method progress needs mixing.shares for every task; sst2 lack",
+        ),
+        ({"mixing": {"patience": 0}}, "mixing: patience must be at least 1 evaluation, got 0"),
+        (
             {"mixing": {"shares": {"sst2": 1, "rte": 1}}},
             "config: mixing.shares names rte, which is none of sst2",
         ),
@@ -398,6 +403,8 @@ def test_settings_that_cannot_be(settings, message):
         {"tasks": ["rte"], "batch": {"max_length": 3}},
         {"tasks": ["sst2", FIELDS], "mixing": {"method": "fixed", "shares": {"sst2": 1, "mine": 0.1}}},
         {"evaluation": {"examples": 0, "texts": 0}},
+        {"mixing": {"method": "loss_ratio", "patience": 1}},
+        {"mixing": {"method": "progress", "shares": {"sst2": 1}, "patience": None}},
     ],
     ids=str,
 )

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 
-from trunkline.training.mixing import PROBED, WINDOW, Mixer, Mixing, shares, spread
+from trunkline.training.mixing import ADAPTIVE, PROBED, WINDOW, Mixer, Mixing, shares, spread, windows_of
 
 BUDGET = 2048
 METHODS = ("proportional", "temperature", "annealed", "fixed")
@@ -175,6 +175,58 @@ def test_annealed_goes_from_proportional_towards_even():
     assert all(later - earlier > -2 / per_window for earlier, later in zip(small, small[1:], strict=False))
 
 
+# Shares that may change
+
+
+@pytest.mark.parametrize("method", ADAPTIVE)
+def test_adaptive_methods_plan_the_given_shares_or_those_of_the_temperature(method):
+    np.testing.assert_allclose(shares(Mixing(method, 2.0), [100, 10_000], [], 0.3), [1 / 11, 10 / 11], rtol=1e-12)
+    given = Mixing(method, 2.0, {"a": 3.0, "b": 1.0})
+    np.testing.assert_allclose(shares(given, [100, 10_000], [3.0, 1.0], 0.3), [0.75, 0.25], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("batches", "every", "firsts"),
+    [
+        (64, None, [0, 32, 64]),
+        (65, None, [0, 32, 64, 96]),
+        (100, 40, [0, 32, 40, 72, 80, 100]),
+        (5, 2, [0, 2, 4, 5]),
+        (32, 100, [0, 32]),
+    ],
+)
+def test_windows_end_where_shares_may_change(batches, every, firsts):
+    assert windows_of(batches, every).tolist() == firsts
+
+
+@pytest.mark.parametrize("every", [1, 5, 40])
+def test_changes_lose_and_repeat_no_example(every):
+    """However often the shares change; a task that was out of the mix goes on where it was."""
+    lengths = [lengths_like(70, 40, 0.5, 300), np.full(300, 25), lengths_like(2000, 20, 0.5, 200)]
+    steps = 200
+    planner = Mixer(lengths, Mixing(), [], 600, steps, 0, every)
+    random, times = np.random.default_rng(0), [np.zeros(len(task), np.int64) for task in lengths]
+    for step in range(0, steps, every):
+        factors = random.random(3) * (random.random(3) < 0.7)
+        if factors.any():
+            wanted = planner.change(step, factors)
+            np.testing.assert_array_equal(wanted > 0, factors > 0)
+        for number in range(step, step + every):
+            for task, example in planner.batch(number):
+                times[task][example] += 1
+    lost = planner_left_out = sum(planner.plan(window).left_out for window in range(len(planner.firsts) - 1))
+    assert planner_left_out <= (0 if every > 1 else 3)
+    for count in times:
+        assert count.max() - count.min() <= 1 + lost
+
+
+def test_a_window_between_two_long_examples_is_not_empty():
+    planner = Mixer([np.full(9, 1500)] * 3, Mixing("proportional"), [], BUDGET, 40, 0, every=1)
+    batches = [planner.batch(step) for step in range(40)]
+    assert all(len(batch) == 1 for batch in batches)
+    assert {task for batch in batches for task, _ in batch} == {0, 1, 2}
+
+
 # Room
 
 
@@ -256,3 +308,10 @@ def test_spread_is_even_and_leaves_out_only_what_fits_nowhere(capacity):
     assert bool(left_over) == (capacity < 1000)
     if not left_over:
         assert max(used) - min(used) <= 0.01 * max(used)
+
+
+def test_an_unknown_method_names_the_nearest():
+    with pytest.raises(
+        ValueError, match=r"mixing: method must be one of .*, got 'loss-ratio'; did you mean 'loss_ratio'"
+    ):
+        Mixing("loss-ratio")

@@ -13,7 +13,7 @@ from trunkline.engine.generate import Search
 from trunkline.engine.trunk import PRESETS, TrunkConfig
 from trunkline.training.balancing import Balancing
 from trunkline.training.builtin import get_task
-from trunkline.training.mixing import Mixing
+from trunkline.training.mixing import ADAPTIVE, Mixing
 from trunkline.training.tasks import Task
 
 if TYPE_CHECKING:
@@ -139,9 +139,11 @@ class Config:
             if task is None or not task.labels or len(factors) != len(task.labels) or not min(factors) > 0:
                 expected = f"{len(task.labels)} numbers above 0" if task and task.labels else "tasks with classes only"
                 raise ValueError(f"config: class_weights of '{name}': expected {expected}, got {list(factors)}")
-        if self.mixing.method == "fixed" and (missing := [name for name in names if name not in self.mixing.shares]):
+        needs_shares = self.mixing.method == "fixed" or (self.mixing.method in ADAPTIVE and self.mixing.shares)
+        if needs_shares and (missing := [name for name in names if name not in self.mixing.shares]):
             raise ValueError(
-                f"config: mixing.method fixed needs mixing.shares for every task; {', '.join(missing)} lack"
+                f"config: mixing.method {self.mixing.method} needs mixing.shares for every task; "
+                f"{', '.join(missing)} lack"
             )
         for task in self.all_tasks:
             others = task.max_target_tokens + 2 if task.head == "generate" else len(task.text)

@@ -1,6 +1,6 @@
 """The charts of a report, each as inline SVG: losses, scores, weights, conflicts, mix, throughput.
 
-They are drawn from the 'step' events of metrics.jsonl, within `matplotlib.rc_context(STYLE)`.
+They are drawn from the 'step' and 'mix' events of metrics.jsonl, within `matplotlib.rc_context(STYLE)`.
 """
 
 import math
@@ -79,10 +79,11 @@ def score(row: dict[str, Any], columns: int) -> "Markup":
     return _svg(figure, f"score-{row['task']}", f"{row['metric']} of {row['task']} against the step")
 
 
-def mix(steps: Steps, tasks: Sequence[str]) -> dict[str, Any]:
-    """Shares of the examples over time, each over several logged intervals, and the legend with the overall shares."""
-    from matplotlib.ticker import PercentFormatter
+def mix(steps: Steps, choices: Steps, tasks: Sequence[str]) -> dict[str, Any]:
+    """Shares of the examples over time, each over several logged intervals, and the legend with the overall shares.
 
+    `choices`, the 'mix' events of a run whose shares react to training, are drawn too, from each to the next.
+    """
     totals = {task: sum(event["examples"].get(task, 0) for event in steps) for task in tasks}
     named = sorted(totals, key=lambda task: -totals[task])
     if len(named) > len(_PALETTE):  # more colours could not be told apart
@@ -95,24 +96,44 @@ def mix(steps: Steps, tasks: Sequence[str]) -> dict[str, Any]:
     ends = [len(steps) * part // count for part in range(count + 1)]
     bins = [steps[start:end] for start, end in pairwise(ends)]
     edges = [0] + [part[-1]["step"] for part in bins]
-    seen = [sum(sum(event["examples"].values()) for event in part) for part in bins]
+    examples = [[sum(event["examples"].get(task, 0) for event in part) for part in bins] for task in totals]
+    seen = dict(zip(totals, examples, strict=True))
+    overall = max(sum(totals.values()), 1)
+    charts = {
+        "svg": _stack(groups, seen, edges, "mix", "Share of each task in the examples over time"),
+        "legend": [
+            (name, colour, sum(totals[task] for task in members) / overall)
+            for (name, members), colour in zip(groups.items(), _PALETTE, strict=False)
+        ],
+        "chosen": None,
+    }
+    begun = [event for event in choices if event["step"] < edges[-1]]
+    if begun:
+        chosen = {task: [event["shares"].get(task, 0.0) for event in begun] for task in totals}
+        until = [*(event["step"] for event in begun), edges[-1]]
+        charts["chosen"] = _stack(groups, chosen, until, "chosen", "Share of each task as chosen at the evaluations")
+    return charts
 
+
+def _stack(
+    groups: dict[str, list[str]], amounts: dict[str, list[float]], edges: Sequence[int], name: str, label: str
+) -> "Markup":
+    """Shares of the groups of tasks, one upon the other, between every two edges."""
+    from matplotlib.ticker import PercentFormatter
+
+    count = len(edges) - 1
+    total = [sum(of_task[part] for of_task in amounts.values()) for part in range(count)]
     figure, axes = _panel(1)
     below = [0.0] * count
-    for (_, members), colour in zip(groups.items(), _PALETTE, strict=False):
-        examples = [sum(event["examples"].get(task, 0) for event in part for task in members) for part in bins]
-        above = [start + number / max(total, 1) for start, number, total in zip(below, examples, seen, strict=True)]
+    for members, colour in zip(groups.values(), _PALETTE, strict=False):
+        shares = [sum(amounts[task][part] for task in members) / max(total[part], 1e-12) for part in range(count)]
+        above = [start + share for start, share in zip(below, shares, strict=True)]
         axes.stairs(above, edges, baseline=below, fill=True, color=colour)
         below = above
     axes.set_xlim(0, edges[-1])
     axes.set_ylim(0, 1)
     axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-    overall = max(sum(totals.values()), 1)
-    legend = [
-        (name, colour, sum(totals[task] for task in members) / overall)
-        for (name, members), colour in zip(groups.items(), _PALETTE, strict=False)
-    ]
-    return {"svg": _svg(figure, "mix", "Share of each task in the examples over time"), "legend": legend}
+    return _svg(figure, name, label)
 
 
 def efficiency(steps: Steps) -> list[tuple[str, "Markup"]]:

@@ -23,12 +23,13 @@ from trunkline.engine import pretrained
 from trunkline.engine.memory import keep_freed_memory
 from trunkline.engine.packing import PackedBatch, pack
 from trunkline.training import checkpoint
+from trunkline.training.adaptive import Adaptive
 from trunkline.training.balancer import Balancer
 from trunkline.training.config import Config, Optimizer, save_config
 from trunkline.training.corpus import Corpus, load_corpus
 from trunkline.training.data import Encoded
 from trunkline.training.evaluation import Scored, evaluate
-from trunkline.training.metrics import higher_is_better, metric_names
+from trunkline.training.metrics import first_score, metric_names
 from trunkline.training.mixing import Mixer
 from trunkline.training.progress import Display, Interval, Log, Progress
 from trunkline.training.report import write_report
@@ -62,11 +63,13 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
         config.batch.tokens,
         batches,
         config.seed,
+        config.evaluation.every * config.batch.accumulate if config.mixing.reacts else None,
     )
     optimizer = make_optimizer(model, config.optimizer)
     balancer = Balancer(config.balancing, model, config.seed)
+    adaptive = Adaptive(config.mixing, corpus.tasks, model, mixer, config.batch.accumulate)
     fingerprint = _fingerprint(config, corpus)
-    progress = _resume(run, model, optimizer, balancer, fingerprint) if resume else Progress()
+    progress = _resume(run, model, optimizer, balancer, adaptive, fingerprint) if resume else Progress()
     began -= progress.wall_seconds
     (run / "checkpoints").mkdir(exist_ok=True)  # from here on the folder holds a run
     save_config(config, run / "config.yaml")
@@ -91,6 +94,8 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
         metrics = {name: task.metrics for name, task in scored.items()}
         log.write(event="evaluation", step=progress.step, seconds=progress.seconds, metrics=metrics)
         display.evaluation(progress.step, metrics)
+        if progress.step < config.steps and (choice := adaptive.evaluated(progress.step, metrics)):
+            log.write(event="mix", step=progress.step, **choice)
         return scored
 
     with display, log:
@@ -98,7 +103,7 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
             before = evaluation(FIRST_LOOK, texts=0)
             progress.first_loss = {name: task.metrics["loss"] for name, task in before.items()}
         interval = Interval(names, engine.device)
-        while progress.step < config.steps:
+        while progress.step < config.steps and not adaptive.all_stopped:
             step = progress.step
             started = time.perf_counter()
             torch.manual_seed(config.seed * 1_000_003 + step)  # dropout
@@ -123,6 +128,7 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
             balancer.finish(total_weight, step)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
             optimizer.step()
+            adaptive.hold()
             optimizer.zero_grad()
 
             progress.step = step = step + 1
@@ -159,7 +165,7 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
                     progress.best_score, progress.best_step = mean, step
                     checkpoint.save(run / "checkpoints", "best", {"model": model.state_dict()}, {"step": step})
                 progress.wall_seconds = time.perf_counter() - began
-                _save(run, model, optimizer, balancer, progress, fingerprint)
+                _save(run, model, optimizer, balancer, adaptive, progress, fingerprint)
 
         # The weights of the last step, where the learning rate has come down, and not those of the best one: that was
         # chosen on few examples and fewer texts, and for its luck with them. It stays in checkpoints/best.
@@ -206,11 +212,7 @@ def weight_sums(batch: PackedBatch, num_tasks: int) -> Tensor:
 
 def mean_score(corpus: Corpus, scored: dict[str, Scored]) -> float:
     """What checkpoints are compared by: the mean of the tasks' first metrics, or less the loss where there is none."""
-    values = []
-    for task in corpus.tasks:
-        metrics, name = scored[task.name].metrics, metric_names(task)[0]
-        values.append(metrics[name] if name in metrics and higher_is_better(name) else -metrics["loss"])
-    return fmean(values)
+    return fmean(first_score(task, scored[task.name].metrics) for task in corpus.tasks)
 
 
 def _open_run(run: Path, resume: bool, overwrite: bool) -> None:
@@ -253,6 +255,7 @@ def _save(
     model: nn.Module,
     optimizer: torch.optim.AdamW,
     balancer: Balancer,
+    adaptive: Adaptive,
     progress: Progress,
     fingerprint: dict,
 ) -> None:
@@ -260,15 +263,25 @@ def _save(
         "model": model.state_dict(),
         "optimizer": checkpoint.optimizer_tensors(optimizer, model.named_parameters()),
     }
-    state = {"progress": asdict(progress), "balancing": balancer.state_dict(), "settings": fingerprint}
+    state = {
+        "progress": asdict(progress),
+        "balancing": balancer.state_dict(),
+        "mixing": adaptive.state_dict(),
+        "settings": fingerprint,
+    }
     checkpoint.save(run / "checkpoints", f"step-{progress.step}", tensors, state)
     checkpoint.prune(run / "checkpoints", CHECKPOINTS)
 
 
 def _resume(
-    run: Path, model: nn.Module, optimizer: torch.optim.AdamW, balancer: Balancer, fingerprint: dict
+    run: Path,
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    balancer: Balancer,
+    adaptive: Adaptive,
+    fingerprint: dict,
 ) -> Progress:
-    """Puts the newest valid checkpoint into model, optimizer and balancer.
+    """Puts the newest valid checkpoint into model, optimizer, balancer and mix.
 
     Raises:
         ValueError: there is none, or it belongs to a run with other settings or data.
@@ -281,6 +294,7 @@ def _resume(
     model.load_state_dict(tensors["model"])
     checkpoint.load_optimizer_tensors(optimizer, model.named_parameters(), tensors.get("optimizer", {}))
     balancer.load_state_dict(state["balancing"])
+    adaptive.load_state_dict(state["mixing"])
     progress = Progress(**state["progress"])
     print(f"resuming at step {progress.step}")
     return progress

@@ -7,15 +7,16 @@ A metric function computes all scores of its kind of label at once (the four ROU
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import chain
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
-from trunkline.training.tasks import Head, Task
+from trunkline.training.tasks import Head, References, Task
 
 Metric = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
+RESAMPLES = 1000  # of the documents, for a confidence interval
 
 
 def classification(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
@@ -50,10 +51,20 @@ def regression(predictions: Sequence[float], references: Sequence[float]) -> dic
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, float]:
-    """Mean F-measure of rouge-score with stemming; of several references for a document the best counts.
+    """Means of `rouge_by_document`; of several references for a document the best counts."""
+    return {name: fmean(values) for name, values in rouge_by_document(predictions, references).items()}
+
+
+def rouge_by_document(
+    predictions: Sequence[str], references: Sequence[str | Sequence[str]], several: References = "best"
+) -> dict[str, list[float]]:
+    """F-measures of rouge-score with stemming, by metric, one for every document.
 
     Words of any script are compared, so accented and non-Latin text scores too; plain English scores as with
     rouge-score's own tokenizer.
+
+    Args:
+        several: of several references for a document, what counts: the best score with one, or the average over all.
 
     Raises:
         ImportError: the package rouge-score is absent.
@@ -64,13 +75,32 @@ def rouge(predictions: Sequence[str], references: Sequence[str | Sequence[str]])
         raise ImportError("ROUGE needs the package rouge-score: pip install rouge-score") from error
 
     scorer = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"], tokenizer=_WordTokenizer())
-    scores = []
+    combine = max if several == "best" else fmean
+    scores: dict[str, list[float]] = {name: [] for name in scorer.rouge_types}
     for prediction, reference in zip(predictions, references, strict=True):
         targets = [reference] if isinstance(reference, str) else reference
         # rougeLsum takes a line for a sentence; to the other three a line break is a space.
-        lines = ["\n".join(sentences(text)) for text in (prediction, *targets)]
-        scores.append(scorer.score_multi(lines[1:], lines[0]))
-    return {name: fmean(score[name].fmeasure for score in scores) for name in scorer.rouge_types}
+        written, *expected = ("\n".join(sentences(text)) for text in (prediction, *targets))
+        by_target = [scorer.score(target, written) for target in expected]
+        for name, values in scores.items():
+            values.append(combine(score[name].fmeasure for score in by_target))
+    return scores
+
+
+def confidence_interval(values: Sequence[float]) -> tuple[float, float]:
+    """Between which the mean over documents lies in 95 % of samples like this one.
+
+    By bootstrap: the 2.5th and 97.5th percentile of the means of 1,000 samples drawn from the values, with replacement
+    and a fixed seed. Source: Efron and Tibshirani, An Introduction to the Bootstrap, section 13.3.
+    """
+    import numpy as np
+
+    n = len(values)
+    counts = np.random.default_rng(0).multinomial(
+        n, np.full(n, 1 / n), RESAMPLES
+    )  # (resamples, n) how often each is in
+    low, high = np.percentile(counts @ np.asarray(values, np.float64) / n, [2.5, 97.5])
+    return float(low), float(high)
 
 
 class _WordTokenizer:
@@ -195,6 +225,25 @@ def score(names: Iterable[str], predictions: Sequence[Any], references: Sequence
     return {name: values[name] for name in names}
 
 
+class Scores(NamedTuple):
+    """Of one task."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]  # of ROUGE: 95 %, over the documents
+
+
+def score_task(task: Task, predictions: Sequence[Any], references: Sequence[Any]) -> Scores:
+    """A task's metrics, from what `score` takes; several references count as the task says."""
+    names = metric_names(task)
+    if METRICS[names[0]] is not METRICS["rouge1"]:
+        return Scores(score(names, predictions, references), {})
+    by_document = rouge_by_document(predictions, references, task.references)
+    return Scores(
+        {name: fmean(by_document[name]) for name in names},
+        {name: confidence_interval(by_document[name]) for name in names},
+    )
+
+
 def _function(name: str) -> Metric:
     if name not in METRICS:
         nearest = get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
@@ -205,6 +254,13 @@ def _function(name: str) -> Metric:
 def higher_is_better(name: str) -> bool:
     """Whether a larger value is a better one; it is for all but 'loss' and 'perplexity'."""
     return name not in ("loss", "perplexity")
+
+
+def first_score(task: Task, metrics: Mapping[str, float]) -> float:
+    """What evaluations are compared by, the higher the better: the task's first metric, or less the loss where it has
+    none or one that is better when lower."""
+    name = metric_names(task)[0]
+    return metrics[name] if name in metrics and higher_is_better(name) else -metrics["loss"]
 
 
 def trivial_baseline(

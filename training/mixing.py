@@ -1,8 +1,10 @@
 """Which examples every step sees: a pure function of (seed, step), so that a run can start anywhere.
 
-Steps are planned in windows of 32. A window takes from every task's shuffled examples a stretch of tokens in proportion
-to the task's share, and spreads what it took evenly over its batches, longest first. Where a stretch begins follows
-from the shares alone, nothing is carried from window to window, and every example of a task is seen once an epoch.
+Batches are planned in windows of 32. A window takes from every task's shuffled examples a stretch of tokens in
+proportion to the task's share, and spreads what it took evenly over its batches, longest first. Where a stretch begins
+follows from the shares alone, nothing is carried from window to window, and every example of a task is seen once an
+epoch. Where the shares react to training (adaptive.py), windows end at evaluations too, and the order is a function of
+(seed, step, the shares chosen so far).
 
 N tasks, T token budget of a batch
 Source: annealed sampling is that of Stickland & Murray, BERT and PALs, arXiv:1902.02671, section 4.2.
@@ -11,11 +13,12 @@ Source: annealed sampling is that of Stickland & Murray, BERT and PALs, arXiv:19
 import heapq
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from difflib import get_close_matches
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 
-WINDOW = 32  # steps planned together: enough examples to fill batches to the brim, few enough to plan at once
+WINDOW = 32  # batches planned together: enough examples to fill batches to the brim, few enough to plan at once
 FILLS = (
     0.998,
     0.995,
@@ -34,31 +37,52 @@ PROBED = 16  # windows that a fill is tried on
 GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are spread evenly, however many there are
 
 
+Method = Literal["proportional", "temperature", "annealed", "fixed", "progress", "loss_ratio"]
+ADAPTIVE = ("progress", "loss_ratio")  # methods whose shares react to training
+
+
 @dataclass(frozen=True)
 class Mixing:
     """How often each task is seen."""
 
-    method: Literal["proportional", "temperature", "annealed", "fixed"] = "temperature"
+    method: Method = "temperature"
     """An example of a task with n of them is drawn in proportion to: n; n^(1/temperature); n^(1 - 0.8 progress), where
-    progress goes from 0 to 1 over the run; or the task's share in `shares`."""
+    progress goes from 0 to 1 over the run; or the task's share in `shares`. progress and loss_ratio start as 'fixed'
+    where there are `shares`, else as 'temperature'; at every evaluation they give more to the tasks whose validation
+    loss falls the fastest, or to those where it has fallen the least since the start."""
     temperature: float = 2.0
     """Of method 'temperature': 1 is proportional, larger is more even."""
     shares: dict[str, float] = field(default_factory=dict)
     """Of method 'fixed': every task's share of the examples, by name; they need not add up to 1."""
+    patience: int | None = None
+    """Evaluations in a row without a better validation loss or score after which a task stops, with any method: its
+    examples leave the mix, its head stays as it is, the trunk goes on with the other tasks. None: no task stops."""
+
+    def __post_init__(self):
+        if self.method not in get_args(Method):
+            nearest = get_close_matches(str(self.method), get_args(Method), n=1, cutoff=0.0)[0]
+            known = ", ".join(get_args(Method))
+            raise ValueError(f"mixing: method must be one of {known}, got '{self.method}'; did you mean '{nearest}'?")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"mixing: patience must be at least 1 evaluation, got {self.patience}")
+
+    @property
+    def reacts(self) -> bool:
+        """Whether what is seen depends on how training goes."""
+        return self.method in ADAPTIVE or self.patience is not None
 
 
 def shares(mixing: Mixing, sizes: Sequence[int], fixed: Sequence[float], progress: float) -> np.ndarray:
     """(N,) probability that an example is of each task, from the numbers of training examples."""
     n = np.asarray(sizes, np.float64)
-    match mixing.method:
-        case "proportional":
-            weights = n
-        case "temperature":
-            weights = n ** (1.0 / mixing.temperature)
-        case "annealed":
-            weights = n ** (1.0 - 0.8 * progress)
-        case "fixed":
-            weights = np.asarray(fixed, np.float64)
+    if mixing.method == "fixed" or (mixing.method in ADAPTIVE and mixing.shares):
+        weights = np.asarray(fixed, np.float64)
+    elif mixing.method == "proportional":
+        weights = n
+    elif mixing.method == "annealed":
+        weights = n ** (1.0 - 0.8 * progress)
+    else:
+        weights = n ** (1.0 / mixing.temperature)
     return weights / weights.sum()
 
 
@@ -113,6 +137,14 @@ class Plan(NamedTuple):
     left_out: int
 
 
+def windows_of(batches: int, every: int | None = None) -> np.ndarray:
+    """(windows + 1,) first batch of each window and the end of the last; a window ends at every multiple of `every`."""
+    if every is None:
+        return np.arange(0, batches + WINDOW, WINDOW)
+    parts = [range(first, min(first + every, batches), WINDOW) for first in range(0, batches, every)]
+    return np.array([*(first for part in parts for first in part), batches])
+
+
 class Mixer:
     """The training batches of a run, as lists of (task, example).
 
@@ -127,6 +159,7 @@ class Mixer:
         budget: T
         steps: batches of the whole run; annealing ends with it.
         seed: every seed is another order.
+        every: batches between two places where the shares may change; None: they never do.
     """
 
     def __init__(
@@ -137,34 +170,50 @@ class Mixer:
         budget: int,
         steps: int,
         seed: int,
+        every: int | None = None,
     ):
         self.lengths, self.budget = lengths, budget
         self.streams = [_Stream(task, [seed, t], t * GOLDEN % 1.0) for t, task in enumerate(lengths)]
-        self.planned: tuple[int, Plan] | None = None  # the window in hand
-        windows, sizes = -(-steps // WINDOW), [len(task) for task in lengths]
+        self.firsts = windows_of(steps, every)  # (windows + 1,)
+        windows, sizes = len(self.firsts) - 1, [len(task) for task in lengths]
         progress = [window / max(1, windows - 1) for window in range(windows)]
-        tokens = np.stack([shares(mixing, sizes, fixed, p) for p in progress]) * [task.mean() for task in lengths]
-        tokens *= WINDOW * budget / tokens.sum(1, keepdims=True)  # (windows, N)
+        self.shares = np.stack([shares(mixing, sizes, fixed, p) for p in progress])  # (windows, N) before any change
+        self.starts = np.zeros((windows + 1, len(lengths)), np.int64)  # first token of every task's stretch
+        self.change(0, np.ones(len(lengths)))
+
+    def change(self, batch: int, factors: np.ndarray) -> np.ndarray:
+        """From `batch` on, where a window begins, the shares are multiplied by `factors`, (N,), not all of them 0.
+
+        Returns:
+            (N,) the shares of the examples from there on.
+        """
+        first, windows = int(np.searchsorted(self.firsts, batch)), len(self.firsts) - 1
+        changed = self.shares[first:] * factors
+        tokens = changed * [task.mean() for task in self.lengths]
+        tokens *= np.diff(self.firsts[first:])[:, None] * self.budget / tokens.sum(1, keepdims=True)  # (windows, N)
         for self.fill in FILLS:
             total = np.cumsum(self.fill * tokens, 0)
-            self.starts = np.concatenate([np.zeros_like(total[:1]), total]).astype(np.int64)  # (windows + 1, N)
-            if not any(self.plan(window).left_out for window in range(min(PROBED, windows))):
+            self.starts[first + 1 :] = self.starts[first] + total.astype(np.int64)
+            if not any(self.plan(window).left_out for window in range(first, min(first + PROBED, windows))):
                 break
+        self.planned: tuple[int, Plan] | None = None  # the window in hand
+        return changed[0] / changed[0].sum()
 
     def batch(self, step: int) -> list[tuple[int, int]]:
         """(task, example) of everything in batch `step`, from 0."""
-        window = step // WINDOW
+        window = int(np.searchsorted(self.firsts, step, side="right")) - 1
         if self.planned is None or self.planned[0] != window:
             self.planned = window, self.plan(window)
-        return self.planned[1].batches[step % WINDOW]
+        return self.planned[1].batches[step - self.firsts[window]]
 
     def plan(self, window: int) -> Plan:
-        """The batches of a window of steps."""
-        taken = [
-            (t, example)
-            for t, stream in enumerate(self.streams)
-            for example in stream.between(*self.starts[window : window + 2, t].tolist())
-        ]
-        batches, left_out = spread([int(self.lengths[t][e]) for t, e in taken], WINDOW, self.budget)
+        """The batches of a window."""
+        first, last = self.starts[window : window + 2].tolist()
+        taken = [(t, example) for t, stream in enumerate(self.streams) for example in stream.between(first[t], last[t])]
+        if not taken:  # a window of few batches between two long examples: it has one that is seen soon anyhow
+            t = int(np.argmax(np.subtract(last, first)))
+            taken = [(t, self.streams[t].between(first[t], first[t] + 2 * int(self.lengths[t].max()))[0])]
+        bins = int(self.firsts[window + 1] - self.firsts[window])
+        batches, left_out = spread([int(self.lengths[t][e]) for t, e in taken], bins, self.budget)
         batches = [batch or batches[b % len(taken)] for b, batch in enumerate(batches)]
         return Plan([[taken[i] for i in batch] for batch in batches], len(left_out))

@@ -25,6 +25,8 @@ class _Run:
     config: str
     steps: list[dict[str, Any]]
     evaluations: list[dict[str, Any]]
+    choices: list[dict[str, Any]]
+    """Of a mix that reacts to training, at the evaluations."""
     summary: dict[str, Any] | None
     """None while the run is unfinished."""
     samples: dict[str, list[dict[str, Any]]]
@@ -52,7 +54,7 @@ def write_report(run: Path) -> Path:
             "scores": {row["task"]: figures.score(row, columns) for row in rows if row["scores"]},
             "weights": figures.weights(content.steps, columns),
             "conflicts": figures.conflicts(content.steps),
-            "mix": figures.mix(content.steps, list(content.tasks)) if content.steps else None,
+            "mix": figures.mix(content.steps, content.choices, list(content.tasks)) if content.steps else None,
             "throughput": figures.efficiency(content.steps) if content.steps else None,
         }
     environment = Environment(
@@ -62,7 +64,13 @@ def write_report(run: Path) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"number": _number, "quantity": _quantity, "duration": _duration, "plain": _plain}
+    environment.filters |= {
+        "number": _number,
+        "interval": _interval,
+        "quantity": _quantity,
+        "duration": _duration,
+        "plain": _plain,
+    }
     page = environment.get_template("report.html.jinja").render(
         run=content,
         rows=rows,
@@ -70,6 +78,7 @@ def write_report(run: Path) -> Path:
         verdict=_verdict(content, rows),
         figures=_key_figures(content),
         better=higher_is_better,
+        stopped=content.choices[-1]["stopped"] if content.choices else {},
         samples={task: samples[:SAMPLES] for task, samples in content.samples.items()},
         **charts,
     )
@@ -82,7 +91,7 @@ def _read(run: Path) -> _Run:
     log = run / "metrics.jsonl"
     if not log.is_file():
         raise ValueError(f"report: {run} is not the folder of a run: it holds no metrics.jsonl")
-    events: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "evaluation": {}}
+    events: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "evaluation": {}, "mix": {}}
     lines = log.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line break is still being written
     for number, line in enumerate(lines, start=1):
         try:
@@ -90,7 +99,7 @@ def _read(run: Path) -> _Run:
         except json.JSONDecodeError as error:
             raise ValueError(f"report: {log}, line {number}: expected a JSON object, got {line[:60]!r}") from error
         events[event["event"]][event["step"]] = event  # a resumed run repeats steps: the last one counts
-    steps, evaluations = ([event for _, event in sorted(events[kind].items())] for kind in ("step", "evaluation"))
+    steps, evaluations, choices = ([event for _, event in sorted(of_kind.items())] for of_kind in events.values())
 
     def optional(name: str, missing: Any) -> Any:
         path = run / name
@@ -102,6 +111,7 @@ def _read(run: Path) -> _Run:
         config=(run / "config.yaml").read_text(encoding="utf-8"),
         steps=steps,
         evaluations=evaluations,
+        choices=choices,
         summary=summary,
         samples=optional("samples.json", {}),
         tasks=summary["tasks"] if summary else _tasks_so_far(steps, evaluations),
@@ -150,6 +160,8 @@ def _row(run: _Run, task: str) -> dict[str, Any]:
         "losses": [(step, metrics["loss"]) for step, metrics in evaluations if "loss" in metrics],
         "best": (max if higher else min)(finite, key=lambda point: point[1], default=None),
         "last_score": last,
+        "intervals": about.get("intervals", {}),
+        "references": about.get("references"),
         "baseline_score": baseline,
         "above": above,
     }
@@ -199,6 +211,11 @@ def _number(value: float | None) -> str:
     if value is None:
         return "–"
     return f"{value:,.3f}" if abs(value) < 10 else f"{value:,.1f}"
+
+
+def _interval(bounds: list[float] | None) -> str:
+    """A 95 % confidence interval beside its score."""
+    return f"{_number(bounds[0])} to {_number(bounds[1])}" if bounds else ""
 
 
 def _quantity(value: float | None, unit: str = "") -> str:

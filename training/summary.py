@@ -12,7 +12,7 @@ from trunkline.training.corpus import Corpus
 from trunkline.training.data import Encoded
 from trunkline.training.environment import environment
 from trunkline.training.evaluation import Scored, spaced
-from trunkline.training.metrics import metric_names, score, trivial_baseline
+from trunkline.training.metrics import metric_names, score_task, trivial_baseline
 from trunkline.training.progress import Progress
 from trunkline.training.report import SAMPLES
 
@@ -62,6 +62,8 @@ def _task_summary(
         "head": task.head,
         "metric": metric_names(task)[0],
         "metrics": final.metrics,
+        "intervals": final.intervals,
+        "references": _references(validation, final),
         "baseline": _baseline(corpus, train, validation, final),
         "first_loss": progress.first_loss[task.name],
         "last_loss": final.metrics["loss"],
@@ -83,7 +85,15 @@ def _baseline(corpus: Corpus, train: Encoded, validation: Encoded, final: Scored
     if trivial is None:
         return None
     name, predictions = trivial
-    return {"name": name, "metrics": score(metric_names(task), predictions, references)}
+    metrics, intervals = score_task(task, predictions, references)
+    return {"name": name, "metrics": metrics, "intervals": intervals}
+
+
+def _references(validation: Encoded, final: Scored) -> str | None:
+    """What of several references for a document counts, in words; None where no document has several."""
+    own = [validation.reference(i) for i in final.examples] if validation.references else []
+    most = max((1 if isinstance(reference, str) else len(reference) for reference in own), default=1)
+    return f"{validation.task.references} of up to {most} references" if most > 1 else None
 
 
 def _samples(corpus: Corpus, split: Encoded, scored: Scored) -> list[dict[str, Any]]:

@@ -4,9 +4,10 @@ Adding a task is one `Task(...)`, in Python or as ten lines of YAML.
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 Head = Literal["classify", "regress", "generate", "tag", "span", "language-model"]
+References = Literal["best", "average"]
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,9 @@ class Task:
     max_target_tokens: int = 100
     """Generate only: longest target text, in tokens; longer ones are cut and counted as truncated."""
 
+    references: References = "best"
+    """Generate only: of several references for a document, whether the best ROUGE counts or the average over all."""
+
     def __post_init__(self):
         def require(condition: bool, message: str) -> None:
             if not condition:
@@ -68,4 +72,6 @@ class Task:
         require(not classes or len(self.labels) > 0, f"head '{self.head}' needs labels: the class names in id order")
         require(classes or not self.labels, f"labels belong to classify and tag, not to '{self.head}'")
         require(len(set(self.labels)) == len(self.labels), f"labels name a class twice: {list(self.labels)}")
+        known = get_args(References)
+        require(self.references in known, f"references must be one of {', '.join(known)}, got '{self.references}'")
         require(self.max_target_tokens >= 1, f"max_target_tokens must be at least 1, got {self.max_target_tokens}")
