@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, PreTrainedModel
 
 from trunkline.engine.generate import Search
 from trunkline.engine.trunk import TrunkConfig
@@ -101,26 +101,33 @@ class HuggingFaceModel(nn.Module):
             writer = GPT2LMHeadModel(self.trunk.config)
             writer.transformer = self.trunk
             writer.tie_weights()
-            ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=end, padding_side="left")
-            mask = torch.arange(ids.shape[1])[None] >= ids.shape[1] - lengths[:, None]
-            made = writer.generate(
-                ids,
-                attention_mask=mask.long(),
-                max_new_tokens=search.max_new_tokens,
-                min_new_tokens=search.min_new_tokens,
-                no_repeat_ngram_size=search.no_repeat_ngram,
-                num_beams=search.beams,
-                length_penalty=search.length_penalty,
-                do_sample=False,
-                eos_token_id=end,
-                pad_token_id=end,
-            )
-            return [text[text != end].tolist() for text in made[:, ids.shape[1] :]]
+            return write_texts(writer, prompts, end, search)
         ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True)
         mask = torch.arange(ids.shape[1])[None] < lengths[:, None]
         hidden = self.trunk(ids, attention_mask=mask.long(), use_cache=False).last_hidden_state
         logits = self.heads[task](hidden[torch.arange(len(tokens)), lengths - 1])
         return (logits[:, 0] if self.splits[task].task.head == "regress" else logits.argmax(-1)).tolist()
+
+
+def write_texts(model: PreTrainedModel, prompts: Sequence[Any], end: int, search: Search) -> list[list[int]]:
+    """The tokens that a causal model writes after each prompt, until its end token or the longest length."""
+    tokens = [torch.from_numpy(prompt.astype("int64")) for prompt in prompts]
+    ids = nn.utils.rnn.pad_sequence(tokens, batch_first=True, padding_value=end, padding_side="left")
+    lengths = torch.tensor([len(sequence) for sequence in tokens])
+    mask = torch.arange(ids.shape[1])[None] >= ids.shape[1] - lengths[:, None]
+    made = model.generate(
+        ids,
+        attention_mask=mask.long(),
+        max_new_tokens=search.max_new_tokens,
+        min_new_tokens=search.min_new_tokens,
+        no_repeat_ngram_size=search.no_repeat_ngram,
+        num_beams=search.beams,
+        length_penalty=search.length_penalty,
+        do_sample=False,
+        eos_token_id=end,
+        pad_token_id=end,
+    )
+    return [text[text != end].tolist() for text in made[:, ids.shape[1] :]]
 
 
 def batches(way: str, splits: Sequence[Encoded], shares: Sequence[float], budget: int, seed: int) -> Iterator[Batch]:

@@ -65,7 +65,7 @@ def _times(outcome: list[float] | Exception) -> dict[str, Any]:
 
 def tables(folder: Path) -> str:
     """What was measured on one device, in Markdown: the parts whose JSON is there."""
-    makers = {"step": _speed, "balancing": _balancing, "learning": _learning}
+    makers = {"step": _speed, "balancing": _balancing, "generation": _generation, "learning": _learning}
     found = {name: folder / f"{name}.json" for name in makers if (folder / f"{name}.json").exists()}
     return "".join(makers[name](json.loads(path.read_text(encoding="utf-8"))) for name, path in found.items())
 
@@ -102,6 +102,24 @@ def _balancing(balancing: dict[str, Any]) -> str:
 task's exact gradient a step of nine tasks takes {times["weights from gradients"]:.3f}x the time of one with fixed
 weights; with one backward pass per task it takes {times["a backward pass per task"]:.1f}x (`{balancing["command"]}`,
 median of {len(balancing["seconds"]["fixed weights"])} turns).
+"""
+
+
+def _generation(generation: dict[str, Any]) -> str:
+    rows, documents = [], generation["document_tokens"]
+    for name, found in generation["settings"].items():
+        ours, theirs = (found["tokens_per_second"][system] for system in ("trunkline", "hugging_face"))
+        rows.append(f"| {name} | {found['tokens']:,} | {ours:,.0f} | {theirs:,.0f} | {found['faster']:.2f}x |")
+    longest, rounds = generation["longest_text"], len(found["seconds"]["trunkline"])
+    return f"""
+**Writing** on {_measured_on(generation["environment"])}: tokens per second of greedy summaries of {generation["texts"]}
+DialogSum documents (`{generation["command"]}`), which have {documents["mean"]:.0f}
+tokens on average and {documents["longest"]} at most, with at most {longest} new ones. Beside it Hugging Face `generate`
+with the same weights; both write the same tokens. In turns; median of {rounds}.
+
+| texts | new tokens | trunkline | Hugging Face | faster |
+|---|---|---|---|---|
+{chr(10).join(rows)}
 """
 
 

@@ -1,7 +1,8 @@
 """Text from a causal trunk: greedy and beam search for many prompts at once, with a key/value cache.
 
 The prompts go through the trunk as one packed batch, whose keys and values fill the cache; then every step puts one
-token of each unfinished text through the trunk.
+token of each unfinished text through the trunk. Texts lie in the cache longest prompt first, and those of like lengths
+attend together, so that a long one costs the short ones nothing. When a text ends, the last one takes its place.
 
 B prompts, W beams, S = B * W texts, L slots of the cache, G key/value heads, E head width, V vocabulary
 """
@@ -35,45 +36,79 @@ class Search:
     """No run of this many tokens occurs twice in a text; 0: all may."""
 
 
-class Cache:
-    """Keys and values of all layers for the texts being generated."""
+PARTS = 4  # in which texts attend: more would leave out more of the shorter texts' unused slots, but cost calls
 
-    def __init__(self, config: TrunkConfig, texts: int, slots: int, like: Tensor):
-        shape = (config.num_layers, texts, config.kv_heads, slots, config.head_width)
+
+class Cache:
+    """Keys and values of all layers for the texts being generated.
+
+    Args:
+        lengths: (S,) tokens of each text, which are to be put into `keys` and `values`.
+        slots: longest text there may be.
+        like: for device and dtype.
+    """
+
+    def __init__(self, config: TrunkConfig, lengths: np.ndarray, slots: int, like: Tensor):
+        shape = (config.num_layers, len(lengths), config.kv_heads, slots, config.head_width)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
-        self.lengths = torch.zeros(texts, dtype=torch.int64, device=like.device)
+        self.lengths = lengths  # on the host, so that no step has to wait for the device to know its shapes
         vocabulary = config.vocab_size if config.exact_match else 0
-        self.tokens = torch.zeros(texts, vocabulary, dtype=torch.bool, device=like.device)  # that a text has
+        self.tokens = like.new_zeros(len(lengths), vocabulary, dtype=torch.bool)  # that a text has
+
+    def advance(self) -> Tensor:
+        """Makes room for one more token of each text: (S,) int64, its place in the text."""
+        texts, device = len(self.lengths), self.keys.device
+        self.texts = torch.arange(texts, device=device)
+        self.places = torch.from_numpy(self.lengths).to(device)
+        self.lengths = self.lengths + 1
+        self.parts: list[tuple[slice, int, Tensor | None]] = []  # texts, longest of them, what each sees of that
+        size = max(-(-texts // PARTS), PARTS)
+        for first in range(0, texts, size):
+            part = slice(first, min(first + size, texts))
+            longest = int(self.lengths[part].max())
+            hidden = torch.arange(longest, device=device) > self.places[part, None]  # (texts of the part, L)
+            mask = torch.zeros(hidden.shape, dtype=self.keys.dtype, device=device).masked_fill_(hidden, float("-inf"))
+            self.parts.append((part, longest, None if self.lengths[part].min() == longest else mask[:, None, None]))
+        return self.places
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One token of each text, q (S, H, E) and k, v (S, G, E): stores key and value, attends to all so far."""
-        texts = torch.arange(len(q), device=q.device)
-        self.keys[layer, texts, :, self.lengths] = k
-        self.values[layer, texts, :, self.lengths] = v
-        longest = int(self.lengths.max()) + 1
-        visible = torch.arange(longest, device=q.device) <= self.lengths[:, None]  # (S, L)
-        out = F.scaled_dot_product_attention(
-            q[:, :, None],  # (S, H, 1, E)
-            self.keys[layer, :, :, :longest],
-            self.values[layer, :, :, :longest],
-            attn_mask=visible[:, None, None],
-            enable_gqa=q.shape[1] != k.shape[1],
-        )
-        return out.squeeze(2)
+        keys, values = self.keys[layer], self.values[layer]
+        keys[self.texts, :, self.places] = k
+        values[self.texts, :, self.places] = v
+        out = [
+            F.scaled_dot_product_attention(
+                q[part, :, None],  # (texts of the part, H, 1, E)
+                keys[part, :, :longest],
+                values[part, :, :longest],
+                attn_mask=mask,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            for part, longest, mask in self.parts
+        ]
+        return torch.cat(out).squeeze(2)
 
     def repeated(self, tokens: Tensor) -> Tensor | None:
         """(S,) whether the text had this token before, for a trunk that asks; it has it now."""
         if not self.tokens.numel():
             return None
-        places = (torch.arange(len(tokens), device=tokens.device), tokens)
-        repeated = self.tokens[places]
-        self.tokens[places] = True
+        repeated = self.tokens[self.texts, tokens]
+        self.tokens[self.texts, tokens] = True
         return repeated
 
-    def keep(self, texts: Tensor) -> None:
+    def keep(self, texts: np.ndarray) -> None:
         """Continues with these texts, in this order; one may occur several times."""
-        self.keys, self.values = self.keys.index_select(1, texts), self.values.index_select(1, texts)
-        self.lengths, self.tokens = self.lengths[texts], self.tokens[texts]
+        if self.tokens.numel():
+            self.tokens = self.tokens[torch.from_numpy(texts).to(self.tokens.device)]
+        if len(texts) > self.keys.shape[1]:
+            chosen = torch.from_numpy(texts).to(self.keys.device)
+            self.keys, self.values = self.keys.index_select(1, chosen), self.values.index_select(1, chosen)
+        elif len(moved := np.flatnonzero(texts != np.arange(len(texts)))):
+            to, source = (torch.from_numpy(places).to(self.keys.device) for places in (moved, texts[moved]))
+            longest = int(self.lengths[texts[moved]].max())
+            for store in (self.keys, self.values):
+                store[:, to, :, :longest] = store[:, source, :, :longest]
+        self.lengths = self.lengths[texts]
 
 
 def generate(
@@ -99,43 +134,102 @@ def generate(
         ValueError: a prompt and the longest text do not fit the trunk's positions.
     """
     search = search or Search()
-    longest = max(map(len, prompts)) + search.max_new_tokens
-    if longest > trunk.config.max_positions:
+    lengths = np.array([len(prompt) for prompt in prompts])
+    slots = int(lengths.max()) + search.max_new_tokens
+    if slots > trunk.config.max_positions:
         raise ValueError(
-            f"generate: a prompt of {max(map(len, prompts))} tokens and {search.max_new_tokens} new ones are more than "
+            f"generate: a prompt of {lengths.max()} tokens and {search.max_new_tokens} new ones are more than "
             f"the trunk's {trunk.config.max_positions} positions"
         )
+    longest_first = np.argsort(-lengths, kind="stable")
     with torch.inference_mode():
-        x, cache = _prefill(trunk, prompts, longest)
-        beams = _Beams(len(prompts), search, end, x.device)
-        while True:
-            parents = beams.step(logits(x).float().log_softmax(-1))
-            if not beams.live:
-                return [text for _, text in beams.results]
-            cache.keep(parents)
-            newest = beams.last
-            x = trunk(newest, cache.lengths, cache.attend, repeated=cache.repeated(newest))  # (S,) -> (S, D)
-            cache.lengths += 1
+        x, cache = _prefill(trunk, [prompts[i] for i in longest_first], slots)
+        writer = (_Greedy if search.beams == 1 else _Beams)(len(prompts), search, end, x.device)
+        while len(kept := writer.step(logits(x).float())):
+            cache.keep(kept)
+            places = cache.advance()
+            x = trunk(writer.last, places, cache.attend, repeated=cache.repeated(writer.last))  # (S,) -> (S, D)
+    texts = writer.written()
+    return [texts[place] for place in np.argsort(longest_first)]
 
 
 def _prefill(trunk: Trunk, prompts: Sequence[np.ndarray], slots: int) -> tuple[Tensor, Cache]:
     """Hidden states of the prompts' last tokens, (B, D), and the cache filled with the prompts."""
     examples = [Example(0, tokens, np.array([len(tokens) - 1])) for tokens in prompts]
-    batch = pack(examples, num_tasks=1).to(trunk.tokens.weight.device)
+    weight = trunk.tokens.weight
+    batch = pack(examples, num_tasks=1).to(weight.device)
+    if torch.is_autocast_enabled(weight.device.type):
+        weight = weight.new_empty(0, dtype=torch.get_autocast_dtype(weight.device.type))
+    cache = Cache(trunk.config, np.array([len(prompt) for prompt in prompts]), slots, weight)
     order = torch.tensor(batch.order, device=batch.tokens.device)
-    cache = Cache(trunk.config, len(prompts), slots, trunk.tokens.weight)
     text = order.repeat_interleave(batch.plan.cu_seqlens.diff())  # (T,) the prompt that each token belongs to
+    place = batch.positions.long()
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.keys[layer, text, :, batch.positions.long()] = k
-        cache.values[layer, text, :, batch.positions.long()] = v
+        cache.keys[layer][text, :, place] = k
+        cache.values[layer][text, :, place] = v
         return attention(q, k, v, batch.plan, causal=True)
 
     x = trunk(batch.tokens, batch.positions, attend, batch.rows.token)
     if trunk.config.exact_match:
         cache.tokens[text, batch.tokens] = True
-    cache.lengths[order] = batch.plan.cu_seqlens.diff().long()
     return torch.empty_like(x).index_copy_(0, order, x), cache
+
+
+def _forbid(scores: Tensor, texts: Tensor, search: Search, end: int) -> None:
+    """Sets the scores (S, V) of the tokens that may not follow the texts (S, length so far) to -inf."""
+    n = search.no_repeat_ngram
+    if texts.shape[1] < search.min_new_tokens:
+        scores[:, end] = float("-inf")
+    if 0 < n <= texts.shape[1]:
+        ngrams = texts.unfold(1, n, 1)  # (S, runs, n)
+        begun = (ngrams[..., :-1] == texts[:, None, texts.shape[1] - n + 1 :]).all(-1)  # a run that could be repeated
+        text, run = begun.nonzero(as_tuple=True)
+        scores[text, ngrams[text, run, -1]] = float("-inf")
+
+
+def _closed_up(going: np.ndarray) -> np.ndarray:
+    """Ascending places of what goes on, with the last of them moved to where something has ended."""
+    places = np.arange(len(going))
+    gaps = np.setdiff1d(places, going)
+    places[gaps] = going[len(going) - len(gaps) :]
+    return places
+
+
+class _Greedy:
+    """The most likely token of every text, until its end."""
+
+    def __init__(self, prompts: int, search: Search, end: int, device: torch.device):
+        self.search, self.end, self.length = search, end, 0
+        self.prompts = torch.arange(prompts, device=device)  # (S,) of the unfinished texts
+        self.last = torch.empty(0, dtype=torch.int64, device=device)  # (S,) the newest token of each
+        self.texts = torch.full((prompts, search.max_new_tokens), end, device=device)  # of all prompts, in their order
+
+    def step(self, logits: Tensor) -> np.ndarray:
+        """Extends the texts by one token each, from logits (S, V).
+
+        Returns:
+            (S',) which of the S texts go on, in their new order.
+        """
+        if self.search.min_new_tokens or self.search.no_repeat_ngram:
+            _forbid(logits, self.texts[self.prompts, : self.length], self.search, self.end)
+        token = logits.argmax(-1)  # (S,)
+        self.texts[self.prompts, self.length] = token
+        self.length += 1
+        if self.length == self.search.max_new_tokens:
+            return np.empty(0, np.int64)
+        going = np.flatnonzero((token != self.end).cpu().numpy())
+        places = _closed_up(going)
+        if len(going) < len(token):
+            chosen = torch.from_numpy(places).to(token.device)
+            self.prompts, token = self.prompts[chosen], token[chosen]
+        self.last = token
+        return places
+
+    def written(self) -> list[list[int]]:
+        """The text of every prompt."""
+        texts = self.texts.tolist()
+        return [text[: text.index(self.end)] if self.end in text else text for text in texts]
 
 
 class _Beams:
@@ -157,21 +251,22 @@ class _Beams:
         """(S,) the newest token of every unfinished text."""
         return self.texts[:, :, -1].flatten()
 
-    def step(self, log_p: Tensor) -> Tensor:
-        """Extends the texts by one token each, from log-probabilities (S, V).
+    def step(self, logits: Tensor) -> np.ndarray:
+        """Extends the texts by one token each, from logits (S, V).
 
         Returns:
             (S',) which of the S texts each of the texts to go on with comes from; none when all prompts are done.
         """
+        log_p = logits.log_softmax(-1)
         prompts, width = self.scores.shape
         W, V = self.search.beams, log_p.shape[1]
-        self._forbid(log_p)
+        _forbid(log_p, self.texts.flatten(0, 1), self.search, self.end)
         totals = (self.scores[:, :, None] + log_p.view(prompts, width, V)).flatten(1)
         # at most one candidate of every text is its end, so that of 2 W candidates W go on
         scores, places = totals.topk(min(2 * W, totals.shape[1]))
         parents, tokens = places // V, places % V
         length = self.texts.shape[2] + 1
-        survivors: list[tuple[int, list[int]]] = []  # row in `live`, its candidates that go on
+        survivors: dict[int, list[int]] = {}  # row in `live`, its candidates that go on
         for row, (prompt, row_tokens) in enumerate(zip(self.live, tokens.tolist(), strict=True)):
             going = [c for c, token in enumerate(row_tokens) if token != self.end][:W]
             ending = [c for c in range(W) if row_tokens[c] == self.end]
@@ -179,29 +274,21 @@ class _Beams:
             if length == self.search.max_new_tokens:
                 ending = list(range(W))
             elif self.ended[prompt] < W:
-                survivors.append((row, going))
+                survivors[row] = going
             for c in ending:
                 self._offer(prompt, float(scores[row, c]), row, int(parents[row, c]), row_tokens[c], length)
-        rows = torch.tensor([row for row, _ in survivors], dtype=torch.int64, device=log_p.device)
-        chosen = torch.tensor([going for _, going in survivors], dtype=torch.int64, device=log_p.device).view(-1, W)
+        order = _closed_up(np.array([*survivors], np.int64)).tolist()
+        rows = torch.tensor(order, dtype=torch.int64, device=log_p.device)
+        chosen = torch.tensor([survivors[row] for row in order], dtype=torch.int64, device=log_p.device).view(-1, W)
         parents, tokens = parents[rows].gather(1, chosen), tokens[rows].gather(1, chosen)
         self.texts = torch.cat([self.texts[rows[:, None], parents], tokens[..., None]], -1)
         self.scores = scores[rows].gather(1, chosen)
-        self.live = [self.live[row] for row, _ in survivors]
-        return (rows[:, None] * width + parents).flatten()
+        self.live = [self.live[row] for row in order]
+        return (rows[:, None] * width + parents).flatten().cpu().numpy()
 
-    def _forbid(self, log_p: Tensor) -> None:
-        """Sets the log-probabilities (S, V) of the tokens that may not come next to -inf."""
-        texts, n = self.texts.flatten(0, 1), self.search.no_repeat_ngram  # (S, length so far)
-        if texts.shape[1] < self.search.min_new_tokens:
-            log_p[:, self.end] = float("-inf")
-        if 0 < n <= texts.shape[1]:
-            ngrams = texts.unfold(1, n, 1)  # (S, runs, n)
-            begun = (ngrams[..., :-1] == texts[:, None, texts.shape[1] - n + 1 :]).all(
-                -1
-            )  # a run that could be repeated
-            text, run = begun.nonzero(as_tuple=True)
-            log_p[text, ngrams[text, run, -1]] = float("-inf")
+    def written(self) -> list[list[int]]:
+        """The text of every prompt."""
+        return [text for _, text in self.results]
 
     def _offer(self, prompt: int, score: float, row: int, parent: int, token: int, length: int) -> None:
         """Takes a finished text if it is the prompt's best so far."""
