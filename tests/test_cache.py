@@ -203,12 +203,12 @@ def test_nothing_is_left_when_making_fails(folder):
 
 def test_nothing_is_left_when_writing_fails(folder, monkeypatch):
     def write_half(table, path):
-        Path(path).write_bytes(b"PAR1 and no more")
+        Path(path).write_bytes(b"ARROW1 and no more")
         raise OSError(28, "No space left on device")
 
     encoded = made(CLASSIFY, **COLUMNS["classify"])
     with monkeypatch.context() as patch:
-        patch.setattr(cache.pq, "write_table", write_half)
+        patch.setattr(cache, "_write_table", write_half)
         with pytest.raises(OSError, match="No space left"):
             cache.encoded(CLASSIFY, KEY, True, lambda: encoded)
     assert not files(folder)
@@ -223,10 +223,10 @@ from encoded import CLASSIFY, made
 from trunkline.training import cache
 
 def killed(table, path):
-    Path(path).write_bytes(b"PAR1 and no more")
+    Path(path).write_bytes(b"ARROW1 and no more")
     os.kill(os.getpid(), signal.SIGKILL)
 
-cache.pq.write_table = killed
+cache._write_table = killed
 cache.encoded(CLASSIFY, [], True, lambda: made(CLASSIFY, text=["a"], label=[1]))
 """
 
@@ -236,7 +236,7 @@ def test_a_killed_writer_leaves_nothing_that_is_read(folder):
     path = os.pathsep.join([str(here), str(here.parent / "src")])
     killed = subprocess.run([sys.executable, "-c", KILLED], env={**os.environ, "PYTHONPATH": path})
     assert killed.returncode == -signal.SIGKILL
-    assert not [name for name in files(folder) if name.endswith(".parquet")]
+    assert not [name for name in files(folder) if name.endswith(".arrow")]
     encoded = made(CLASSIFY, text=["a"], label=[1])
     assert cache.encoded(CLASSIFY, [], True, lambda: encoded) is encoded
     assert_same(cache.encoded(CLASSIFY, [], True, not_again), encoded)

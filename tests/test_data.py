@@ -200,8 +200,11 @@ def test_rows_are_the_same_however_many_are_encoded_at_once(monkeypatch):
     columns = {"text": ["a", "bc", "", "def", "g", "hi", "j"], "label": [0, 1, 2, 0, -1, 1, 2]}
     task = changed(CLASSIFY, unlabelled="drop")
     whole = made(task, **columns)
-    monkeypatch.setattr(data, "ENCODED_AT_ONCE", 2)
+    monkeypatch.setattr(data, "ENCODED_AT_ONCE", 3)
+    at_once, encode = [], Tokenizer.encode
+    monkeypatch.setattr(Tokenizer, "encode", lambda *a, **k: at_once.append(len(a[1])) or encode(*a, **k))
     parts = made(task, **columns)
+    assert at_once == [2, 1, 2]  # 3, 3 and 3 characters
     assert tokens(whole) == tokens(parts)
     assert whole.labels.tolist() == parts.labels.tolist() == [0, 1, 0, 1, 2]
     columns["label"][5] = "nope"

@@ -135,7 +135,7 @@ class Adaptive:
         held = [(parameter, stopped[task].nonzero()[:, 0]) for parameter, task in self.model.task_parameters()]
         writing = [at for task, at in zip(self.tasks, self.state.stopped, strict=True) if _writes(task)]
         if writing and None not in writing and not self.model.trunk.config.tie_vocabulary:
-            vocabulary = self.model.vocabulary_weight
+            vocabulary = self.model.vocabulary
             held.append((vocabulary, torch.arange(len(vocabulary), device=vocabulary.device)))
         self.held = [(p, rows, p.detach()[rows].clone()) for p, rows in held if len(rows)]
 

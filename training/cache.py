@@ -14,13 +14,12 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from trunkline.training.data import Counts, Encoded
 from trunkline.training.tasks import Task
 from trunkline.training.tokenizer import Tokenizer
 
-FORMAT = 1  # to be raised when encoding changes; part of every name
+FORMAT = 2  # to be raised when encoding changes; part of every name
 
 
 def folder() -> Path:
@@ -35,7 +34,7 @@ def encoded(task: Task, key: Sequence[Any], causal: bool, make: Callable[[], Enc
     Args:
         key: what the examples depend on besides the task: rows, tokenizer, longest length.
     """
-    path = _path([asdict(task), causal, *key], ".parquet")
+    path = _path([asdict(task), causal, *key], ".arrow")
     if path.is_file():
         return _read(path, task, causal)
     made = make()
@@ -72,12 +71,17 @@ def _write(path: Path, data: Encoded) -> None:
             "references": pa.array(references or [[]] * len(data), pa.list_(pa.string())),
         }
     )
-    pq.write_table(table.replace_schema_metadata({"counts": json.dumps(asdict(data.counts))}), path)
+    _write_table(table.replace_schema_metadata({"counts": json.dumps(asdict(data.counts))}), path)
+
+
+def _write_table(table: pa.Table, path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
 
 
 def _read(path: Path, task: Task, causal: bool) -> Encoded:
-    table = pq.read_table(path)
-    tokens, labels = (table[name].combine_chunks() for name in ("tokens", "labels"))
+    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()  # tokens stay in the file until they are looked at
+    tokens, labels = (table[name].chunk(0) for name in ("tokens", "labels"))
     references = table["references"].to_pylist() if task.head == "generate" else []
     return Encoded(
         task=task,

@@ -64,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "--task", action="append", default=[], help="may be given several times; default: all that fit"
     )
+    predict.add_argument("--file", type=Path, help="with the text columns of the tasks: .csv, .tsv, .jsonl, .parquet")
     predict.add_argument(
         "values",
         nargs="*",
@@ -160,23 +161,20 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _predict(options: argparse.Namespace) -> None:
+    from trunkline.training.predict import of_file, of_lines
+
     engine = _load(options)
-    lines = options.values or [line.rstrip("\n") for line in sys.stdin]
-    if not lines:
-        raise ValueError("predict: no text, neither as an argument nor on standard input")
-    texts = [tuple(line.split("\t")) for line in lines]
-    writing = {task.name for task in engine.tasks if task.head == "generate"}
-    asked = options.task or [
-        task.name
-        for task in engine.tasks
-        if task.head != "language-model" and all(len(text) == len(task.text) for text in texts)
-    ]
-    if not asked:
-        raise ValueError("predict: no task takes all of these texts; a tab parts two texts of a pair")
-    answers = engine.predict(texts, reading) if (reading := [name for name in asked if name not in writing]) else {}
-    answers |= {name: engine.generate(lines, name) for name in asked if name in writing}
-    for place, line in enumerate(lines):
-        print(json.dumps({"text": line, **{name: answers[name][place] for name in asked}}, ensure_ascii=False))
+    if options.file:
+        if options.values:
+            raise ValueError(f"predict: a text {options.values[0]!r} and --file {options.file}: give one of them")
+        answers = of_file(engine, options.file, options.task)
+    else:
+        lines = options.values or [line.rstrip("\n") for line in sys.stdin]
+        if not lines:
+            raise ValueError("predict: no text, neither as an argument nor on standard input")
+        answers = of_lines(engine, lines, options.task)
+    for answer in answers:
+        print(json.dumps(answer, ensure_ascii=False))
 
 
 def _submit(options: argparse.Namespace) -> None:

@@ -14,6 +14,7 @@ from trunkline.training.tasks import Task
 from trunkline.training.tokenizer import Tokenizer
 
 TOKENIZER_TEXTS = 20_000  # of each task that a tokenizer is trained on
+TOKENIZER_CHARACTERS = 20_000_000  # of each column; reached by the longer texts of a corpus only
 
 
 @dataclass(frozen=True)
@@ -76,18 +77,23 @@ def _tokenizer(config: Config, training: list[tuple[Task, Rows]], tell: Callable
         for task, rows in training:
             columns = [*task.text, *([task.label] if task.head == "generate" else [])]
             for column in columns:
+                characters = 0
                 for row, value in enumerate(rows.columns[column][:TOKENIZER_TEXTS]):
                     try:
-                        yield text_of(value)
+                        text = text_of(value)
                     except ValueError as error:
                         raise ValueError(f"task '{task.name}': {error} ({rows.where(row)})") from error
+                    yield text
+                    characters += len(text)
+                    if characters >= TOKENIZER_CHARACTERS:
+                        break
 
     def make() -> Tokenizer:
         tell(f"training a tokenizer of {config.vocab_size} entries")
         return Tokenizer.train(texts(), config.vocab_size, config.lowercase)
 
     sources = [[task.head, task.text, task.label, rows.digest] for task, rows in training]
-    return cache.tokenizer([config.vocab_size, config.lowercase, TOKENIZER_TEXTS, sources], make)
+    return cache.tokenizer([config.vocab_size, config.lowercase, TOKENIZER_TEXTS, TOKENIZER_CHARACTERS, sources], make)
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:

@@ -10,7 +10,7 @@ n examples, L tokens of an example
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
@@ -23,7 +23,7 @@ from trunkline.training.sources import Rows
 from trunkline.training.tasks import Task
 from trunkline.training.tokenizer import Ids, Tokenizer
 
-ENCODED_AT_ONCE = 10_000  # texts whose offsets are in memory at a time
+ENCODED_AT_ONCE = 4_000_000  # characters that are encoded together: a token in the tokenizer's hands takes 150 bytes
 UNLABELLED = ("-1", "-1.0", "-100")  # what data sets and loss functions write for "no class"
 
 
@@ -132,10 +132,9 @@ def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal
                 raise ValueError(f"{problem} row: '{column}' is {rows.columns[column][row]!r}; policy is 'error'")
             else:
                 counts[problem] += 1
-        for first in range(0, len(usable), ENCODED_AT_ONCE):
-            chunk = usable[first : first + ENCODED_AT_ONCE]
+        for chunk in _chunks(task, rows, usable):
             columns = [[text_of(rows.columns[column][row]) for row in chunk] for column in task.text]
-            encoded = [tokenizer.encode(column) for column in columns]
+            encoded = [tokenizer.encode(column, offsets=task.head != "language-model") for column in columns]
             for i, row in enumerate(chunk):
                 texts, ids = [column[i] for column in columns], [column[i] for column in encoded]
                 label = rows.columns[task.label][row] if task.label else None
@@ -166,6 +165,20 @@ def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal
     )
 
 
+def _chunks(task: Task, rows: Rows, usable: Sequence[int]) -> Iterator[list[int]]:
+    """Rows of about `ENCODED_AT_ONCE` characters at a time, be they many sentences or a few books."""
+    chunk: list[int] = []
+    characters = 0
+    for row in usable:
+        chunk.append(row)
+        characters += sum(len(text_of(rows.columns[column][row])) for column in task.text)
+        if characters >= ENCODED_AT_ONCE:
+            yield chunk
+            chunk, characters = [], 0
+    if chunk:
+        yield chunk
+
+
 def _problem(task: Task, rows: Rows, row: int) -> Literal["empty", "unlabelled", ""]:
     """Whether a row lacks its text or its label."""
     texts = [text_of(rows.columns[column][row]) for column in task.text]  # all of them: each has to be text
@@ -173,7 +186,10 @@ def _problem(task: Task, rows: Rows, row: int) -> Literal["empty", "unlabelled",
         return "empty"
     label = rows.columns[task.label][row] if task.label else 0
     missing = label is None or label == [] or (isinstance(label, float) and math.isnan(label))
-    blank = (isinstance(label, str) or task.head == "generate") and not missing and not text_of(label).strip()
+    if task.head == "generate" and not missing:
+        blank = not references_of(label)
+    else:
+        blank = isinstance(label, str) and not label.strip()
     no_class = task.head == "classify" and str(label) in UNLABELLED and label not in task.labels
     return "unlabelled" if missing or blank or no_class else ""
 
@@ -309,8 +325,7 @@ def _encode_span(layout: Layout, task: Task, texts: list[str], ids: list[Ids], l
 
 def _encode_target(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
     """`label` is the text to be generated; of several references the first is learnt."""
-    texts_of_label = label if isinstance(label, list) else [label]
-    references = [text for reference in texts_of_label if (text := text_of(reference)).strip()]
+    references = references_of(label)
     ((target, _),) = layout.tokenizer.encode([" " + references[0].strip()])
     kept = target[: task.max_target_tokens]
     prompt = layout.prompt(texts[0], task.max_target_tokens, ids[0])
@@ -320,8 +335,8 @@ def _encode_target(layout: Layout, task: Task, texts: list[str], ids: list[Ids],
 
 
 def _encode_text(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
-    """A text of any length, in as many pieces as it takes; nothing is cut off."""
-    whole = np.concatenate([[layout.tokenizer.end], ids[0][0], [layout.tokenizer.end]])
+    """A text of any length, in as many pieces as it takes; nothing is cut off, and no piece has two texts."""
+    whole = np.concatenate([[layout.tokenizer.end], ids[0][0], [layout.tokenizer.end]]).astype(np.int32)
     step = layout.max_length - 1  # the last token of a piece is the first of the next, so that each is predicted once
     return [_Piece(whole[i : i + step + 1], []) for i in range(0, len(whole) - 1, step)], False
 
@@ -350,6 +365,19 @@ def text_of(value: Any) -> str:
         raise ValueError(f"text must be a string, got {value!r}")
     value.encode()  # an error for half a character
     return value
+
+
+def references_of(label: Any) -> list[str]:
+    """The texts that a generated one is matched with: the label, or those of its list that are not blank.
+
+    Raises:
+        ValueError: one of them is no text.
+    """
+    references = label if isinstance(label, list) else [label]
+    for place, reference in enumerate(references, 1):
+        if not isinstance(reference, str):
+            raise ValueError(f"reference {place} of {len(references)} must be a string, got {reference!r}")
+    return [text for text in map(text_of, references) if text.strip()]
 
 
 def _number(value: Any, name: str) -> float:

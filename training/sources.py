@@ -84,6 +84,17 @@ def read_rows(
     return rows
 
 
+def read_columns(path: Path, wanted: Sequence[str]) -> Rows:
+    """Columns of one file, of all its rows.
+
+    Raises:
+        ValueError: no such file, another format, or a row, column or byte that cannot be read.
+    """
+    if path.suffix.lower() not in _READERS:
+        raise ValueError(f"expected a {_FORMATS} file, got {path}")
+    return _file_rows(path.parent, [path.name], tuple(wanted))
+
+
 def _generated_rows(task: Task, split: str, wanted: Sequence[str], seed: int) -> Rows:
     name = f"generated {split} rows of {task.name}"
     records = generated.generate(task.name, split, generated.SIZES[split], seed)

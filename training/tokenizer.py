@@ -92,10 +92,14 @@ class Tokenizer:
     def save(self, folder: Path) -> None:
         self.inner.save(str(folder / FILE))
 
-    def encode(self, texts: Sequence[str]) -> list[Ids]:
-        """Every text without special tokens."""
+    def encode(self, texts: Sequence[str], offsets: bool = True) -> list[Ids]:
+        """Every text without special tokens.
+
+        Args:
+            offsets: whether the characters of the tokens are wanted, which take ten times the memory of the ids.
+        """
         encodings = self.inner.encode_batch(list(texts), add_special_tokens=False)
-        return [(np.array(encoding.ids, np.int32), encoding.offsets) for encoding in encodings]
+        return [(np.array(e.ids, np.int32), e.offsets if offsets else []) for e in encodings]
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of the tokens; special ones are left out, and what they separate is joined by ' | '."""
