@@ -33,14 +33,20 @@ def parts(data: Path | None, dry: bool) -> list[Part]:
     # what torch.compile makes takes long to compile: it takes part in two cases only
     small = ["--sizes", "smoke", "--no-record"] if dry else ["-k", "not (FlexAttention or compiled) or (768 and both)"]
     tests = ["tests/test_dispatch.py"] if dry else ["tests", "-m", "gpu", "--continue-on-collection-errors"]
-    benchmarks = ["benchmarks", "--benchmark-only", "--benchmark-disable-gc", "--deadline", "220", *small]
+    benchmarks = ["benchmarks", "--benchmark-only", "--benchmark-disable-gc", "--deadline", "165", *small]
     found = [
-        Part("tests", [*pytest, "--durations=5", *tests], 200),
-        Part("benchmarks", [*pytest, "--benchmark-columns=median,iqr,rounds", *benchmarks], 260),
+        Part("tests", [*pytest, "--durations=5", *tests], 150),
+        Part("benchmarks", [*pytest, "--benchmark-columns=median,iqr,rounds", *benchmarks], 200),
     ]
     if data:
-        step = [sys.executable, "benchmarks/step.py", str(data), "--seconds", "0.1" if dry else "3", "--rounds", "1"]
-        found.append(Part("training steps", [*step, "--help"] if dry else step, 75))
+        step = [sys.executable, "benchmarks/step.py", str(data), "--rounds", "1", "--seconds", "0.1" if dry else "3"]
+        if dry:
+            found.append(Part("training steps", [*step, "--no-record", "--systems", "9 heads"], 100))
+        else:
+            small = ["trunkline", "trunkline, compiled", "padded", "packed", "packed, compiled"]
+            found.append(Part("steps of small", [*step, "--shape", "small", "--systems", *small], 100))
+            tiny = ["trunkline", "trunkline, compiled", "trunkline, CUDA graph", "packed"]
+            found.append(Part("steps of tiny", [*step, "--systems", *tiny], 80))
     return found
 
 

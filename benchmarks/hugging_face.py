@@ -8,7 +8,7 @@ As Hugging Face's models do, the vocabulary logits are computed at every token, 
 """
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import cycle
 from typing import Any
 
@@ -50,6 +50,7 @@ class HuggingFaceModel(nn.Module):
             attn_implementation="sdpa",
         )
         self.splits, self.trunk = splits, GPT2Model(shape)
+        self.vocabulary_loss: Callable[[Tensor, Tensor, Tensor], Tensor] = _vocabulary_loss
         self.heads = nn.ModuleList(
             nn.Linear(config.hidden_size, len(split.task.labels) or 1)
             if split.task.head != "generate"
@@ -82,7 +83,7 @@ class HuggingFaceModel(nn.Module):
                 for place, prompt in zip(places, map(int, labels), strict=True):
                     first, last = int(starts[place]) + prompt - 1, int(starts[place] + lengths[place]) - 1
                     target[first:last] = tokens[place][prompt:]
-                own = F.cross_entropy(F.linear(hidden, self.trunk.wte.weight), target.to(device))
+                own = self.vocabulary_loss(self.trunk.wte.weight, hidden, target.to(device))
             else:
                 logits = self.heads[task](hidden[(starts + lengths - 1)[places].to(device)])
                 if self.splits[task].task.head == "regress":
@@ -128,6 +129,10 @@ def write_texts(model: PreTrainedModel, prompts: Sequence[Any], end: int, search
         pad_token_id=end,
     )
     return [text[text != end].tolist() for text in made[:, ids.shape[1] :]]
+
+
+def _vocabulary_loss(weight: Tensor, x: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(x, weight), target)
 
 
 def batches(way: str, splits: Sequence[Encoded], shares: Sequence[float], budget: int, seed: int) -> Iterator[Batch]:

@@ -5,6 +5,7 @@ from typing import Any
 
 from trunkline.benchmarks.floors import RATES
 
+PARTS = ("#d9d9d9", "#c8501e", "#e59a6f", "#8a9aa8")  # batching, forward, backward, optimizer
 OURS, THEIRS, LINE = "#c8501e", "#8a9aa8", "#222222"
 
 
@@ -56,3 +57,46 @@ def plot_roofline(cases: list[dict[str, Any]], device: str | None, path: Path) -
     panel.set(xscale="log", yscale="log", xlabel="operations a byte", ylabel="TFLOP/s", title=device)
     figure.savefig(path, dpi=90)
     return True
+
+
+def plot_step(content: dict[str, Any], path: Path) -> None:
+    """A bar for each system: milliseconds for a thousand real tokens, in parts."""
+    from matplotlib.figure import Figure
+
+    systems = {name: of for name, of in content.get("systems", {}).items() if "heads" not in name}
+    figure = Figure(figsize=(9, 1.4 + 0.45 * len(systems)), layout="constrained")
+    panel = figure.subplots()
+    done = [0.0] * len(systems)
+    for part, colour in zip(("batching", "forward", "backward", "optimizer"), PARTS, strict=True):
+        times = [1e6 * of["parts"][part] / of["tokens_per_step"] for of in systems.values()]
+        panel.barh(list(systems), times, left=done, color=colour, label=part)
+        done = [before + time for before, time in zip(done, times, strict=True)]
+    for place, (total, rate) in enumerate(zip(done, (of["tokens_per_second"] for of in systems.values()), strict=True)):
+        panel.text(total, place, f" {rate:,.0f} tokens/s", va="center", fontsize=9)
+    panel.invert_yaxis()
+    panel.margins(x=0.18)
+    panel.set_xlabel("milliseconds for 1,000 real tokens")
+    panel.legend(loc="lower right", fontsize=8)
+    figure.suptitle(f"training steps of the shape {content.get('shape', 'tiny')}")
+    figure.savefig(path, dpi=90)
+
+
+def plot_scaling(content: dict[str, Any], path: Path) -> None:
+    """One column a curve: time per token above, memory below."""
+    from matplotlib.figure import Figure
+
+    curves = content["curves"]
+    figure = Figure(figsize=(3.1 * len(curves), 5), layout="constrained")
+    panels = figure.subplots(2, len(curves), squeeze=False)
+    for column, (name, points) in enumerate(curves.items()):
+        xs = [point["x"] for point in points]
+        for row, (values, label) in enumerate(
+            (([1e6 * p["seconds"] for p in points], "µs a token"), ([p["memory"] / 2**20 for p in points], "MiB"))
+        ):
+            panel = panels[row, column]
+            panel.plot(xs, values, color=OURS, marker="o", markersize=4)
+            panel.set(xscale="log", ylim=(0, 1.15 * max(values)), xlabel=name)
+            panel.minorticks_off()
+            if column == 0:
+                panel.set_ylabel(label)
+    figure.savefig(path, dpi=90)

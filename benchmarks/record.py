@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 from trunkline.benchmarks.examples import shipped_kernels
-from trunkline.benchmarks.plots import plot_roofline, plot_times
+from trunkline.benchmarks.plots import plot_roofline, plot_scaling, plot_step, plot_times
 from trunkline.training.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +65,15 @@ def _times(outcome: list[float] | Exception) -> dict[str, Any]:
 
 def tables(folder: Path) -> str:
     """What was measured on one device, in Markdown: the parts whose JSON is there."""
-    makers = {"step": _speed, "balancing": _balancing, "generation": _generation, "learning": _learning}
+    makers = {
+        "step": _speed,
+        "step-small": _speed,
+        "step-llama-1b": _speed,
+        "scaling": _scaling,
+        "balancing": _balancing,
+        "generation": _generation,
+        "learning": _learning,
+    }
     found = {name: folder / f"{name}.json" for name in makers if (folder / f"{name}.json").exists()}
     return "".join(makers[name](json.loads(path.read_text(encoding="utf-8"))) for name, path in found.items())
 
@@ -76,22 +84,53 @@ def _measured_on(where: dict[str, Any]) -> str:
 
 
 def _speed(step: dict[str, Any]) -> str:
-    rates, waste = step["tokens_per_second"], step["padding"]
-    rows = [
-        f"| {system} | {rates[system]:,.0f} | {rates[system] / step['best_peer']:.2f}x | {waste[system]:.1%} |"
-        for system in ("trunkline", "padded", "grouped", "packed")
-    ]
+    rates, waste, details = step["tokens_per_second"], step["padding"], step.get("systems", {})
+    rows = []
+    for system, rate in rates.items():
+        if "heads" not in system:
+            own = details.get(system)  # older results have none
+            measured = (
+                f"{1000 * own['seconds_per_step']:,.0f} | {own['memory'] / 2**20:,.0f} | {own['utilisation']:.0%}"
+                if own
+                else "- | - | -"
+            )
+            rows.append(
+                f"| {system} | {rate:,.0f} | {rate / step['best_peer']:.2f}x | {waste[system]:.1%} | {measured} |"
+            )
+    heads = (
+        f"\n300 classification heads take {step['time_300_heads_over_9']:.2f}x the time of 9 on the same tokens.\n"
+        if "time_300_heads_over_9" in step
+        else ""
+    )
+    data = {"llama-1b": "random texts of 4,096 tokens"}.get(step.get("shape", ""), "eight GLUE tasks and DialogSum")
     return f"""
 **Speed** on {_measured_on(step["environment"])}: real tokens per second of a whole training step
-(`{step["command"]}`). Eight GLUE tasks and DialogSum, the GPT-2 shape at width 256 and 4 layers, about 2,048 tokens a
-step; the other three are ways of making batches for a Hugging Face model. Each in a process of its own, taking turns;
-median of {len(step["turns"]["trunkline"])} turns.
+(`{step["command"]}`), on {data}, in the shape `{step.get("shape", "tiny")}`, about {step.get("tokens", 2048):,} tokens
+a step. Below ours the same model of Hugging Face with batches made in other ways. Each in a process of its own, taking
+turns; median of {len(next(iter(step["turns"].values())))} turns. Utilisation is of what the machine does in its best
+product.
 
-| system | real tokens/s | of the best peer | padding |
+| system | real tokens/s | of the best peer | padding | ms a step | MiB | utilisation |
+|---|---|---|---|---|---|---|
+{chr(10).join(rows)}
+{heads}"""
+
+
+def _scaling(scaling: dict[str, Any]) -> str:
+    rows = [
+        f"| {curve} | {points[0]['x']:,} … {points[-1]['x']:,} | "
+        f"{points[0]['seconds'] * 1e6:,.3g} … {points[-1]['seconds'] * 1e6:,.3g} | "
+        f"{points[0]['memory'] / 2**20:,.0f} … {points[-1]['memory'] / 2**20:,.0f} |"
+        for curve, points in scaling["curves"].items()
+    ]
+    return f"""
+**Scaling** on {_measured_on(scaling["environment"])} (`{scaling["command"]}`): time per token of a training step of the
+shape `tiny`, or of making a batch, and memory, from the smallest to the largest of what is varied; all points are in
+`scaling.png`.
+
+| what is varied | from … to | µs a token | MiB |
 |---|---|---|---|
 {chr(10).join(rows)}
-
-300 classification heads take {step["time_300_heads_over_9"]:.2f}x the time of 9 on the same tokens.
 """
 
 
@@ -178,6 +217,10 @@ the rounds; then how many times faster than the fastest other, the share of the 
 def report_device(folder: Path) -> None:
     """Writes <folder>/README.md, with plots, from the JSON in it."""
     text = f"# {folder.name}\n{tables(folder)}"
+    for path in (*sorted(folder.glob("step*.json")), *folder.glob("scaling.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        (plot_scaling if path.stem == "scaling" else plot_step)(content, path.with_suffix(".png"))
+        text += f"\n![{path.stem}]({path.stem}.png)\n"
     for kernel in shipped_kernels():
         if (path := folder / f"{kernel.name}.json").exists():
             content = json.loads(path.read_text(encoding="utf-8"))

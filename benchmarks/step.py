@@ -1,220 +1,257 @@
-"""Real tokens per second of a whole training step: Trunkline beside three ways of doing it with Hugging Face.
+"""Whole training steps: Trunkline beside what people do with Hugging Face, in real tokens a second.
 
-    python benchmarks/step.py DATA [--seconds 10] [--rounds 3]
+    python benchmarks/step.py DATA [--shape tiny] [--device cuda] [--seconds 8] [--rounds 3] [--systems NAME ...]
 
 DATA is laid out like the hub: eight GLUE tasks and DialogSum, at most 2,000 examples of each, mixed alike. All systems
-train the same GPT-2 shape with the same optimizer on batches of about 2,048 tokens. Each runs in a process of its own,
-which waits while the others are timed; they take turns, round after round. A token is real if it is no padding.
+(training_systems.py) train the same shape with the same optimizer on batches of about as many tokens. Each runs in a
+process of its own, which waits while the others are timed; they take turns, round after round, and in every round the
+machine's matrix rate is measured, too. A token is real if it is no padding. The shape llama-1b is trained on random
+texts, without DATA, one system after the other: together they do not fit a GPU.
 
-The table also has 9 against 300 classification heads on the same tokens.
+Utilisation: the operations of the products that forward and backward cannot do without, at the labelled tokens only
+after the last attention, over what the machine does in that time in its best product.
 """
 
 import argparse
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import Any
 
-import numpy as np
 import torch
 
+from trunkline.benchmarks.plots import plot_step
 from trunkline.benchmarks.record import record
-from trunkline.engine.memory import keep_freed_memory
-from trunkline.engine.model import MultiTaskModel
-from trunkline.engine.packing import Example, PackedBatch, pack
-from trunkline.engine.trunk import Trunk, preset
+from trunkline.benchmarks.training_systems import SHAPES, Amount, Shape, System, autocast, make
 
-if TYPE_CHECKING:
-    from trunkline.training.config import Config
-    from trunkline.training.corpus import Corpus
-
-BUDGET, MAX_LENGTH, VOCABULARY, EXAMPLES = 2048, 512, 8192, 2000
-TASKS = ("cola", "sst2", "mrpc", "stsb", "rte", "qqp", "qnli", "mnli", "dialogsum")
+PARTS = ("batching", "forward", "backward", "optimizer")
+OURS = ["trunkline", "trunkline, compiled"]
+PEERS = ["padded", "grouped", "packed", "packed, compiled"]
 WARM_UP = 5  # steps
+MATRIX = {"cpu": (2048, torch.float32), "cuda": (8192, torch.bfloat16)}  # side of the product, dtype
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("data", type=Path)
-    parser.add_argument("--seconds", type=float, default=10.0, help="of each turn")
+    parser.add_argument("data", type=Path, nargs="?")
+    parser.add_argument("--shape", choices=SHAPES, default="tiny")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seconds", type=float, default=8.0, help="of each turn")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--systems", nargs="+", help="default: all that the device has")
+    parser.add_argument("--no-record", action="store_true", help="write no results")
     options = parser.parse_args()
+    large = options.shape == "llama-1b"
+    if not large and not options.data:
+        parser.error(f"shape {options.shape} is trained on DATA")
 
-    systems = ["trunkline", "padded", "grouped", "packed", "9 heads", "300 heads"]
-    rates: dict[str, list[float]] = {system: [] for system in systems}
-    waste: dict[str, float] = {}
+    names = options.systems or systems_of(options.shape, torch.device(options.device))
+    data = None if large else options.data
+    turns: dict[str, list[dict[str, Any]]] = {}
+    for group in [[name] for name in names] if large else [names]:
+        turns |= in_turn(group, options, data)
+    report(turns, options)
+
+
+def systems_of(shape: str, device: torch.device) -> list[str]:
+    gpu = device.type == "cuda"
+    ours = [*OURS, "trunkline, CUDA graph"] if gpu and shape == "tiny" else OURS
+    if shape == "llama-1b":
+        return [*ours, "hugging face", "hugging face, compiled", "hugging face, Liger"]
+    return [*ours, *PEERS, *(["packed, Liger"] if gpu else []), *(["9 heads", "300 heads"] if shape == "tiny" else [])]
+
+
+def in_turn(names: list[str], options: argparse.Namespace, data: Path | None) -> dict[str, list[dict[str, Any]]]:
+    """What every turn of every system measured."""
     context = multiprocessing.get_context("spawn")
-    workers = {}
-    for system in systems:
-        ours, theirs = context.Pipe()
-        process = context.Process(target=work, args=(system, options.data, theirs), daemon=True)
-        process.start()
-        print(f"{system}: ready, {ours.recv()}", flush=True)  # one after the other: getting ready takes both cores too
-        workers[system] = ours
+    started: dict[str, Connection] = {}
+    workers: dict[str, Connection] = {}
+
+    def wait_for(name: str) -> None:
+        try:
+            print(f"{name}: ready after {started[name].recv():.0f} s", flush=True)
+            workers[name] = started[name]
+        except EOFError:
+            print(f"{name}: left out, its process failed", flush=True)
+
+    for name in ["matrix", *names]:
+        started[name], theirs = context.Pipe()
+        arguments = (name, SHAPES[options.shape], data, options.device, theirs)
+        context.Process(target=work, args=arguments).start()
+        theirs.close()  # only its process has it now: when that ends, we hear of it
+        if options.device == "cpu":  # one after the other: getting ready takes all cores
+            wait_for(name)
+    for name in [name for name in started if options.device != "cpu"]:
+        wait_for(name)
+    matrix = workers.pop("matrix")
+    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     for _ in range(options.rounds):
-        for system, connection in workers.items():
-            connection.send(options.seconds)
-            real, padding, seconds = connection.recv()
-            rates[system].append(real / seconds)
-            waste[system] = padding / (real + padding)
-    for process in multiprocessing.active_children():
-        process.terminate()
-    report(rates, waste, options)
+        matrix.send(1.0)
+        rate = matrix.recv()
+        for name, worker in workers.items():
+            worker.send(options.seconds)
+            turns[name].append(worker.recv() | {"matrix": rate})
+    for connection in (matrix, *workers.values()):
+        connection.send(0.0)
+    return turns
 
 
-def work(system: str, data: Path, connection) -> None:
-    """Trains one system for as many seconds as it is told to, again and again."""
-    torch.manual_seed(0)
-    step, parameters = SYSTEMS[system](data) if system in SYSTEMS else hugging_face(data, system)
-    for _ in range(WARM_UP):
-        step()
-    connection.send(f"{parameters:,} parameters")
-    while True:
-        seconds = connection.recv()
-        began, real, padding = time.perf_counter(), 0, 0
-        while time.perf_counter() - began < seconds:
-            batch_real, batch_padding = step()
-            real, padding = real + batch_real, padding + batch_padding
-        connection.send((real, padding, time.perf_counter() - began))
+def work(name: str, shape: Shape, data: Path | None, device_name: str, connection: Connection) -> None:
+    """Gets a system ready, then trains it for as many seconds as it is told to, again and again."""
+    device, began = torch.device(device_name), time.perf_counter()
+    if name == "matrix":
+        turn: Callable[[float], Any] = lambda seconds: matrix_rate(device, seconds)  # noqa: E731
+    else:
+        before = resident()
+        system = make(name, shape, data, device)
+        optimizer = system.optimizer()
+        system.model.train()
+        steps(system, optimizer, shape, device, WARM_UP, float("inf"), before)
+        turn = lambda seconds: steps(system, optimizer, shape, device, 1, seconds, before)  # noqa: E731
+    connection.send(time.perf_counter() - began)
+    while seconds := connection.recv():
+        connection.send(turn(seconds))
+        if device.type == "cuda":
+            torch.cuda.empty_cache()  # the others need it
 
 
-Step = Callable[[], tuple[int, int]]  # one optimizer step: how many real tokens it saw, and how much padding
-
-
-def trunkline(data: Path) -> tuple[Step, int]:
-    """The eight GLUE tasks and DialogSum on the packed trunk."""
-    from trunkline.training.loop import next_batch
-    from trunkline.training.mixing import Mixer
-
-    config = configured(data)
-    corpus = read(config)
-    mixer = Mixer([split.lengths for split in corpus.train], config.mixing, [], BUDGET, steps=100_000, seed=0)
-    model = MultiTaskModel(trunk(corpus.tokenizer.vocab_size), corpus.tasks)
-    numbers = iter(range(100_000))
-    return _step(model, lambda: next_batch(corpus.train, mixer, next(numbers), config))
-
-
-def heads(count: int) -> Callable[[Path], tuple[Step, int]]:
-    """`count` tasks of two classes, all on the same examples."""
-
-    def system(data: Path) -> tuple[Step, int]:
-        from trunkline.training.tasks import Task
-
-        tasks = [Task(f"task-{t}", "classify", ("text",), "label", ("no", "yes")) for t in range(count)]
-        model = MultiTaskModel(trunk(VOCABULARY), tasks)
-        rng = np.random.default_rng(0)
-
-        def batch() -> PackedBatch:
-            lengths = rng.integers(8, 96, 200)
-            lengths = lengths[lengths.cumsum() <= BUDGET]
-            examples = [
-                Example(i % count, rng.integers(0, VOCABULARY, n), np.array([n - 1]), rng.integers(0, 2, 1))
-                for i, n in enumerate(lengths, int(rng.integers(count)))
-            ]
-            return pack(examples, count, BUDGET)
-
-        return _step(model, batch)
-
-    return system
-
-
-def _step(model: MultiTaskModel, batches: Callable[[], PackedBatch]) -> tuple[Step, int]:
-    keep_freed_memory()
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-4, fused=True)
-
-    def step() -> tuple[int, int]:
-        batch = batches()
-        sums = model(batch)
-        (sums.loss / sums.weight.clamp(min=1)).sum().backward()
+def steps(
+    system: System,
+    optimizer: torch.optim.Optimizer,
+    shape: Shape,
+    device: torch.device,
+    at_least: int,
+    seconds: float,
+    resident_before: int,
+) -> dict[str, Any]:
+    """Trains for `seconds`, or without end for `at_least` steps, and tells what came of it."""
+    amount, marks, memory = Amount(), [], 0
+    began, host = time.perf_counter(), 0.0
+    while len(marks) < at_least if seconds == float("inf") else time.perf_counter() - began < seconds:
+        started = time.perf_counter()
+        mark = [moment(device)]
+        batch, of_batch = next(system.batches)
+        mark.append(moment(device))
+        with autocast(device):
+            loss = system.loss(batch)
+        mark.append(moment(device))
+        if device.type == "cpu":
+            memory = max(memory, resident() - resident_before)  # here nearly all of it is in use
+        loss.backward()
+        mark.append(moment(device))
         optimizer.step()
-        optimizer.zero_grad()
-        return batch.real_tokens, len(batch.tokens) - batch.real_tokens
-
-    return step, sum(p.numel() for p in model.parameters())
-
-
-SYSTEMS = {"trunkline": trunkline, "9 heads": heads(9), "300 heads": heads(300)}
-
-
-def hugging_face(data: Path, way: str) -> tuple[Step, int]:
-    from trunkline.benchmarks.hugging_face import HuggingFaceModel
-    from trunkline.benchmarks.hugging_face import batches as made
-    from trunkline.training.mixing import shares
-
-    config = configured(data)
-    corpus = read(config)
-    model = HuggingFaceModel(shape(corpus.tokenizer.vocab_size), corpus.train)
-    optimizer = torch.optim.AdamW(model.parameters(), 3e-4, fused=True)
-    sizes = [len(split) for split in corpus.train]
-    stream: Iterator = made(way, corpus.train, shares(config.mixing, sizes, [], 0.0).tolist(), BUDGET, seed=0)
-
-    def step() -> tuple[int, int]:
-        batch = next(stream)
-        model(batch, torch.device("cpu")).backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        lengths = [int(corpus.train[t].lengths[i]) for t, i in batch[0]]
-        padding = 0 if batch[1] else max(lengths) * len(lengths) - sum(lengths)
-        return sum(lengths), padding
-
-    return step, sum(p.numel() for p in model.parameters())
+        optimizer.zero_grad(set_to_none=not system.keeps_gradients)
+        mark.append(moment(device))
+        marks.append(mark)
+        amount += of_batch
+        host += time.perf_counter() - started
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        memory = torch.cuda.max_memory_allocated()
+    wall = time.perf_counter() - began
+    parts = {part: sum(between(m[i], m[i + 1]) for m in marks) / len(marks) for i, part in enumerate(PARTS)}
+    return {
+        "tokens_per_second": amount.tokens / wall,
+        "seconds_per_step": wall / len(marks),
+        "host_seconds_per_step": host / len(marks),
+        "parts": parts,
+        "padding": amount.padding / (amount.tokens + amount.padding),
+        "tokens_per_step": amount.tokens / len(marks),
+        "operations_per_second": amount.operations(shape.trunk) / wall,
+        "memory": memory,
+    }
 
 
-def shape(vocab_size: int):
-    """The GPT-2 shape, with GPT-2's own positions and activation."""
-    return preset("tiny", vocab_size=vocab_size, positions="learned", activation="gelu_tanh")
+def moment(device: torch.device) -> Any:
+    if device.type == "cpu":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
-def trunk(vocab_size: int) -> Trunk:
-    return Trunk(shape(vocab_size))
+def between(first: Any, second: Any) -> float:
+    """Seconds."""
+    return second - first if isinstance(first, float) else first.elapsed_time(second) / 1000
 
 
-def configured(data: Path) -> "Config":
-    from trunkline.training.config import Batch, Config
-
-    batch = Batch(BUDGET, max_length=MAX_LENGTH)
-    return Config(tasks=TASKS, data=str(data), trunk=shape(VOCABULARY), vocab_size=VOCABULARY, batch=batch)
-
-
-def read(config: "Config") -> "Corpus":
-    """The corpus, with the first examples of every task only."""
-    from trunkline.training.corpus import load_corpus
-
-    corpus = load_corpus(config)
-    return replace(corpus, train=tuple(first(split, EXAMPLES) for split in corpus.train))
+def resident() -> int:
+    """Bytes of this process in memory; 0 where only Linux would know."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * 4096 if statm.exists() else 0
 
 
-def first(split, count: int):
-    """The first examples of a split."""
-    return replace(split, bounds=split.bounds[: count + 1], label_bounds=split.label_bounds[: count + 1])
+def matrix_rate(device: torch.device, seconds: float) -> float:
+    """Operations a second of the best of many large products."""
+    size, dtype = MATRIX[device.type]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        first = moment(device)
+        a @ b
+        second = moment(device)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, between(first, second))
+    return 2 * size**3 / best
 
 
-def report(rates: dict[str, list[float]], waste: dict[str, float], options: argparse.Namespace) -> None:
-    """Prints the table and writes it as JSON."""
+def report(turns: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
+    """Prints the table, writes it as JSON and plots it."""
     from trunkline.training.environment import environment
 
-    middle = {system: median(values) for system, values in rates.items()}
-    best = max(middle[way] for way in ("padded", "grouped", "packed"))
-    print(f"\n{'system':12} {'real tokens/s':>14} {'of the best peer':>17} {'padding':>8}   turns")
-    for system, rate in middle.items():
-        turns = " ".join(f"{value:,.0f}" for value in rates[system])
-        ratio = f"{rate / best:.2f}x" if "heads" not in system else ""
-        print(f"{system:12} {rate:14,.0f} {ratio:>17} {waste[system]:8.1%}   {turns}")
-    print(f"300 heads take {middle['9 heads'] / middle['300 heads']:.3f}x the time of 9 heads")
+    def middle(name: str, value: Callable[[dict[str, Any]], float]) -> float:
+        return median(value(turn) for turn in turns[name])
 
-    content = {
-        "command": f"python benchmarks/step.py DATA --seconds {options.seconds:g} --rounds {options.rounds}",
-        "unit": "real tokens/s, median of the turns",
-        "tokens_per_second": middle,
-        "turns": rates,
-        "padding": waste,
-        "best_peer": best,
-        "time_300_heads_over_9": middle["9 heads"] / middle["300 heads"],
+    systems = {
+        name: {
+            "tokens_per_second": middle(name, lambda turn: turn["tokens_per_second"]),
+            "seconds_per_step": middle(name, lambda turn: turn["seconds_per_step"]),
+            "host_seconds_per_step": middle(name, lambda turn: turn["host_seconds_per_step"]),
+            "tokens_per_step": middle(name, lambda turn: turn["tokens_per_step"]),
+            "parts": {part: middle(name, lambda turn, part=part: turn["parts"][part]) for part in PARTS},
+            "padding": middle(name, lambda turn: turn["padding"]),
+            "memory": max(turn["memory"] for turn in turns[name]),
+            "utilisation": middle(name, lambda turn: turn["operations_per_second"] / turn["matrix"]),
+        }
+        for name in turns
     }
-    record("step", content, environment())
+    rates = {name: system["tokens_per_second"] for name, system in systems.items()}
+    peers = [rate for name, rate in rates.items() if "heads" not in name and not name.startswith("trunkline")]
+    best = max(peers, default=max(rates.values()))
+    print(f"\n{'system':22} {'real tokens/s':>14} {'of best peer':>13} {'padding':>8} {'ms a step':>10}", end="")
+    print("".join(f"{part:>11}" for part in PARTS), f"{'MiB':>8} {'utilisation':>12}")
+    for name, system in systems.items():
+        ratio = f"{rates[name] / best:.2f}x" if "heads" not in name else ""
+        print(f"{name:22} {rates[name]:14,.0f} {ratio:>13} {system['padding']:8.1%}", end="")
+        print(f" {1000 * system['seconds_per_step']:10,.1f}", end="")
+        print("".join(f"{1000 * system['parts'][part]:11,.1f}" for part in PARTS), end="")
+        print(f" {system['memory'] / 2**20:8,.0f} {system['utilisation']:12.1%}")
+    content: dict[str, Any] = {
+        "command": " ".join(
+            ["python benchmarks/step.py", *(["DATA"] if options.data else []), f"--shape {options.shape}"]
+            + [f"--seconds {options.seconds:g} --rounds {options.rounds}"]
+        ),
+        "shape": options.shape,
+        "tokens": SHAPES[options.shape].tokens,
+        "unit": "real tokens/s, median of the turns",
+        "matrix_rate": median(turn["matrix"] for turn in next(iter(turns.values()))),
+        "tokens_per_second": rates,
+        "turns": {name: [turn["tokens_per_second"] for turn in of_system] for name, of_system in turns.items()},
+        "padding": {name: system["padding"] for name, system in systems.items()},
+        "best_peer": best,
+        "systems": systems,
+    }
+    if {"9 heads", "300 heads"} <= rates.keys():
+        content["time_300_heads_over_9"] = rates["9 heads"] / rates["300 heads"]
+        print(f"300 heads take {content['time_300_heads_over_9']:.3f}x the time of 9 heads")
+    if options.no_record:
+        return
+    path = record("step" if options.shape == "tiny" else f"step-{options.shape}", content, environment())
+    plot_step(content, path.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -120,7 +120,13 @@ class Engine:
                 )
             model = MultiTaskModel(self._trunk, self.tasks, self.config.projection, self.config.label_smoothing)
             self._model = model.to(self.device)
+        self._model.trunk.checkpointing = self.config.checkpointing
         return self._model
+
+    @property
+    def compiles(self) -> bool:
+        """Whether training compiles the model."""
+        return self.device.type == "cuda" if self.config.compile == "auto" else self.config.compile
 
     def autocast(self) -> AbstractContextManager:
         """bfloat16 products on GPUs that have them; float32 elsewhere."""

@@ -81,6 +81,11 @@ class MultiTaskModel(nn.Module):
         return self.trunk.tokens.weight if self.trunk.config.tie_vocabulary else self.vocabulary
 
     @property
+    def groups(self) -> tuple[int, int, int]:
+        """How many tasks have a head in the table, predict spans, and predict tokens."""
+        return self.num_small, self.num_spans, self.num_vocabulary
+
+    @property
     def device(self) -> torch.device:
         return self.trunk.tokens.weight.device
 
@@ -95,15 +100,21 @@ class MultiTaskModel(nn.Module):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
 
-    def losses(self, x: Tensor, batch: PackedBatch, vocabulary: Sequence[Tensor] = ()) -> LossSums:
+    def losses(
+        self, x: Tensor, batch: PackedBatch, vocabulary: Sequence[Tensor] = (), ends: Sequence[int] = ()
+    ) -> LossSums:
         """(R, D) -> loss sums of every task, (N,) each.
 
-        `vocabulary`: where the tasks' gradients of `vocabulary_weight` are wanted apart, that matrix for each of them.
+        Args:
+            x: (R, D) from `hidden`.
+            vocabulary: where the tasks' gradients of `vocabulary_weight` are wanted apart, that matrix for each task.
+            ends: where the rows of each of `groups` end; for a compiled graph, which must not depend on a batch's own
+                numbers.
         """
         rows, N = batch.rows, len(self.tasks)
         x = self.project(x, rows.offsets)
         first_span, first_vocabulary = self.num_small, self.num_small + self.num_spans
-        a, b = sum(rows.counts[:first_span]), sum(rows.counts[:first_vocabulary])
+        a, b = ends[:2] or (sum(rows.counts[:first_span]), sum(rows.counts[:first_vocabulary]))
         sums = []
         if first_span:
             sums.append(
@@ -125,22 +136,21 @@ class MultiTaskModel(nn.Module):
             task = rows.task[a:b] - first_span
             logits = torch.einsum("rd,rcd->rc", x[a:b], self.span_weight[task].to(x.dtype))
             sequence = torch.bucketize(rows.token[a:b], batch.plan.cu_seqlens[1:], right=True)
-            sums.append(
-                span_loss(logits, task, rows.target[a:b], rows.weight[a:b], sequence - sequence[:1], self.num_spans)
-            )
+            number = (sequence.diff(prepend=sequence[:1]) != 0).cumsum(0)  # of those that have rows here
+            sums.append(span_loss(logits, task, rows.target[a:b], rows.weight[a:b], number, self.num_spans))
         if self.num_vocabulary:
             weights = vocabulary or [self.vocabulary_weight]
-            a, per_weight = sum(rows.counts[:first_vocabulary]), self.num_vocabulary // len(weights)
+            per_weight = self.num_vocabulary // len(weights)
             firsts = range(first_vocabulary, N, per_weight)
             sums.append(
                 linear_cross_entropy(
-                    x[a:],
+                    x[b:],
                     weights,
-                    rows.target[a:],
-                    rows.task[a:] - first_vocabulary,
-                    rows.weight[a:],
+                    rows.target[b:],
+                    rows.task[b:] - first_vocabulary,
+                    rows.weight[b:],
                     num_tasks=[per_weight] * len(weights),
-                    rows=[sum(rows.counts[first : first + per_weight]) for first in firsts],
+                    rows=[sum(rows.counts[first : first + per_weight]) for first in firsts] if vocabulary else None,
                     label_smoothing=self.label_smoothing,
                 )
             )

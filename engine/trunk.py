@@ -9,12 +9,14 @@ T tokens, D width, H query heads, G key/value heads, E head width, R rows asked 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trunkline.engine.packing import PackPlan
 from trunkline.kernels.attention import attention
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from trunkline.engine.pretrained import Origin
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Checkpointing = Literal["none", "block", "selective"]
 
 
 @dataclass(frozen=True)
@@ -234,6 +237,7 @@ class Trunk(nn.Module):
         ValueError: an unknown preset.
     """
 
+    checkpointing: Checkpointing = "none"  # what a block keeps for its backward pass
     vocabulary: Tensor | None  # (V, D) what a checkpoint predicts tokens with, where that is not the embedding
     origin: "Origin | None"  # what else the Hugging Face checkpoint held that this trunk comes from
 
@@ -313,9 +317,12 @@ class Trunk(nn.Module):
             attend = lambda layer, q, k, v: attention(q, k, v, plan, causal=self.config.causal)  # noqa: E731
         else:
             attend = plan
-        for block in self.blocks[:-1]:
-            x = block(x, angles, attend)
-        x = self.blocks[-1](x, angles, attend, rows)
+        for block in self.blocks:
+            of_block = (x, angles, attend, rows if block is self.blocks[-1] else None)
+            if self.checkpointing == "none" or not torch.is_grad_enabled():
+                x = block(*of_block)
+            else:
+                x = checkpoint(block, *of_block, use_reentrant=False, **_CONTEXTS[self.checkpointing])
         return self.final_norm(x) if self.config.norm_position == "pre" else x
 
     def grow_vocabulary(self, vocab_size: int) -> None:
@@ -381,6 +388,19 @@ def _with_entries(weight: Tensor, added: int) -> Tensor:
     """(V, D) -> (V + added, D)"""
     entries = weight.float().mean(0) + 0.02 * torch.randn(added, weight.shape[1], device=weight.device)
     return torch.cat([weight, entries.to(weight.dtype)])
+
+
+def _worth_keeping(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Of a block's forward pass the products and attention, nearly all of its time; the rest is done again."""
+    ops = torch.ops
+    kept = (ops.aten.mm.default, ops.aten.addmm.default, ops.trunkline.attention_forward.default)
+    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_CONTEXTS: dict[str, dict[str, Any]] = {  # what `checkpoint` is told
+    "block": {},
+    "selective": {"context_fn": partial(create_selective_checkpoint_contexts, _worth_keeping)},
+}
 
 
 def preset(name: str, **changes: Any) -> TrunkConfig:

@@ -62,6 +62,7 @@ def _tile_problems(
     problems: list[Problem] = []
     device = tiles.device
     for width, of_width in ((64, tiles[:narrow_tiles]), (128, tiles[narrow_tiles:])):
+        of_width = of_width[of_width[:, 0] < of_width[:, 1]]  # empty ones fill a plan up to a fixed shape
         if len(of_width):
             start, end = of_width.long().unbind(1)
             slot = start[:, None] + torch.arange(width, device=device)  # (n, M)

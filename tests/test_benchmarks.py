@@ -10,15 +10,21 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
-from trunkline.benchmarks import gpu, record
+from trunkline import Task, Trunk
+from trunkline.benchmarks import gpu, record, scaling, step, training_systems
 from trunkline.benchmarks.examples import Kernel, map_tensors, scaled, shipped_kernels
 from trunkline.benchmarks.floors import RATES, Work, floor, work_of
 from trunkline.benchmarks.measure import SMOKE, contest
 from trunkline.benchmarks.peers import PEERS, System, Unavailable, definition
+from trunkline.engine.model import MultiTaskModel
+from trunkline.engine.packing import Example, pack
+from trunkline.engine.trunk import preset
 
 ROOT = Path(__file__).resolve().parents[1]
 KERNELS = {kernel.name: kernel for kernel in shipped_kernels()}
@@ -220,3 +226,66 @@ def test_gpu_parts_fit_into_nine_minutes_and_go_on_after_a_failure(capfd):
     outcome, seconds = gpu.run(endless)
     assert outcome == "stopped after 1 s"
     assert seconds < 50
+
+
+def test_a_training_step_is_measured_in_parts():
+    shape = training_systems.Shape(preset("tiny", vocab_size=8192, hidden_size=64, num_layers=2), 400)
+    device = torch.device("cpu")
+    system = training_systems.make("9 heads", shape, None, device)
+    before = {name: parameter.clone() for name, parameter in system.model.named_parameters()}
+    turn = step.steps(system, system.optimizer(), shape, device, 3, float("inf"), 0)
+    assert set(turn["parts"]) == set(step.PARTS)
+    assert sum(turn["parts"].values()) == pytest.approx(turn["seconds_per_step"], rel=0.2)
+    assert 0 < turn["padding"] < 0.5
+    assert turn["tokens_per_second"] == pytest.approx(turn["tokens_per_step"] / turn["seconds_per_step"])
+    assert turn["memory"] > 0
+    assert any((parameter != before[name]).any() for name, parameter in system.model.named_parameters())
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+def test_operations_are_those_of_the_products(activation):
+    """Attention and the heads are ops of ours, which are not counted here."""
+    trunk = preset("tiny", vocab_size=50, hidden_size=64, num_heads=4, num_kv_heads=2, activation=activation)
+    model = MultiTaskModel(Trunk(trunk), [Task("t", "classify", ("text",), "label", ("no", "yes"))])
+    examples = [Example(0, np.arange(n), np.array([n - 1]), np.array([1])) for n in (5, 20, 30)]
+    with FlopCounterMode(display=False) as counted:
+        model(pack(examples, 1)).loss.sum().backward()
+    needed = training_systems.Amount(tokens=55, rows=3).operations(trunk)
+    assert needed == counted.get_total_flops()
+    with_targets = training_systems.Amount(tokens=55, rows=3, targets=2).operations(trunk)
+    assert with_targets - needed == 6 * 2 * 50 * 64
+    pairs = training_systems.Amount(tokens=55, rows=3, pairs=10.0).operations(trunk)
+    assert pairs - needed == 3 * 2 * 2 * 10 * 64 * 4  # forward and twice backward, two products, 4 layers
+
+
+def test_readme_and_plot_of_training_steps(results):
+    own = {"seconds_per_step": 0.5, "memory": 2**30, "utilisation": 0.6, "tokens_per_second": 4e3}
+    own |= {"tokens_per_step": 2e3, "parts": dict.fromkeys(step.PARTS, 0.1)}
+    measured = {
+        "command": "measure it",
+        "shape": "small",
+        "tokens": 2048,
+        "tokens_per_second": {"trunkline": 4e3, "packed": 2e3, "9 heads": 1.0},
+        "turns": {"trunkline": [4e3] * 3},
+        "padding": {"trunkline": 0.01, "packed": 0.0},
+        "best_peer": 2e3,
+        "systems": {"trunkline": own},
+    }
+    path = record.record("step-small", measured, record.environment())
+    text = record.tables(results / "nvidia-h200")
+    assert "| trunkline | 4,000 | 2.00x | 1.0% | 500 | 1,024 | 60% |" in text
+    assert "| packed | 2,000 | 1.00x | 0.0% | - | - | - |" in text
+    assert "heads" not in text
+    record.report_device(path.parent)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_scaling_is_measured_and_told(results):
+    points = [{"x": x, **scaling.batching(x, first=False)} for x in (1000, 4000)]
+    assert all(point["seconds"] > 0 for point in points)
+    points = [{"x": 64, **scaling.training("cpu", 1, tokens=128, length=64, tasks=2, width=64)}, *points]
+    assert points[0]["seconds"] > 0
+    path = record.record("scaling", {"command": "measure it", "curves": {"tasks": points}}, record.environment())
+    assert "| tasks | 64 … 4,000 |" in record.tables(path.parent)
+    record.report_device(path.parent)
+    assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

@@ -48,6 +48,8 @@ FULL = Config(
     search=Search(max_new_tokens=32, beams=4, length_penalty=0.8, min_new_tokens=2, no_repeat_ngram=3),
     seed=11,
     device="cpu",
+    compile=True,
+    checkpointing="block",
 )
 ONE = {"tasks": ["sst2"]}
 FIELDS = {"name": "mine", "head": "classify", "text": ["a"], "label": "b", "labels": ["no", "yes"]}

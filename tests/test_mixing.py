@@ -5,6 +5,7 @@ import time
 import numpy as np
 import pytest
 
+from trunkline.training import mixing
 from trunkline.training.mixing import ADAPTIVE, PROBED, WINDOW, Mixer, Mixing, shares, spread, windows_of
 
 BUDGET = 2048
@@ -257,6 +258,25 @@ def test_a_million_examples_are_planned_in_seconds():
     started = time.perf_counter()
     assert mixer([lengths], steps=100_000).batch(0)
     assert time.perf_counter() - started < 2  # seconds
+
+
+def test_of_a_large_task_one_chunk_is_held(monkeypatch):
+    """And still every example is seen once an epoch, in an order of its own, from any step on."""
+    monkeypatch.setattr(mixing, "CHUNK", 100)
+    stream = mixing._Stream(lengths_like(450, 30, 0.5, 200), [7, 3], mark=0.4)
+    edges = np.linspace(0, 3 * stream.tokens, 1000).astype(int).tolist()
+    stretches, held = [], 0
+    for first, last in zip(edges[:-1], edges[1:], strict=True):
+        stretches.append(stream.between(first, last))
+        held = max(held, len(stream.shuffled[1]))
+    assert held <= 100
+    taken = np.concatenate(stretches).astype(int)
+    epochs = taken.reshape(3, 450)
+    assert all(sorted(epoch) == list(range(450)) for epoch in epochs.tolist())
+    assert (epochs[0] != epochs[1]).any()
+    assert np.ptp(taken[:90]) > 400  # a chunk has examples from everywhere
+    fresh = mixing._Stream(stream.lengths, [7, 3], mark=0.4)
+    assert fresh.between(*edges[700:702]) == stretches[700]
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The backward passes of a run's steps, with the weights that the method of the config gives the tasks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -22,13 +23,22 @@ class Balancer:
         settings: the method.
         model: trunk and heads, with N tasks.
         seed: of the methods that draw lots.
+        forward: what makes the losses of a batch, where that is not the model itself but, say, its compiled form. Steps
+            in which the tasks' own gradients are looked at do without it.
 
     Raises:
         ValueError: `settings.layers` names something that is no linear layer.
     """
 
-    def __init__(self, settings: Balancing, model: MultiTaskModel, seed: int):
+    def __init__(
+        self,
+        settings: Balancing,
+        model: MultiTaskModel,
+        seed: int,
+        forward: Callable[[PackedBatch], LossSums] | None = None,
+    ):
         self.settings, self.model, self.seed = settings, model, seed
+        self.losses_of = forward or model
         self.function = (FROM_LOSSES | FROM_GRADIENTS)[settings.method]
         self.parts = BalancedBackward(model, settings.layers)
         self.state = State(len(model.tasks))
@@ -42,7 +52,7 @@ class Balancer:
 
     def forward(self, batch: PackedBatch, step: int) -> LossSums:
         """What the model returns for a batch."""
-        return self.parts.forward(batch) if self.looks(step) else self.model(batch)
+        return self.parts.forward(batch) if self.looks(step) else self.losses_of(batch)
 
     def backward(self, losses: Tensor, step: int) -> None:
         """As much of a batch's backward pass as does not depend on the weights.

@@ -10,8 +10,8 @@ import yaml
 
 from trunkline.engine import pretrained
 from trunkline.engine.generate import Search
-from trunkline.engine.trunk import PRESETS, TrunkConfig
-from trunkline.training.balancing import Balancing
+from trunkline.engine.trunk import PRESETS, Checkpointing, TrunkConfig
+from trunkline.training.balancing import FROM_GRADIENTS, Balancing
 from trunkline.training.builtin import get_task
 from trunkline.training.mixing import ADAPTIVE, Mixing
 from trunkline.training.tasks import Task
@@ -110,6 +110,12 @@ class Config:
     """Of weights, order, dropout and generated data."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
+    compile: bool | Literal["auto"] = "auto"
+    """Whether forward and backward pass are compiled into one graph for batches of fixed shapes; auto: on a GPU. A CPU
+    spends its time in products, which are what they are: there it costs minutes and gains nothing."""
+    checkpointing: Checkpointing = "none"
+    """Activations that are computed again in the backward pass instead of kept: none; block: all but the inputs of the
+    blocks; selective: all but these, products and attention. The gradients are the same."""
 
     def __post_init__(self):
         names = [task.name for task in self.all_tasks]
@@ -152,6 +158,12 @@ class Config:
                     f"config: batch.max_length {self.batch.max_length} leaves no room for the text of task "
                     f"'{task.name}', whose separators and target take {others} tokens"
                 )
+        looks = self.balancing.method in FROM_GRADIENTS or self.balancing.watch
+        if self.checkpointing == "selective" and looks:
+            raise ValueError(
+                "config: checkpointing selective does not go with a balancing that looks at gradients, whose backward "
+                "pass needs the activations twice; use block"
+            )
         least = {
             "steps": (self.steps, 1),
             "vocab_size": (self.vocab_size, 1),

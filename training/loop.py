@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from trunkline.engine import pretrained
+from trunkline.engine.compiled import CompiledModel, FixedShapes
 from trunkline.engine.memory import keep_freed_memory
 from trunkline.engine.packing import PackedBatch, pack
 from trunkline.training import checkpoint
@@ -38,6 +39,7 @@ from trunkline.training.summary import summarise
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
 
+LOOKED_AT = 16  # batches at the beginning, in the middle and at the end of a run, to which a compiled graph is fitted
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
 CHECKPOINTS = 2  # of the newest that are kept: one to fall back to
 FIRST_LOOK = 64  # validation examples of each task before the first step: their loss is near that of a uniform guess
@@ -66,11 +68,13 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
         config.evaluation.every * config.batch.accumulate if config.mixing.reacts else None,
     )
     optimizer = make_optimizer(model, config.optimizer)
-    balancer = Balancer(config.balancing, model, config.seed)
+    compiled = _compiled(engine, corpus, mixer, batches)
+    balancer = Balancer(config.balancing, model, config.seed, compiled)
     adaptive = Adaptive(config.mixing, corpus.tasks, model, mixer, config.batch.accumulate)
     fingerprint = _fingerprint(config, corpus)
     progress = _resume(run, model, optimizer, balancer, adaptive, fingerprint) if resume else Progress()
     began -= progress.wall_seconds
+    progress.compile_seconds += compiled.seconds if compiled else 0.0
     (run / "checkpoints").mkdir(exist_ok=True)  # from here on the folder holds a run
     save_config(config, run / "config.yaml")
     corpus.tokenizer.save(run)
@@ -116,9 +120,11 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
                 next_batch(corpus.train, mixer, number, config)
                 for number in range(first, first + config.batch.accumulate)
             ]
+            if compiled:
+                micro_batches = [compiled.shapes.pad(batch) for batch in micro_batches]
             # loss_t = sum w l / sum w over the whole step; a task that is absent contributes nothing
             sums_of_weights = (weight_sums(batch, len(names)) for batch in micro_batches)
-            total_weight = sum(sums_of_weights, torch.zeros(len(names))).to(engine.device)
+            total_weight = sum(sums_of_weights, torch.zeros(len(names))).to(engine.device, non_blocking=True)
             factor = torch.where(total_weight > 0, weights / total_weight, 0.0)
             for batch in micro_batches:
                 with engine.autocast():
@@ -129,7 +135,7 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
             optimizer.step()
             adaptive.hold()
-            optimizer.zero_grad()
+            optimizer.zero_grad(set_to_none=not (compiled and compiled.cuda_graphs))
 
             progress.step = step = step + 1
             evaluate_now = step % config.evaluation.every == 0 or step == config.steps
@@ -176,6 +182,21 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
     summary = summarise(engine, corpus, progress, final)
     write_report(run)
     return summary
+
+
+def _compiled(engine: "Engine", corpus: Corpus, mixer: Mixer, batches: int) -> CompiledModel | None:
+    """The engine's model, compiled for the batches of the run, `batches` in number; None where it stays as it is."""
+    if not engine.compiles:
+        return None
+    starts = (0, batches // 2, max(0, batches - LOOKED_AT))
+    numbers = sorted({number for start in starts for number in range(start, min(start + LOOKED_AT, batches))})
+    examples = [next_batch(corpus.train, mixer, number, engine.config) for number in numbers]
+    model = engine.model.train()
+    compiled = CompiledModel(model, FixedShapes.of(examples, model.groups))
+    with engine.autocast():
+        compiled.warm_up(examples[0].to(engine.device))
+    print(f"compiled the model in {compiled.seconds:.0f} s")
+    return compiled
 
 
 def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
@@ -239,7 +260,7 @@ def _open_run(run: Path, resume: bool, overwrite: bool) -> None:
 def _fingerprint(config: Config, corpus: Corpus) -> dict[str, Any]:
     """What must be the same for a run to go on; where it lies and what it runs on may change."""
     settings = asdict(config)
-    for name in ("run", "base", "data", "device"):
+    for name in ("run", "base", "data", "device", "compile", "checkpointing"):
         del settings[name]
     settings["init"] = pretrained.digest(config.init) if config.init else ""
     settings["tasks"] = [task.name for task in corpus.tasks]  # in the order of the heads

@@ -34,6 +34,7 @@ FILLS = (
     0.5,
 )  # of the budget; the first that fits is taken
 PROBED = 16  # windows that a fill is tried on
+CHUNK = 1 << 20  # examples that are shuffled at once
 GOLDEN = 0.6180339887498949  # its multiples, modulo 1, are spread evenly, however many there are
 
 
@@ -107,27 +108,43 @@ def spread(lengths: Sequence[int], bins: int, capacity: int) -> tuple[list[list[
 class _Stream:
     """The examples of one task, shuffled anew every epoch, one after the other as an endless stream of tokens.
 
+    Of a task with more than CHUNK examples every n-th one, from some first one on, is a chunk; an epoch goes from chunk
+    to chunk, and only the one in hand is shuffled and held. So a run on ten million examples starts as soon as one on a
+    million.
+
     `mark`, in [0, 1), is where in an example the token lies that says which stretch has it. With the first token of
     every task's examples, the first window would have one example of each task too many.
     """
 
     def __init__(self, lengths: np.ndarray, seed: Sequence[int], mark: float):
         self.lengths, self.seed, self.mark = lengths, seed, mark
-        self.tokens = int(lengths.sum())  # of an epoch
-        self.epoch: tuple[int, np.ndarray, np.ndarray] | None = None  # number, order, marked token of each example
+        chunks = -(-len(lengths) // CHUNK)
+        self.chunk_tokens = [int(lengths[chunk::chunks].sum()) for chunk in range(chunks)]
+        self.tokens = sum(self.chunk_tokens)  # of an epoch
+        self.shuffled: tuple[tuple[int, int], np.ndarray, np.ndarray] | None = None  # as `_shuffle` returns it
 
     def between(self, first: int, last: int) -> list[int]:
         """Examples whose marked token lies in [first, last)."""
         taken: list[int] = []
-        for number in range(first // self.tokens, (max(last, 1) - 1) // self.tokens + 1):
-            if self.epoch is None or self.epoch[0] != number:
-                order = np.random.default_rng([*self.seed, number]).permutation(len(self.lengths))
-                lengths = self.lengths[order]
-                self.epoch = number, order, np.cumsum(lengths) - lengths + (self.mark * lengths).astype(np.int64)
-            _, order, marks = self.epoch
-            a, b = np.searchsorted(marks, [first - number * self.tokens, last - number * self.tokens])
-            taken += order[a:b].tolist()
+        for epoch in range(first // self.tokens, (max(last, 1) - 1) // self.tokens + 1):
+            start = epoch * self.tokens
+            for chunk, tokens in enumerate(self.chunk_tokens):
+                if first < start + tokens and start < last:
+                    if self.shuffled is None or self.shuffled[0] != (epoch, chunk):
+                        self.shuffled = self._shuffle(epoch, chunk)
+                    _, order, marks = self.shuffled
+                    a, b = np.searchsorted(marks, [first - start, last - start])
+                    taken += order[a:b].tolist()
+                start += tokens
         return taken
+
+    def _shuffle(self, epoch: int, chunk: int) -> tuple[tuple[int, int], np.ndarray, np.ndarray]:
+        """Epoch and chunk; the order of its examples; the marked token of each, counted from the chunk's first."""
+        chunks = len(self.chunk_tokens)
+        random = np.random.default_rng([*self.seed, epoch, chunk] if chunk else [*self.seed, epoch])
+        order = chunk + chunks * random.permutation(len(self.lengths[chunk::chunks]))
+        lengths = self.lengths[order]
+        return (epoch, chunk), order, np.cumsum(lengths) - lengths + (self.mark * lengths).astype(np.int64)
 
 
 class Plan(NamedTuple):

@@ -29,6 +29,7 @@ class Progress:
     step: int = 0
     seconds: float = 0.0  # spent on steps
     wall_seconds: float = 0.0  # spent on everything
+    compile_seconds: float = 0.0  # of these, on compiling the model
     tokens: int = 0
     real_tokens: int = 0
     examples: dict[str, int] = field(default_factory=dict)

@@ -1,0 +1,252 @@
+"""One graph for all batches: padding changes nothing, nothing is compiled twice, and no step waits for the device."""
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from test_balanced_backward import CAUSAL, TASKS, batch, make_model
+from trunkline import Engine
+from trunkline.engine.compiled import CompiledModel, FixedShapes
+from trunkline.engine.model import MultiTaskModel
+from trunkline.engine.packing import PackedBatch
+from trunkline.kernels.task_loss import LossSums
+from trunkline.training import loop
+from trunkline.training.balancer import Balancer
+from trunkline.training.balancing import Balancing
+from trunkline.training.config import Optimizer, load_config
+from trunkline.training.loop import make_optimizer, weight_sums
+from trunkline.training.progress import Interval
+
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),  # dynamo does it
+]
+
+MIXES = {
+    "all": ["class", "number", "tag", "span", "story", "prose", "class", "story"],
+    "small heads": ["class", "number", "tag", "tag", "absent"],
+    "texts": ["prose", "story", "story", "prose"],
+    "spans": ["span", "span", "span"],
+    "one short example": ["number"],
+}
+BATCHES = {name: batch(seed, tasks, 600) for seed, (name, tasks) in enumerate(MIXES.items())}
+
+
+def shapes_for(model: MultiTaskModel) -> FixedShapes:
+    return FixedShapes.of(BATCHES.values(), model.groups)
+
+
+def gradients_of(model: MultiTaskModel, sums: LossSums) -> dict[str, Tensor]:
+    (sums.loss @ torch.linspace(0.5, 2, len(TASKS), dtype=sums.loss.dtype)).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return gradients
+
+
+def sizes(packed: PackedBatch) -> list[tuple[int, ...]]:
+    plan, rows = packed.plan, packed.rows
+    tensors = [packed.tokens, packed.positions, *plan.layout, rows.token, rows.task, rows.target, rows.value]
+    return [*(tuple(x.shape) for x in (*tensors, rows.weight, rows.offsets)), (plan.narrow_tiles,)]
+
+
+@pytest.mark.parametrize("packed", BATCHES.values(), ids=BATCHES)
+def test_padding_changes_no_loss_and_no_gradient(packed):
+    model = make_model(CAUSAL)
+    padded = shapes_for(model).pad(packed)
+    assert padded is not packed
+    for ends in ((), shapes_for(model).ends):
+        sums, expected = (model.losses(model.hidden(b), b, ends=e) for b, e in ((padded, ends), (packed, ())))
+        torch.testing.assert_close(sums, expected)
+        gradients = gradients_of(model, sums)
+        torch.testing.assert_close(gradients, gradients_of(model, expected), rtol=1e-6, atol=1e-9)
+
+
+def test_padded_batches_have_one_shape():
+    shapes = shapes_for(make_model(CAUSAL))
+    padded = [shapes.pad(packed) for packed in BATCHES.values()]
+    assert len({tuple(sizes(packed)) for packed in padded}) == 1
+    assert len({tuple(sizes(packed)) for packed in BATCHES.values()}) == len(BATCHES)
+    assert all(shapes.has(packed) for packed in padded)
+    assert not any(shapes.has(packed) for packed in BATCHES.values())
+    for packed in padded:
+        bounds, ends = packed.rows.offsets.tolist(), packed.plan.cu_seqlens
+        assert [packed.rows.task.tolist().count(t) for t in range(len(TASKS))] == list(packed.rows.counts)
+        assert bounds[-1] == len(packed.rows.task) == sum(packed.rows.counts)
+        assert (packed.rows.task.diff() >= 0).all()
+        assert ends[-1] == ends[-2] == 600  # at least one sequence is empty
+
+
+TOO_MUCH = {
+    "rows": batch(7, ["prose"] * 4, 600),
+    "sequences": batch(8, ["class"] * 20, 600),
+    "another budget": batch(9, ["class"], 300),
+}
+
+
+@pytest.mark.parametrize("packed", TOO_MUCH.values(), ids=TOO_MUCH)
+def test_a_batch_that_does_not_fit_goes_without_the_graph(packed):
+    model = make_model(CAUSAL)
+    compiled = CompiledModel(model, shapes_for(model), backend="eager")
+    assert compiled.shapes.pad(packed) is packed
+    torch.testing.assert_close(compiled(packed), model(packed), rtol=0, atol=0)
+    assert compiled.uncompiled == 1
+
+
+def test_rows_of_spans_are_padded_in_the_tail_only():
+    """Elsewhere they would take part in the softmax over somebody's text."""
+    model = make_model(CAUSAL)
+    full = batch(0, MIXES["all"], sum(int(n) for n in BATCHES["all"].plan.cu_seqlens.diff()[:-1]))
+    shapes = replace(shapes_for(model), tokens=len(full.tokens))
+    assert full.real_tokens == shapes.tokens
+    assert shapes.pad(full) is full
+    spans = int(full.rows.counts[4])
+    assert shapes.has(replace(shapes, rows=(shapes.rows[0], spans, shapes.rows[2])).pad(full)) is False
+
+
+METHODS = [Balancing(), Balancing("uncertainty", watch=2), Balancing("pcgrad")]
+
+
+@pytest.mark.parametrize("balancing", METHODS, ids=["fixed", "from losses, watched", "from gradients"])
+def test_no_graph_break_and_nothing_compiled_twice(balancing):
+    """Over several mixes, with the model scored in between; the same losses and weights as without the graph."""
+    runs = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        torch._dynamo.reset()
+        counters.clear()
+        model = make_model(CAUSAL)
+        compiled = CompiledModel(model, shapes_for(model), backend="aot_eager")
+        runs.append(train(model, balancing, compiled if compile else None, [*BATCHES.values()]))
+    torch.testing.assert_close(runs[1], runs[0], rtol=1e-5, atol=1e-7)
+    graphs = 0 if balancing.method == "pcgrad" else 1
+    assert counters["stats"]["unique_graphs"] == graphs
+    assert not counters["graph_break"]
+
+
+def train(
+    model: MultiTaskModel,
+    balancing: Balancing,
+    compiled: CompiledModel | None,
+    batches: list[PackedBatch],
+    watch: Callable[[], AbstractContextManager] = nullcontext,
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """Steps as in the loop: the losses of each, and the weights in the end."""
+    balancer = Balancer(balancing, model, 0, compiled)
+    optimizer, losses = make_optimizer(model, Optimizer(learning_rate=1e-3)), []
+    interval = Interval([task.name for task in model.tasks], model.device)
+    for step, packed in enumerate(batches):
+        packed = compiled.shapes.pad(packed) if compiled else packed
+        model.train()
+        weight = weight_sums(packed, len(TASKS)).to(model.device)
+        factor = torch.where(weight > 0, 1 / weight, 0.0)
+        packed = packed.to(model.device)
+        with watch():
+            sums = balancer.forward(packed, step)
+            balancer.backward(sums.loss * factor, step)
+            interval.add(step + 1, packed, sums.loss, sums.weight)
+            balancer.finish(weight, step)
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=not (compiled and compiled.cuda_graphs))
+        losses.append(sums.loss.detach().clone())
+        model.eval()
+        with torch.inference_mode():
+            model.losses(model.hidden(packed), packed)
+    return losses, dict(model.state_dict())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # inductor's own
+@pytest.mark.skipif(not shutil.which("g++"), reason="needs a C++ compiler")
+def test_compiled_code_gives_the_same_losses_and_gradients():
+    torch._dynamo.reset()
+    model = make_model(replace(CAUSAL, num_layers=1)).float()
+    compiled = CompiledModel(model, shapes_for(model))
+    compiled.warm_up(BATCHES["all"])
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for packed in BATCHES.values():
+        sums, expected = compiled(compiled.shapes.pad(packed)), model(packed)
+        torch.testing.assert_close(sums.loss, expected.loss)
+        gradients = gradients_of(model, sums)
+        torch.testing.assert_close(gradients, gradients_of(model, expected), rtol=1e-4, atol=1e-5)
+    assert compiled.seconds > 0
+    assert compiled.uncompiled == 0
+
+
+def test_a_run_compiles(finished, tmp_path, monkeypatch, capsys):
+    """With accumulation, evaluation and a projection; what it learns is what a run learns that does not."""
+    monkeypatch.setattr(loop, "CompiledModel", partial(CompiledModel, backend="aot_eager"))
+    torch._dynamo.reset()
+    config = load_config(finished.config)
+    config = replace(config, steps=6, trunk=replace(config.trunk, dropout=0.0))
+    runs = []
+    for compile in (False, True):
+        engine = Engine.from_config(replace(config, run=str(tmp_path / str(compile)), compile=compile))
+        runs.append((engine.fit(), engine.model.state_dict()))
+    torch.testing.assert_close(runs[1][1], runs[0][1], rtol=1e-3, atol=2e-3)
+    for task in config.all_tasks:
+        losses = [summary["tasks"][task.name]["last_loss"] for summary, _ in runs]
+        assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+    seconds = [summary["compile_seconds"] for summary, _ in runs]
+    assert seconds[0] == 0 < seconds[1] < runs[1][0]["wall_time_seconds"]
+    assert f"compiled the model in {seconds[1]:.0f} s" in capsys.readouterr().out
+
+
+class Looks(TorchDispatchMode):
+    """Notes the operations that bring a value, or a size that depends on values, to the host. Those inside an op of
+    ours are its own business: each has an implementation for the CPU."""
+
+    WAIT = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}
+
+    def __init__(self):
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket.__name__ in self.WAIT:
+            self.found.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_step_asks_for_a_value():
+    model, looks = make_model(CAUSAL).float(), Looks()
+    train(model, Balancing(), None, [*BATCHES.values()], lambda: looks)
+    assert looks.found == []
+    with looks:
+        float(torch.ones(1).sum())
+    assert looks.found  # it would have been seen
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with torch.autocast("cuda", torch.bfloat16):
+            yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.gpu
+def test_no_step_waits_for_the_gpu():
+    """In bfloat16, without and with compiled kernels in a CUDA graph; the losses are the same."""
+    losses = []
+    for compile in (False, True):
+        torch.manual_seed(0)
+        model = make_model(replace(CAUSAL, hidden_size=64)).float().cuda()
+        compiled = CompiledModel(model, shapes_for(model)) if compile else None
+        batches = [*BATCHES.values()]
+        if compiled:
+            assert compiled.cuda_graphs
+            with torch.autocast("cuda", torch.bfloat16):
+                compiled.warm_up(batches[0].to("cuda"))
+        train(model, Balancing(), compiled, batches)  # compiles kernels
+        losses.append(train(model, Balancing(), compiled, batches, no_waiting)[0])
+    torch.testing.assert_close(losses[1], losses[0], rtol=0.05, atol=0.05)
