@@ -14,6 +14,7 @@ Source: Caruana, Multitask Learning, 1997; label smoothing as in Szegedy et al.,
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -68,62 +69,91 @@ def _task_of_rows(offsets: Tensor, rows: int) -> Tensor:
     return tasks.repeat_interleave(offsets[1:] - offsets[:-1], output_size=rows)
 
 
+# The reference. With some hundred rows the arithmetic takes less time than the calls that it is made of: there are as
+# few as can be, and indices are worked out in numpy, whose calls cost a fifth of torch's.
+
+
 class _Entries(NamedTuple):
-    """The logits that exist, E of them: row after row the columns of its own task."""
+    """The logits that exist, E of them, int64."""
 
-    row: Tensor  # (E,) int64
-    place: Tensor  # (E,) int64, class inside the task
-    column: Tensor  # (E,) int64, in the table
-    starts: Tensor  # (R,) int64, first of each row
+    starts: Tensor  # (R,) or (K,) first of each row, or of each column
+    row: Tensor  # (E,)
+    column: Tensor  # (E,) in the table
+    place: Tensor  # (E,) in (R, C)
 
 
-def _entries(task: Tensor, class_offsets: Tensor, width: int) -> _Entries:
-    first = class_offsets.long()[task]
-    classes = class_offsets[1:][task] - first  # (R,)
-    row, place = (torch.arange(width, device=task.device) < classes[:, None]).nonzero(as_tuple=True)
-    return _Entries(row, place, first[row] + place, classes.cumsum(0) - classes)
+class _Layout:
+    """Which rows and columns belong together, in numpy."""
+
+    def __init__(self, offsets: Tensor, class_offsets: Tensor):
+        self.device = offsets.device
+        self.offsets, self.class_offsets = offsets.cpu().numpy(), class_offsets.cpu().numpy()
+        self.counts, self.classes = np.diff(self.offsets), np.diff(self.class_offsets)  # (N,)
+
+    def check(self, rows: int, columns: int, width: int) -> None:
+        """Raises ValueError for what only the values tell."""
+        check_offsets("task_loss", self.offsets, rows)
+        least, most = self.classes.min(), self.classes.max()
+        if self.class_offsets[0] != 0 or self.class_offsets[-1] != columns or least < 1 or most > width:
+            raise ValueError(
+                f"task_loss: class_offsets must rise from 0 to K = {columns} by 1 to C = {width} columns a task, "
+                f"got {self.class_offsets.tolist()}"
+            )
+
+    def check_targets(self, target: Tensor, regression: Tensor) -> None:
+        """Raises ValueError for a class that the row's task does not have."""
+        labels, classes = target.cpu().numpy(), self.of_row(np.where(regression.cpu().numpy(), 0, self.classes))
+        wrong = ((labels < 0) | (labels >= classes)) & (classes > 0)
+        if wrong.any():
+            row = int(wrong.argmax())
+            task = int(np.searchsorted(self.offsets, row, side="right")) - 1
+            raise ValueError(
+                f"task_loss: target must be in [0, {classes[row]}) for task {task}, got {labels[row]} at row {row}"
+            )
+
+    def of_row(self, of_task: np.ndarray) -> np.ndarray:
+        """(N,) -> (R,)"""
+        return of_task.repeat(self.counts)
+
+    def by_row(self, width: int) -> _Entries:
+        """Row after row, the columns of its task."""
+        starts, row, column = _ranges(self.of_row(self.class_offsets[:-1]), self.of_row(self.classes))
+        return self._entries(starts, row, column, width)
+
+    def by_column(self, width: int) -> _Entries:
+        """Column after column, the rows of its task."""
+        starts, column, row = _ranges(self.offsets[:-1].repeat(self.classes), self.counts.repeat(self.classes))
+        return self._entries(starts, row, column, width)
+
+    def _entries(self, starts: np.ndarray, row: np.ndarray, column: np.ndarray, width: int) -> _Entries:
+        place = row * width + column - self.of_row(self.class_offsets[:-1])[row]
+        return _Entries(*(torch.as_tensor(array, device=self.device) for array in (starts, row, column, place)))
+
+
+def _ranges(first: np.ndarray, count: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """first[i] : first[i] + count[i] for every i, one after the other: where each begins; i and the number itself."""
+    ends = count.cumsum(dtype=np.int64)
+    starts, owner = ends - count, np.arange(len(count)).repeat(count)
+    return starts, owner, np.arange(len(owner)) + (first - starts)[owner]
 
 
 def _logits_reference(
     x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, class_offsets: Tensor, width: int
 ) -> Tensor:
-    return _logits(x, weight, bias, _task_of_rows(offsets, len(x)), class_offsets, width)
+    return _logits(x, weight, bias, _Layout(offsets, class_offsets), width)
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor, task: Tensor, class_offsets: Tensor, width: int) -> Tensor:
+def _logits(x: Tensor, weight: Tensor, bias: Tensor, layout: _Layout, width: int) -> Tensor:
     """(R, C), -inf beyond the last class"""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    row, place, column, starts = _entries(task, class_offsets, width)
+    starts, row, column, place = layout.by_row(width)
     # the derivative of a bag's sum by its factors: x[row] . weight[column] without a copy of either
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
         x.to(dtype), weight.to(dtype), column, starts, row, mode=0
     )
     logits = x.new_full((len(x), width), float("-inf"), dtype=dtype)
-    logits[row, place] = products + bias.to(dtype)[column]
+    logits.view(-1).index_copy_(0, place, products.add_(bias.index_select(0, column)))
     return logits
-
-
-def _check(
-    offsets: Tensor, target: Tensor, class_offsets: Tensor, regression: Tensor, columns: int, width: int
-) -> None:
-    """Raises ValueError for what only the values tell."""
-    check_offsets("task_loss", offsets, len(target))
-    bounds = class_offsets.tolist()
-    classes = [last - first for first, last in zip(bounds[:-1], bounds[1:], strict=True)]
-    if bounds[0] != 0 or bounds[-1] != columns or min(classes) < 1 or max(classes) > width:
-        raise ValueError(
-            f"task_loss: class_offsets must rise from 0 to K = {columns} by 1 to C = {width} columns a task, "
-            f"got {bounds}"
-        )
-    task = _task_of_rows(offsets, len(target))
-    limit = (class_offsets[1:] - class_offsets[:-1])[task]
-    wrong = ((target < 0) | (target >= limit)) & ~regression[task]
-    if wrong.any():
-        row = int(wrong.nonzero()[0])
-        t = int(task[row])
-        raise ValueError(
-            f"task_loss: target must be in [0, {classes[t]}) for task {t}, got {int(target[row])} at row {row}"
-        )
 
 
 def _forward_reference(
@@ -138,51 +168,54 @@ def _forward_reference(
     regression: Tensor,
     width: int,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
+    N, layout = len(offsets) - 1, _Layout(offsets, class_offsets)
     if can_look(offsets):
-        _check(offsets, target, class_offsets, regression, len(weight), width)
-    N, task = len(offsets) - 1, _task_of_rows(offsets, len(x))
-    logits = _logits(x, weight, bias, task, class_offsets, width)  # (R, C)
-    number = regression[task]  # (R,) rows of regression tasks
-    target = target.masked_fill(number, 0)[:, None]
+        layout.check(len(x), len(weight), width)
+        layout.check_targets(target, regression)
+    task = torch.as_tensor(layout.of_row(np.arange(N)), device=x.device)
+    number = regression.index_select(0, task)  # (R,) rows of regression tasks
+    target = target.masked_fill(number, 0)
+    logits = _logits(x, weight, bias, layout, width)  # (R, C)
     row_weight = row_weight.to(logits.dtype)
+    counted = row_weight > 0
+    correct = (logits.argmax(-1) == target) & (counted > number)  # true > false
 
     log_p = logits.log_softmax(-1)
-    loss = -log_p.gather(1, target).squeeze(1)
-    gradient = log_p.exp()
-    gradient.scatter_add_(1, target, gradient.new_full(target.shape, label_smoothing - 1))
+    loss = F.nll_loss(log_p, target, reduction="none")
+    gradient = log_p.exp().scatter_(1, target[:, None], label_smoothing - 1, reduce="add")
     if label_smoothing:
         inside = logits > float("-inf")
         share = label_smoothing / inside.sum(-1, dtype=logits.dtype)  # (R,)
         loss = (1 - label_smoothing) * loss - share * log_p.where(inside, 0.0).sum(-1)
         gradient -= share[:, None] * inside
-    difference = logits[:, 0] - value
-    loss = torch.where(number, difference.square(), loss)
-    gradient[:, 0] = torch.where(number, 2 * difference, gradient[:, 0])  # its only column
+    # a number has one column, whose cross-entropy is 0 with a gradient of 0
+    difference = (logits[:, 0] - value).where(number, 0.0)
+    loss.addcmul_(difference, difference)
+    gradient.select(1, 0).add_(difference, alpha=2)
 
-    counted = (row_weight > 0).to(logits.dtype)
-    correct = counted * (logits.argmax(-1) == target.squeeze(1)) * ~number
-    columns = (row_weight * loss, row_weight, counted, correct)
-    sums = LossSums(*(sum_by_task(values, task, N) for values in columns))
-    return *sums, gradient * row_weight[:, None]
+    sums = logits.new_zeros(4, N)
+    for total, values in zip(sums, (row_weight * loss, row_weight, counted, correct), strict=True):
+        total.index_add_(0, task, values.to(total.dtype))
+    return sums, gradient.mul_(row_weight[:, None])
 
 
 def _backward_reference(
     dloss: Tensor, gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, class_offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    task = _task_of_rows(offsets, len(x))
-    row, place, column, starts = _entries(task, class_offsets, gradient.shape[1])
-    dlogits = gradient[row, place] * dloss[task[row]]  # (E,)
+    layout, C = _Layout(offsets, class_offsets), gradient.shape[1]
+    task = torch.as_tensor(layout.of_row(np.arange(len(dloss))), device=x.device)
+    dlogits = (gradient * dloss.index_select(0, task)[:, None]).view(-1)  # (R * C,)
 
-    def weighted_sums(table: Tensor, index: Tensor, starts: Tensor, factors: Tensor) -> Tensor:
-        table = table.to(gradient.dtype)
-        return F.embedding_bag(index, table, starts, per_sample_weights=factors, mode="sum")
+    def weighted_sums(table: Tensor, starts: Tensor, index: Tensor, factors: Tensor) -> Tensor:
+        return F.embedding_bag(index, table.to(factors.dtype), starts, per_sample_weights=factors, mode="sum")
 
-    dx = weighted_sums(weight, column, starts, dlogits)  # of the columns of each row
-    order = column.argsort(stable=True)
-    starts = torch.searchsorted(column[order], torch.arange(len(weight), device=x.device))
-    dweight = weighted_sums(x, row[order], starts, dlogits[order])  # of the rows of each column
-    dbias = dweight.new_zeros(len(weight)).index_add_(0, column, dlogits)
+    starts, row, column, place = layout.by_row(C)
+    dx = weighted_sums(weight, starts, column, dlogits.index_select(0, place))
+    starts, row, column, place = layout.by_column(C)
+    factors = dlogits.index_select(0, place)
+    dweight = weighted_sums(x, starts, row, factors)
+    dbias = factors.new_zeros(len(bias)).index_add_(0, column, factors)
     return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype)
 
 
@@ -202,13 +235,15 @@ def _forward_triton(
     regression: Tensor,
     width: int,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
+    inputs = (x, weight, bias, offsets, target, value, row_weight, class_offsets, regression, width, label_smoothing)
+    if not _has_kernel(x, width):
+        return _forward_reference(*inputs)
     if can_look(offsets):
-        _check(offsets, target, class_offsets, regression, len(weight), width)
-    forward = task_loss_triton.forward if _has_kernel(x, width) else _forward_reference
-    return forward(
-        x, weight, bias, offsets, target, value, row_weight, class_offsets, regression, width, label_smoothing
-    )
+        layout = _Layout(offsets, class_offsets)
+        layout.check(len(x), len(weight), width)
+        layout.check_targets(target, regression)
+    return task_loss_triton.forward(*inputs)
 
 
 def _backward_triton(
@@ -231,7 +266,7 @@ def _logits_fake(x, weight, bias, offsets, class_offsets, width):
 
 def _forward_fake(x, weight, bias, offsets, target, value, row_weight, class_offsets, regression, width, smoothing):
     gradient = _logits_fake(x, weight, bias, offsets, class_offsets, width)
-    return *(gradient.new_empty(len(offsets) - 1) for _ in range(4)), gradient
+    return gradient.new_empty(4, len(offsets) - 1), gradient
 
 
 _forward = register("task_loss_forward", triton=_forward_triton, reference=_forward_reference, fake=_forward_fake)
@@ -247,12 +282,13 @@ task_logits = register("task_logits", triton=_logits_triton, reference=_logits_r
 class _TaskLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, offsets, target, value, row_weight, class_offsets, regression, width, smoothing):
-        loss, *sums, gradient = _forward(
+        sums, gradient = _forward(
             x, weight, bias, offsets, target, value, row_weight, class_offsets, regression, width, smoothing
         )
         ctx.save_for_backward(gradient, x, weight, bias, offsets, class_offsets)
-        ctx.mark_non_differentiable(*sums)
-        return loss, *sums
+        loss, *others = sums.unbind()
+        ctx.mark_non_differentiable(*others)
+        return loss, *others
 
     @staticmethod
     def backward(ctx, dloss, *_):

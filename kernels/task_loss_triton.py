@@ -268,7 +268,7 @@ def forward(
     regression: Tensor,
     width: int,
     label_smoothing: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor]:
     R, N = len(x), len(class_offsets) - 1
     block_r = _rows_block(R, width)
     tiles = R // block_r + N
@@ -276,9 +276,9 @@ def forward(
     rows = (target.contiguous(), value.float().contiguous(), row_weight.float().contiguous())
     labels = (*rows, regression.view(torch.uint8))
     gradient = _run_forward(x, weight, bias, offsets, labels, class_offsets, width, label_smoothing, partial, block_r)
-    loss, total, count, correct = (x.new_empty(N, dtype=torch.float32) for _ in range(4))
-    _sum_kernel[(N,)](partial, offsets, loss, total, count, correct, tiles, BLOCK_R=block_r, BLOCK_T=256)
-    return loss, total, count, correct, gradient
+    sums = x.new_empty(4, N, dtype=torch.float32)
+    _sum_kernel[(N,)](partial, offsets, *sums, tiles, BLOCK_R=block_r, BLOCK_T=256)
+    return sums, gradient
 
 
 def backward(

@@ -12,6 +12,7 @@ R rows, N tasks
 
 import os
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -46,10 +47,10 @@ def can_look(x: Tensor) -> bool:
     return x.device.type == "cpu" or _CHECK
 
 
-def check_offsets(name: str, offsets: Tensor, rows: int) -> None:
+def check_offsets(name: str, offsets: Tensor | np.ndarray, rows: int) -> None:
     """Raises ValueError unless the tasks' rows, one task after the other, are all rows."""
     bounds = offsets.tolist()
-    if bounds[0] != 0 or bounds[-1] != rows or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
+    if bounds[0] != 0 or bounds[-1] != rows or bounds != sorted(bounds):
         raise ValueError(f"{name}: offsets must rise from 0 to R = {rows}, got {bounds}")
 
 

@@ -1,5 +1,6 @@
 """The losses of the small heads against their definition in float64, and what they count."""
 
+import importlib.util
 import math
 from typing import NamedTuple
 
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parity import assert_as_accurate
+from trunkline.kernels import task_tiles
 from trunkline.kernels.task_loss import (
     SHAPES,
     LossSums,
@@ -354,6 +356,25 @@ def test_target_outside_of_the_classes_is_named(target):
     message = rf"task_loss: target must be in \[0, 2\) for task 2, got {target} at row 101"
     with pytest.raises(ValueError, match=message):
         task_loss(*inputs, width=max(CLASSES))
+
+
+@pytest.mark.gpu
+def test_debug_flag_looks_at_every_target_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(task_tiles, "_CHECK", True)
+    inputs = make(ROWS["mixed"], device="cuda")
+    inputs.target[101] = 2
+    with pytest.raises(ValueError, match=r"target must be in \[0, 2\) for task 2, got 2 at row 101"):
+        task_loss(*inputs, width=max(CLASSES))
+
+
+@pytest.mark.parametrize(("flag", "looks"), [("1", True), ("", False)])
+def test_debug_flag_comes_from_the_environment(flag, looks, monkeypatch):
+    monkeypatch.setenv("TRUNKLINE_CHECK", flag)
+    found = importlib.util.spec_from_file_location("read_again", task_tiles.__file__)
+    read_again = importlib.util.module_from_spec(found)
+    found.loader.exec_module(read_again)
+    assert read_again.can_look(torch.empty(0, device="meta")) == looks  # like a GPU's: not in the CPU's memory
+    assert read_again.can_look(torch.empty(0))
 
 
 def test_target_of_a_number_has_no_meaning():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parity import assert_as_accurate
-from trunkline.kernels import task_loss_triton
+from trunkline.kernels import task_loss_triton, task_tiles
 from trunkline.kernels.task_loss import _forward_reference, task_logits, task_loss, task_loss_reference
 
 CLASSES = [3, 1, 2, 7, 1, 20]  # columns of every task
@@ -80,7 +80,7 @@ def test_sums(device):
     inputs = (*tensors, target, value, row_weight, class_offsets, regression)
     got = task_loss(*inputs, width=max(CLASSES))
     expected = _forward_reference(*inputs, max(CLASSES), 0.0)
-    for total, wanted in zip(got, expected, strict=False):
+    for total, wanted in zip(got, expected[0], strict=True):
         torch.testing.assert_close(total, wanted)
     assert got.count.sum() == (row_weight > 0).sum()
 
@@ -114,6 +114,14 @@ def test_logits(device):
     own = F.linear(x[12:52], weight[4:6], bias[4:6])  # the third task
     torch.testing.assert_close(logits[12:52, :2], own)
     assert (logits[12:52, 2:] == -math.inf).all()
+
+
+def test_target_outside_of_the_classes_is_named(device, monkeypatch):
+    monkeypatch.setattr(task_tiles, "_CHECK", True)
+    inputs = make(COUNTS, torch.float32, device)
+    inputs[4][14] = 2
+    with pytest.raises(ValueError, match=r"target must be in \[0, 2\) for task 2, got 2 at row 14"):
+        task_loss(*inputs, width=max(CLASSES))
 
 
 def test_same_bits_every_time(device):
