@@ -76,8 +76,9 @@ def balanced(method: str) -> Callable[[MultiTaskModel], Backward]:
         balancer = Balancer(Balancing(method), model, seed=0)
 
         def backward(model: MultiTaskModel, batch: PackedBatch, count: Tensor, number: int) -> None:
-            sums = balancer.forward(batch, number)
-            balancer.backward(sums.loss / count.clamp(min=1), number)
+            factor = 1 / count.clamp(min=1)
+            sums = balancer.forward(batch, factor, number)
+            balancer.backward(sums.loss * factor, number)
             balancer.finish(count, number)
 
         return backward

@@ -6,15 +6,12 @@ T tokens, R labelled rows, N tasks, D width, K columns of the table of small hea
 """
 
 from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trunkline.engine.generate import Search, generate
 from trunkline.engine.heads import GROUPS, HEADS, span_loss
 from trunkline.engine.packing import PackedBatch
 from trunkline.engine.trunk import Trunk
@@ -53,9 +50,8 @@ class MultiTaskModel(nn.Module):
             raise ValueError(f"model: tasks must be in the order of in_model_order, got {[t.name for t in tasks]}")
         D, N = trunk.config.hidden_size, len(tasks)
         groups = [HEADS[task.head].group for task in tasks]
-        following = [task.name for task in tasks if task.head in ("generate", "language-model")]
-        if following and not trunk.config.causal:
-            name = following[0]
+        if "vocabulary" in groups and not trunk.config.causal:
+            name = tasks[groups.index("vocabulary")].name
             raise ValueError(f"model: task '{name}' predicts next tokens, which needs a causal trunk")
         self.trunk, self.tasks = trunk, tuple(tasks)
         self.num_small, self.num_spans, self.num_vocabulary = (groups.count(group) for group in GROUPS)
@@ -93,9 +89,12 @@ class MultiTaskModel(nn.Module):
     def device(self) -> torch.device:
         return self.trunk.tokens.weight.device
 
-    def forward(self, batch: PackedBatch) -> LossSums:
-        """Loss sums of every task in the batch, (N,) each; a task without rows has sums of 0."""
-        return self.losses(self.hidden(batch), batch)
+    def forward(self, batch: PackedBatch, dloss: Tensor | None = None) -> LossSums:
+        """Loss sums of every task in the batch, (N,) each; a task without rows has sums of 0.
+
+        `dloss`: (N,) the gradient that the losses will get, where that is known: it saves `linear_cross_entropy` work.
+        """
+        return self.losses(self.hidden(batch), batch, dloss=dloss)
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """(R, D) the trunk's output at the labelled rows."""
@@ -105,7 +104,12 @@ class MultiTaskModel(nn.Module):
         return x
 
     def losses(
-        self, x: Tensor, batch: PackedBatch, vocabulary: Sequence[Tensor] = (), ends: Sequence[int] = ()
+        self,
+        x: Tensor,
+        batch: PackedBatch,
+        vocabulary: Sequence[Tensor] = (),
+        ends: Sequence[int] = (),
+        dloss: Tensor | None = None,
     ) -> LossSums:
         """(R, D) -> loss sums of every task, (N,) each.
 
@@ -114,6 +118,7 @@ class MultiTaskModel(nn.Module):
             vocabulary: where the tasks' gradients of `vocabulary_weight` are wanted apart, that matrix for each task.
             ends: where the rows of each of `groups` end; for a compiled graph, which must not depend on a batch's own
                 numbers.
+            dloss: as of `forward`.
         """
         rows, N = batch.rows, len(self.tasks)
         x = self.project(x, rows.offsets)
@@ -155,21 +160,11 @@ class MultiTaskModel(nn.Module):
                     rows.weight[b:],
                     num_tasks=[per_weight] * len(weights),
                     rows=[sum(rows.counts[first : first + per_weight]) for first in firsts] if vocabulary else None,
+                    dloss=None if dloss is None else dloss[first_vocabulary:],
                     label_smoothing=self.label_smoothing,
                 )
             )
         return LossSums(*(torch.cat(parts) for parts in zip(*sums, strict=True)))
-
-    def score(self, batch: PackedBatch, task: int) -> tuple[LossSums, Tensor]:
-        """For evaluation: loss sums of a batch whose examples are all of one task, and the task's `logits` of its rows;
-        none of a task that predicts tokens, where they would take much memory."""
-        x = self.hidden(batch)
-        predicts_tokens = task >= self.num_small + self.num_spans
-        return self.losses(x, batch), x[:0] if predicts_tokens else self.logits(x, task)
-
-    def generate(self, prompts: Sequence[np.ndarray], task: int, end: int, search: Search) -> list[list[int]]:
-        """Continues prompts as one task's head says: `trunkline.engine.generate.generate`."""
-        return generate(self.trunk, partial(self.logits, task=task), prompts, end, search)
 
     def task_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Parameters of which every row is one task's own, each with the tasks of its rows, int64."""

@@ -9,10 +9,11 @@ the log-sum-exp of all V logits:
 and the loss of a task is sum_r w_r l_r. No probability near 1 is subtracted from 1: sure predictions lose no digits.
 
 The logits of a chunk of rows are made, become their own gradient in place, and give dX and a summand of dW (float32).
-The gradients of a single task are those for dloss = 1 times its dloss, so they are formed in the forward pass:
-6 R V D FLOP. Several tasks on one head may have different dloss, which nobody knows before the backward pass; there
-the chunks are computed again, with weights w_r * dloss[task]: 8 R V D FLOP, and exact whatever arrives.
-Saved for backward: dX, dW and db of a single task; x, W, b and the labels of several.
+The gradients are formed in the forward pass, 6 R V D FLOP, where the dloss of the tasks is known by then: because the
+caller says it, as training with fixed weights can, or because those of a single task are its dloss times the gradients
+for dloss = 1. Several tasks on one head of which nobody knows dloss before the backward pass have their chunks computed
+again there: 8 R V D FLOP, and exact whatever arrives.
+Saved for backward: dX, dW and db where they are formed; otherwise x, W, b and the labels.
 
 Chunks in memory and not tiles on the chip, because tiles need 8 R V D FLOP always. On an H200 (790 TFLOP/s, 4.3 TB/s) a
 16-bit logit costs 10 bytes of traffic, as much as 1.2 of the 3 products at D = 768 and 0.2 at D = 4096 if nothing is
@@ -34,6 +35,7 @@ from torch import Tensor
 from trunkline.kernels.dispatch import register
 from trunkline.kernels.linear_cross_entropy_triton import rows_triton, sums_triton
 from trunkline.kernels.task_loss import LossSums, sum_by_task
+from trunkline.kernels.task_tiles import can_look
 
 # Rows whose logits exist at a time: so many, or more while they have no more than these bytes. The CPU's stay cached.
 CHUNKS = {"cpu": (256, 8 << 20), "cuda": (960, 96 << 20)}
@@ -65,14 +67,17 @@ def _rows_reference(
     bias: Tensor | None,
     target: Tensor,
     row_weight: Tensor,
+    dloss: Tensor | None,
     loss: Tensor,
     correct: Tensor,
-    with_gradient: bool,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
 ) -> None:
-    """The weighted losses of a chunk, and its gradient in place of its logits; as few passes over them as can be."""
+    """The weighted losses of a chunk and, with the dloss (r,) of its rows, its gradient in place of its logits.
+
+    As few passes over the logits as can be.
+    """
     z, y, row_weight = logits.to(loss.dtype), target[:, None], row_weight[:, None]
     if bias is not None:
         z.add_(bias)
@@ -89,10 +94,10 @@ def _rows_reference(
     total = own + softplus
     loss[:, None] = row_weight * (softplus + label_smoothing * gap + z_loss * total.square())
     correct[:, None] = own > top
-    if not with_gradient:
+    if dloss is None:
         return
 
-    V = z.shape[1]
+    V, row_weight = z.shape[1], row_weight * dloss[:, None]
     doubt, drift = margin.sigmoid(), 2 * z_loss * total  # 1 - p[y]
     z.mul_(row_weight * doubt * (1 + drift) / others)
     if label_smoothing:
@@ -112,11 +117,12 @@ def _in_chunks(
     bias: Tensor | None,
     target: Tensor,
     row_weight: Tensor,
-    with_gradient: bool,
+    dloss: Tensor | None,
     *options: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Weighted losses (R,), which rows are correct (R,), and the gradients of x, weight and bias at dloss = 1."""
-    (R, D), V = x.shape, len(weight)
+    """Weighted losses (R,), which rows are correct (R,) and, with the dloss (R,) of the rows, three gradients: those of
+    x, weight and bias."""
+    (R, D), V, with_gradient = x.shape, len(weight), dloss is not None
     loss, correct = (torch.empty_like(row_weight) for _ in range(2))
     dx = x.new_empty((R, D) if with_gradient else (0, D))
     dweight = loss.new_zeros((V, D) if with_gradient else (0, D))
@@ -128,7 +134,8 @@ def _in_chunks(
     for start in range(0, R, size):
         rows = slice(start, min(start + size, R))
         logits = torch.mm(x[rows], weight.T, out=buffer[: rows.stop - start])  # (r, D) @ (D, V) -> (r, V)
-        rows_of_chunk(logits, bias, target[rows], row_weight[rows], loss[rows], correct[rows], with_gradient, *options)
+        known = None if dloss is None else dloss[rows]
+        rows_of_chunk(logits, bias, target[rows], row_weight[rows], known, loss[rows], correct[rows], *options)
         if not with_gradient:
             continue
         torch.mm(logits, weight, out=dx[rows])  # (r, V) @ (V, D) -> (r, D)
@@ -146,6 +153,17 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
+def _check_targets(target: Tensor, task: Tensor, row_weight: Tensor, vocabulary: int) -> None:
+    """Raises ValueError for a word that there is not, in a row that counts."""
+    wrong = ((target < 0) | (target >= vocabulary)) & (row_weight != 0)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"linear_cross_entropy: targets must be in [0, {vocabulary}), got {int(target[row])} "
+            f"in row {row}, of task {int(task[row])}"
+        )
+
+
 def _forward_triton(
     x: Tensor,
     weight: Tensor,
@@ -153,18 +171,21 @@ def _forward_triton(
     target: Tensor,
     task: Tensor,
     row_weight: Tensor,
+    dloss: Tensor | None,
     num_tasks: int,
-    with_gradient: bool,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    options = (with_gradient, label_smoothing, z_loss, softcap)
+    options = (label_smoothing, z_loss, softcap)
     if x.dtype == torch.float64:  # the kernel computes in float32
-        return _forward_reference(x, weight, bias, target, task, row_weight, num_tasks, *options)
+        return _forward_reference(x, weight, bias, target, task, row_weight, dloss, num_tasks, *options)
+    if can_look(target):
+        _check_targets(target, task, row_weight, len(weight))
     bias = None if bias is None else bias.contiguous()
     target, task, row_weight = target.contiguous(), task.contiguous(), row_weight.float().contiguous()
-    loss, correct, dx, dweight, dbias = _in_chunks(rows_triton, x, weight, bias, target, row_weight, *options)
+    dloss = None if dloss is None else dloss.float()[task]
+    loss, correct, dx, dweight, dbias = _in_chunks(rows_triton, x, weight, bias, target, row_weight, dloss, *options)
     return *sums_triton(loss, correct, row_weight, task, num_tasks), dx, dweight, dbias
 
 
@@ -175,26 +196,21 @@ def _forward_reference(
     target: Tensor,
     task: Tensor,
     row_weight: Tensor,
+    dloss: Tensor | None,
     num_tasks: int,
-    with_gradient: bool,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if can_look(target):
+        _check_targets(target, task, row_weight, len(weight))
     kept = row_weight.nonzero().squeeze(1)  # the others cost nothing
     target, task = target[kept], task[kept]
     row_weight = row_weight[kept].to(torch.promote_types(x.dtype, torch.float32))
-    outside = ((target < 0) | (target >= len(weight))).nonzero()
-    if len(outside):
-        i = int(outside[0])
-        raise ValueError(
-            f"linear_cross_entropy: targets must be in [0, {len(weight)}), got {int(target[i])} "
-            f"in row {int(kept[i])}, of task {int(task[i])}"
-        )
-    options = (with_gradient, label_smoothing, z_loss, softcap)
-    inputs = (x[kept], weight, bias, target, row_weight)
-    loss, correct, dx, dweight, dbias = _in_chunks(_rows_reference, *inputs, *options)
-    if with_gradient:
+    dloss = None if dloss is None else dloss.to(row_weight.dtype)[task]
+    inputs = (x[kept], weight, bias, target, row_weight, dloss)
+    loss, correct, dx, dweight, dbias = _in_chunks(_rows_reference, *inputs, label_smoothing, z_loss, softcap)
+    if dloss is not None:
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format).index_copy_(0, kept, dx)
     counted = (row_weight > 0).to(loss.dtype)
     sums = LossSums(
@@ -203,9 +219,9 @@ def _forward_reference(
     return *sums, dx, dweight, dbias
 
 
-def _forward_fake(x, weight, bias, target, task, row_weight, num_tasks, with_gradient, *options):
+def _forward_fake(x, weight, bias, target, task, row_weight, dloss, num_tasks, *options):
     dtype = torch.promote_types(x.dtype, torch.float32)
-    (R, D), V = x.shape, len(weight)
+    (R, D), V, with_gradient = x.shape, len(weight), dloss is not None
     return (
         *(x.new_empty(num_tasks, dtype=dtype) for _ in range(4)),
         x.new_empty((R, D) if with_gradient else (0, D)),
@@ -219,26 +235,35 @@ _forward = register("linear_cross_entropy", reference=_forward_reference, triton
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, weight, bias, target, task, row_weight, num_tasks, differentiated, *options):
-        ctx.formed = differentiated and num_tasks == 1
-        ctx.num_tasks, ctx.options = num_tasks, options
+    def forward(ctx, x, weight, bias, target, task, row_weight, dloss, num_tasks, differentiated, *options):
+        ctx.known, ctx.num_tasks, ctx.options = dloss is not None, num_tasks, options
         ctx.dtypes = [t.dtype for t in (x, weight, weight if bias is None else bias)]
+        if not differentiated:
+            dloss = None
+        elif dloss is None and num_tasks == 1:
+            dloss = row_weight.new_ones(1)
+        ctx.formed = dloss is not None
         inputs = (x, weight, bias, target, task, row_weight)
-        *sums, dx, dweight, dbias = _forward(*inputs, num_tasks, ctx.formed, *options)
-        ctx.save_for_backward(*((dx, dweight, dbias) if ctx.formed else inputs))
+        *sums, dx, dweight, dbias = _forward(*inputs, dloss, num_tasks, *options)
+        ctx.save_for_backward(*((dloss, dx, dweight, dbias) if ctx.formed else inputs))
         ctx.mark_non_differentiable(*sums[1:])
         return tuple(sums)
 
     @staticmethod
     def backward(ctx, dloss, *_):
-        if ctx.formed:
-            gradients = [dloss * gradient for gradient in ctx.saved_tensors]
+        if not ctx.formed:
+            gradients = _forward(*ctx.saved_tensors, dloss, ctx.num_tasks, *ctx.options)[4:]
         else:
-            *inputs, task, row_weight = ctx.saved_tensors
-            row_weight = row_weight * dloss[task]
-            gradients = _forward(*inputs, task, row_weight, ctx.num_tasks, True, *ctx.options)[4:]
+            expected, *gradients = ctx.saved_tensors
+            if not ctx.known:
+                gradients = [dloss * gradient for gradient in gradients]
+            elif can_look(dloss) and not torch.compiler.is_compiling() and not torch.equal(dloss, expected):
+                raise ValueError(
+                    "linear_cross_entropy: the gradient of loss must be the dloss that was given, "
+                    f"{expected.tolist()}, got {dloss.tolist()}"
+                )
         dx, dweight, dbias = (gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
-        return dx, dweight, dbias if ctx.needs_input_grad[2] else None, *[None] * 8
+        return dx, dweight, dbias if ctx.needs_input_grad[2] else None, *[None] * 9
 
 
 def linear_cross_entropy(
@@ -251,6 +276,7 @@ def linear_cross_entropy(
     num_tasks: int | Sequence[int],
     bias: Tensor | Sequence[Tensor | None] | None = None,
     rows: Sequence[int] | None = None,
+    dloss: Tensor | None = None,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
     softcap: float = 0.0,
@@ -265,13 +291,16 @@ def linear_cross_entropy(
         x: (R, D) hidden states; float32, float16, bfloat16 or float64, which is for checks: no kernel computes in it.
         weight: (V, D) vocabulary matrix, tied to the embedding or not; in the dtype of x or, with x in 16 bits, in
             float32: its products are then taken in 16 bits, its gradient is not rounded.
-        target: (R,) int64, the token to predict, 0 <= target < V, or `ignore_index`. On the CPU others raise, on a GPU
-            the loss is NaN, or TRITON_DEBUG=1 stops the kernel.
+        target: (R,) int64, the token to predict, 0 <= target < V, or `ignore_index`. Others raise on the CPU and, with
+            TRUNKLINE_CHECK=1, on a GPU, where the loss is NaN otherwise.
         task: (R,) int64, 0 <= task < num_tasks.
         row_weight: (R,) float32, factor of each row's loss.
-        num_tasks: N; the gradients of a head with one task take a quarter less arithmetic.
+        num_tasks: N
         bias: (V,)
         rows: how many rows each head has, R in all; may be left out for a single head.
+        dloss: (N,) float32, the gradient that `loss` will get, where that is known already. The gradients of several
+            tasks on one head then take a quarter less arithmetic, as those of a single task always do. In the backward
+            pass nothing else may arrive: looked at on the CPU, and on a GPU with TRUNKLINE_CHECK=1.
         label_smoothing: share of the probability spread over the vocabulary.
         z_loss: factor of the squared log-sum-exp, which keeps the logits from drifting; 1e-4 is usual.
         softcap: logits are capped smoothly to +-softcap; 0: they are not.
@@ -282,7 +311,8 @@ def linear_cross_entropy(
         Gradients flow from `loss` to x, weight and bias.
 
     Raises:
-        ValueError: shapes that do not fit one another, targets that are no integers or (CPU) not in the vocabulary.
+        ValueError: shapes that do not fit one another, targets that are no integers or not in the vocabulary, or a
+            gradient that is not `dloss`.
     """
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     biases = [bias] * len(weights) if bias is None or isinstance(bias, Tensor) else list(bias)
@@ -302,16 +332,19 @@ def linear_cross_entropy(
             raise ValueError(f"linear_cross_entropy: {name} must be (R,) = ({R},) to match x, got {list(labels.shape)}")
     if target.is_floating_point():
         raise ValueError(f"linear_cross_entropy: target must be of integers, got {target.dtype}")
+    if dloss is not None and dloss.shape != (sum(tasks),):
+        raise ValueError(f"linear_cross_entropy: dloss must be (N,) = ({sum(tasks)},), got {list(dloss.shape)}")
 
     ignored = target == ignore_index
     target, row_weight = target.masked_fill(ignored, 0), row_weight.masked_fill(ignored, 0.0)
     options = (float(label_smoothing), float(z_loss), float(softcap))
+    known = [None] * len(tasks) if dloss is None else dloss.to(torch.promote_types(x.dtype, torch.float32)).split(tasks)
 
     def sums(head: int, x: Tensor, target: Tensor, task: Tensor, row_weight: Tensor) -> LossSums:
         w, b = weights[head], biases[head]
         differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b))
         inputs = (x, w, b, target, task - sum(tasks[:head]), row_weight)
-        return LossSums(*_LinearCrossEntropy.apply(*inputs, tasks[head], differentiated, *options))
+        return LossSums(*_LinearCrossEntropy.apply(*inputs, known[head], tasks[head], differentiated, *options))
 
     inputs = (x, target, task, row_weight)
     if len(weights) == 1:

@@ -32,6 +32,7 @@ def _row_kernel(
     bias_ptr,
     target_ptr,
     row_weight_ptr,
+    dloss_ptr,
     loss_ptr,
     correct_ptr,
     V,
@@ -74,6 +75,7 @@ def _row_kernel(
     tl.store(correct_ptr + r, tl.where(counts & (own > top), 1.0, 0.0))
 
     if HAS_GRADIENT:
+        row_weight *= tl.load(dloss_ptr + r)
         doubt = 1 / (1 + tl.exp(-margin))  # 1 - p[y]
         drift = 2 * z_loss * total
         own_gradient = drift * (1 - doubt) - doubt + label_smoothing - label_smoothing / V
@@ -122,9 +124,9 @@ def rows_triton(
     bias: Tensor | None,
     target: Tensor,
     row_weight: Tensor,
+    dloss: Tensor | None,
     loss: Tensor,
     correct: Tensor,
-    with_gradient: bool,
     label_smoothing: float,
     z_loss: float,
     softcap: float,
@@ -136,6 +138,7 @@ def rows_triton(
         bias,
         target,
         row_weight,
+        dloss,
         loss,
         correct,
         V,
@@ -145,7 +148,7 @@ def rows_triton(
         HAS_BIAS=bias is not None,
         HAS_SMOOTHING=label_smoothing != 0,
         HAS_CAP=softcap != 0,
-        HAS_GRADIENT=with_gradient,
+        HAS_GRADIENT=dloss is not None,
         BLOCK_V=min(4096, triton.next_power_of_2(V)),
         num_warps=8,
     )

@@ -1,11 +1,14 @@
 """The vocabulary loss against its definition in float64, and that the logits are never whole in memory."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trunkline.benchmarks.losses import peak_memory
 from trunkline.kernels import linear_cross_entropy as module
 from trunkline.kernels.linear_cross_entropy import _forward_reference
 from vocabulary import ABSENT, OPTIONS, D, Inputs, N, assert_matches, definition, make, op, results
@@ -163,8 +166,16 @@ def test_logits_are_never_whole_in_memory():
 
     x, weight, bias, *rest = make(4 * CHUNK, vocabulary=1000)
     with Largest() as largest:
-        _forward_reference(x, weight, bias, *rest, N, True, 0.1, 0.01, 3.0)
+        _forward_reference(x, weight, bias, *rest, torch.ones(N), N, 0.1, 0.01, 3.0)
     assert largest.elements == CHUNK * 1024  # rows are padded to a multiple of 64
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's account of memory")
+def test_a_quarter_of_the_memory_of_all_logits():
+    """1024 rows, D 256, V 8192: forward and backward, beside `F.cross_entropy(F.linear())`."""
+    ours, eager = peak_memory("trunkline"), peak_memory("eager")
+    assert eager > 3 * 1024 * 8192 * 4  # logits, their log-softmax and its gradient
+    assert ours <= eager / 4
 
 
 def test_chunks_fit_their_bytes(monkeypatch):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from trunkline.kernels import linear_cross_entropy as module
+from trunkline.kernels import task_tiles
 from trunkline.kernels.linear_cross_entropy import SHAPES, _forward, example, linear_cross_entropy
 from trunkline.kernels.task_loss import LossSums
 from vocabulary import OPTIONS, D, Inputs, N, V, definition, make, op, results
@@ -20,7 +21,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.mark.parametrize("with_gradient", [True, False], ids=["gradient", "no gradient"])
 def test_op_contract(with_gradient, with_bias, dtype, device):
     x, weight, bias, *rest = make(3, dtype, device)
-    torch.library.opcheck(_forward, (x, weight, bias if with_bias else None, *rest, N, with_gradient, 0.1, 0.01, 3.0))
+    dloss = torch.rand(N, device=device) if with_gradient else None
+    torch.library.opcheck(_forward, (x, weight, bias if with_bias else None, *rest, dloss, N, 0.1, 0.01, 3.0))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
@@ -42,25 +44,64 @@ def test_compiles(num_tasks):
     torch.testing.assert_close(got, expected)
 
 
-@pytest.mark.parametrize(("num_tasks", "formed"), [(1, [True]), (N, [False, True])])
-def test_gradients_are_formed_once(num_tasks, formed, monkeypatch):
-    """In the forward pass for one task, in the backward pass for several, and not at all where nobody asks."""
+@pytest.mark.parametrize(
+    ("num_tasks", "known", "formed"), [(1, False, [True]), (N, True, [True]), (N, False, [False, True])]
+)
+def test_gradients_are_formed_once(num_tasks, known, formed, monkeypatch):
+    """In the forward pass for one task or known dloss, in the backward pass otherwise, not at all where nobody asks."""
     calls = []
 
     def forward(*args):
-        calls.append(args[7])
+        calls.append(args[6] is not None)
         return _forward(*args)
 
     monkeypatch.setattr(module, "_forward", forward)
     inputs = make(10)
-    inputs = inputs._replace(task=inputs.task.clamp(max=num_tasks - 1))
-    results(inputs, torch.randn(num_tasks), num_tasks=num_tasks)
+    inputs, dloss = inputs._replace(task=inputs.task.clamp(max=num_tasks - 1)), torch.randn(num_tasks)
+    options = {"num_tasks": num_tasks, "dloss": dloss if known else None}
+    results(inputs, dloss, **options)
     assert calls == formed
     calls.clear()
-    op(*inputs, num_tasks)
+    op(*inputs, **options)
     with torch.no_grad():
-        op(*(t.requires_grad_() for t in inputs[:3]), *inputs[3:], num_tasks)
+        op(*(t.requires_grad_() for t in inputs[:3]), *inputs[3:], **options)
     assert calls == [False, False]
+
+
+@pytest.mark.parametrize("num_tasks", [1, N])
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_known_weights_of_the_tasks_change_nothing_but_the_work(options, num_tasks):
+    """One of them is 0."""
+    inputs, dloss = make(600, torch.float64), torch.randn(num_tasks, dtype=torch.float64)
+    inputs = inputs._replace(task=inputs.task.clamp(max=num_tasks - 1))
+    dloss[1:2] = 0
+    expected = results(inputs, dloss, num_tasks=num_tasks, **options)
+    known = results(inputs, dloss, num_tasks=num_tasks, dloss=dloss, **options)
+    torch.testing.assert_close(known, expected)
+
+
+def test_known_weights_of_several_heads():
+    together, dloss = heads(), torch.randn(N)
+    leaves = [t.requires_grad_() for t in (together["x"], *together["weight"])]
+    expected = linear_cross_entropy(**together)
+    known = linear_cross_entropy(**together, dloss=dloss)
+    torch.testing.assert_close(known, expected)
+    gradients = (torch.autograd.grad((sums.loss * dloss).sum(), leaves) for sums in (known, expected))
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("num_tasks", [1, N])
+def test_another_gradient_than_the_one_that_was_said_is_named(num_tasks):
+    inputs, dloss = make(5), torch.arange(1.0, num_tasks + 1)
+    inputs = inputs._replace(x=inputs.x.requires_grad_(), task=inputs.task.clamp(max=num_tasks - 1))
+    loss = op(*inputs, num_tasks, dloss=dloss).loss
+    with pytest.raises(ValueError, match=r"must be the dloss that was given, \[1.0.*\], got \[1.5"):
+        (loss * (dloss + 0.5)).sum().backward()
+
+
+def test_wrong_number_of_known_weights_is_named():
+    with pytest.raises(ValueError, match=rf"dloss must be \(N,\) = \({N},\), got \[{N + 1}\]"):
+        op(*make(2), dloss=torch.ones(N + 1))
 
 
 @pytest.mark.parametrize("num_tasks", [1, N])
@@ -173,6 +214,15 @@ def test_target_outside_of_the_vocabulary_is_named(word):
     inputs.row_weight[1] = 0
     inputs.target[3], inputs.task[3] = word, 1
     with pytest.raises(ValueError, match=rf"targets must be in \[0, {V}\), got {word} in row 3, of task 1$"):
+        op(*inputs)
+
+
+@pytest.mark.gpu
+def test_debug_flag_looks_at_every_target_on_a_gpu(monkeypatch):
+    monkeypatch.setattr(task_tiles, "_CHECK", True)
+    inputs = make(5, device="cuda")
+    inputs.target[3], inputs.task[3] = V, 1
+    with pytest.raises(ValueError, match=rf"targets must be in \[0, {V}\), got {V} in row 3, of task 1$"):
         op(*inputs)
 
 

@@ -290,6 +290,26 @@ def test_accumulated_batches_make_the_step_of_one_batch(tiny_config, tmp_path, m
     torch.testing.assert_close(split, whole, rtol=1e-3, atol=1e-6)
 
 
+def test_every_task_counts_by_the_mean_over_its_own_rows(tiny_config, tmp_path, monkeypatch):
+    """The total is the sum of weight_t * (sum w l / sum w), however unevenly the tasks are present; others add 0."""
+
+    def gradients(*members: tuple[int, int]) -> dict[str, torch.Tensor]:
+        def next_batch(train, mixer, number, config):
+            return pack([train[task].example(i, task) for task, i in members], len(train), 512)
+
+        monkeypatch.setattr(loop, "next_batch", next_batch)
+        name = "-".join(f"{task}.{i}" for task, i in members)
+        overrides = [f"run={tmp_path / name}", "steps=1", "trunk.dropout=0", "optimizer.clip=1e9"]
+        config = load_config(tiny_config, [*overrides, "weights={closeness: 0.5}"])
+        return first_gradients(replace(config, batch=Batch(512, 1, 128)))
+
+    colour, closeness = (0, 0), [(1, i) for i in range(3)]
+    together, alone = gradients(colour, *closeness), gradients(colour)
+    others = [gradients(member) for member in closeness]
+    expected = {name: alone[name] + sum(other[name] for other in others) / 3 for name in together}
+    torch.testing.assert_close(together, expected, rtol=1e-3, atol=1e-6)
+
+
 def test_the_weight_of_a_task_is_a_factor_of_its_loss(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", tiny_rows("colour", 20, seed=0))
     free = Optimizer(clip=1e9)

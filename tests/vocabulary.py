@@ -52,7 +52,7 @@ def op(
     task: Tensor,
     row_weight: Tensor,
     num_tasks: int = N,
-    **options: float,
+    **options: Any,
 ) -> LossSums:
     return linear_cross_entropy(x, weight, target, task, row_weight, num_tasks=num_tasks, bias=bias, **options)
 
@@ -82,8 +82,8 @@ def assert_matches(inputs: Inputs, **options: float) -> None:
         )
 
 
-def results(inputs: Inputs, dloss: Tensor, **options: Any) -> tuple[Tensor, ...]:
-    """The sums and the gradients of x, weight and bias."""
+def results(inputs: Inputs, arriving: Tensor, **options: Any) -> tuple[Tensor, ...]:
+    """The sums and the gradients of x, weight and bias, where `arriving` is that of the losses."""
     leaves = [t.detach().requires_grad_() for t in inputs[:3]]
     sums = op(*leaves, *inputs[3:], **options)
-    return *(total.detach() for total in sums), *torch.autograd.grad(sums.loss, leaves, dloss)
+    return *(total.detach() for total in sums), *torch.autograd.grad(sums.loss, leaves, arriving)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from trunkline.engine.balanced_backward import BalancedBackward
+from trunkline.engine.model import MultiTaskModel
 from trunkline.engine.packing import PackedBatch
 from trunkline.kernels.task_loss import LossSums
 from trunkline.training.balancing import FROM_GRADIENTS, FROM_LOSSES, Balancing, Seen, State
-from trunkline.training.baselines import BiLSTM, Model
 
 LOGGED = 32  # tasks up to which every two are compared in metrics.jsonl: more could not be told apart in a chart
 
@@ -33,15 +33,14 @@ class Balancer:
     def __init__(
         self,
         settings: Balancing,
-        model: Model,
+        model: MultiTaskModel,
         seed: int,
         forward: Callable[[PackedBatch], LossSums] | None = None,
     ):
         self.settings, self.model, self.seed = settings, model, seed
         self.losses_of = forward or model
         self.function = (FROM_LOSSES | FROM_GRADIENTS)[settings.method]
-        if not isinstance(model, BiLSTM):  # whose config looks at no gradients
-            self.parts = BalancedBackward(model, settings.layers)
+        self.parts = BalancedBackward(model, settings.layers)
         self.state = State(len(model.tasks))
         self.losses: list[Tensor] = []  # (N,) of every batch of the step
         self._forget()
@@ -51,9 +50,19 @@ class Balancer:
         watch = self.settings.watch
         return self.settings.method in FROM_GRADIENTS or (watch > 0 and step % watch == 0)
 
-    def forward(self, batch: PackedBatch, step: int) -> LossSums:
-        """What the model returns for a batch."""
-        return self.parts.forward(batch) if self.looks(step) else self.losses_of(batch)
+    def forward(self, batch: PackedBatch, factor: Tensor, step: int) -> LossSums:
+        """What the model returns for a batch.
+
+        Args:
+            batch: of the step.
+            factor: (N,) by which its loss sums will be multiplied before they are handed to `backward`.
+            step: from 0.
+        """
+        if self.looks(step):
+            return self.parts.forward(batch)
+        if self.losses_of is self.model and self.settings.method == "fixed":
+            return self.model(batch, factor)
+        return self.losses_of(batch)
 
     def backward(self, losses: Tensor, step: int) -> None:
         """As much of a batch's backward pass as does not depend on the weights.

@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from trunkline.kernels import linear_cross_entropy as module
+from trunkline.kernels import task_tiles
 from vocabulary import OPTIONS, N, V, assert_matches, definition, make, op, results
 
 # -inf and overflow of exp are meant: they give the right limits
@@ -104,6 +105,20 @@ def test_gradient_of_a_sure_prediction(dtype, device):
 def test_same_bits_every_time(device):
     inputs, dloss = make(9, device=device), torch.randn(N, device=device)
     assert all(map(torch.equal, results(inputs, dloss), results(inputs, dloss)))
+
+
+def test_target_outside_of_the_vocabulary_is_named(device, monkeypatch):
+    monkeypatch.setattr(task_tiles, "_CHECK", True)
+    inputs = make(5, device=device)
+    inputs.target[2], inputs.task[2] = V, 3
+    with pytest.raises(ValueError, match=rf"got {V} in row 2, of task 3$"):
+        op(*inputs)
+
+
+def test_known_weights_of_the_tasks_change_nothing_but_the_work(device):
+    inputs, dloss = make(9, device=device), torch.randn(N, device=device)
+    expected = results(inputs, dloss, **OPTIONS["everything"])
+    torch.testing.assert_close(results(inputs, dloss, dloss=dloss, **OPTIONS["everything"]), expected)
 
 
 @pytest.mark.gpu

@@ -1,0 +1,140 @@
+"""The losses of the heads on a CPU: time beside what people do today, and the memory that a vocabulary takes.
+
+    python benchmarks/losses.py [--rounds 15]
+
+Forward and backward, float32. Small heads: 512 rows, width 768, of 9, 10 and 1,000 tasks, and a Python loop over the 9.
+The gradient of 1,000 tasks' weights is 6 MB that have to be written whatever the rows: what filling it with zeros takes
+is measured, too. A vocabulary head: 1,024 rows, width 256, 8,192 words, beside `F.cross_entropy(F.linear())`; of both
+also the peak memory beyond the inputs, each in a process of its own, by the kernel's account of it (Linux).
+"""
+
+import argparse
+import ctypes
+import multiprocessing
+import re
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from trunkline.benchmarks.examples import kernel_of
+from trunkline.benchmarks.measure import OURS, check
+from trunkline.benchmarks.peers import PEERS, System, trunkline
+from trunkline.benchmarks.record import record
+from trunkline.engine.memory import keep_freed_memory
+from trunkline.kernels import linear_cross_entropy, task_loss
+from trunkline.training.environment import environment
+
+VOCABULARY = {"rows": 1024, "width": 256, "vocabulary": 8192}
+WARM_UP = 3  # rounds
+Call = Callable[[], object]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=15)
+    options = parser.parse_args()
+    keep_freed_memory()  # as training does
+    small = {
+        "9 tasks": _call(_task_loss(9, OURS)),
+        "9 tasks, loop over tasks": _call(_task_loss(9, "loop over tasks")),
+        "10 tasks": _call(_task_loss(10, OURS)),
+        "1000 tasks": _call(_task_loss(1000, OURS)),
+        "1000 tasks, zeros": lambda: torch.zeros(2000, 768),
+    }
+    vocabulary = {name: _call(_vocabulary(name)) for name in (OURS, "eager")}
+    seconds = {
+        "task_loss": _in_turns(small, options.rounds, calls_a_turn=20),
+        "linear_cross_entropy": _in_turns(vocabulary, options.rounds, calls_a_turn=1),
+    }
+    times = {name: median(rounds) for of_one in seconds.values() for name, rounds in of_one.items()}
+    memory = {name: peak_memory(name) for name in vocabulary}
+    ratios = {
+        "loop over 9 tasks / task_loss": times["9 tasks, loop over tasks"] / times["9 tasks"],
+        "1000 tasks / 10 tasks": times["1000 tasks"] / times["10 tasks"],
+        "the same without the zeros": (times["1000 tasks"] - times["1000 tasks, zeros"]) / times["10 tasks"],
+        "eager / linear_cross_entropy": times["eager"] / times[OURS],
+        "memory, linear_cross_entropy / eager": memory[OURS] / memory["eager"],
+    }
+    for name, value in times.items():
+        print(f"{name:38} {1000 * value:8.3f} ms")
+    for name, size in memory.items():
+        print(f"{name + ', peak memory':38} {size / 1e6:8.1f} MB")
+    for name, ratio in ratios.items():
+        print(f"{name:38} {ratio:8.2f}")
+    content = {
+        "command": f"python benchmarks/losses.py --rounds {options.rounds}",
+        "unit": "seconds a call",
+        "threads": torch.get_num_threads(),
+        "seconds": seconds,
+        "peak_bytes": memory,
+        "ratios": ratios,
+    }
+    record("losses", content, environment())
+
+
+def _task_loss(tasks: int, name: str) -> System:
+    kernel = kernel_of(task_loss)
+    arguments = kernel.example(torch.device("cpu"), torch.float32, **kernel.shapes[f"{tasks} tasks"])
+    make = trunkline if name == OURS else PEERS[kernel.name][name]
+    check(kernel, make, arguments, torch.float32)
+    return make(kernel, arguments, torch.float32)
+
+
+def _vocabulary(name: str) -> System:
+    kernel = kernel_of(linear_cross_entropy)
+    arguments = kernel.example(torch.device("cpu"), torch.float32, **VOCABULARY)
+    return (trunkline if name == OURS else PEERS[kernel.name][name])(kernel, arguments, torch.float32)
+
+
+def _call(system: System) -> Call:
+    inputs = list(system.inputs.values())
+
+    def call() -> tuple[Tensor, ...]:
+        loss = system.forward()
+        return torch.autograd.grad(loss, inputs, torch.ones_like(loss))
+
+    return call
+
+
+def _in_turns(calls: dict[str, Call], rounds: int, *, calls_a_turn: int) -> dict[str, list[float]]:
+    """Seconds a call of everyone in every round: what slows the machine down slows all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(WARM_UP + rounds):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            for _ in range(calls_a_turn):
+                call()
+            if number >= WARM_UP:
+                seconds[name].append((time.perf_counter() - began) / calls_a_turn)
+    return seconds
+
+
+def peak_memory(name: str) -> int:
+    """Bytes that forward and backward of a vocabulary head need beyond inputs; 'trunkline' or a peer, on Linux."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (name,))
+
+
+def _peak(name: str) -> int:
+    call = _call(_vocabulary(name))
+    call()  # libraries load their code and take their buffers
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")  # VmHWM begins anew
+    before = _resident("VmRSS")
+    call()
+    return _resident("VmHWM") - before
+
+
+def _resident(what: str) -> int:
+    """Bytes in memory: VmRSS now, VmHWM at most so far."""
+    found = re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found, f"no {what} in /proc/self/status"
+    return 1024 * int(found[1])
+
+
+if __name__ == "__main__":
+    main()
