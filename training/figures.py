@@ -183,83 +183,30 @@ def conflicts(steps: Steps) -> dict[str, Any] | None:
     ends = [len(looks) * part // count for part in range(count + 1)]
     bins = [looks[start:end] for start, end in pairwise(ends)]
     over_time = [[mean(part, *pair) for part in bins] for pair in shown]
-    everything = [abs(value) for values in over_time for value in values if not math.isnan(value)]
-    limit = max([*everything, 0.01])  # white is 0, the fullest colours are the largest cosine
+    # white is 0, the fullest colours are the largest cosine; single looks differ more than means over the run
+    mean_limit, limit = _largest(overall.values()), _largest(value for values in over_time for value in values)
 
     matrix = [[overall[i, j] if j < i else math.nan for j in range(len(names) - 1)] for i in range(1, len(names))]
-    square, axes = _heat_map(matrix, names[1:], limit, width=5.2)
+    square, axes = _heat_map(matrix, names[1:], mean_limit, width=5.2, row_height=max(0.19, 4 / len(names)))
     axes.set_xticks(
         [j + 0.5 for j in range(len(names) - 1)], names[:-1], rotation=40, ha="right", rotation_mode="anchor"
     )
     for (i, j), value in overall.items():
         if not math.isnan(value) and len(names) <= 12:
-            axes.text(j + 0.5, i - 0.5, f"{value:.2f}", ha="center", va="center", fontsize=7)
+            shown_value = round(value, 2) + 0.0  # without the sign of -0.00
+            colour = "white" if abs(value) > 0.6 * mean_limit else STYLE["text.color"]
+            axes.text(j + 0.5, i - 0.5, f"{shown_value:.2f}", ha="center", va="center", fontsize=7, color=colour)
     labels = [f"{names[i]} · {names[j]}" for i, j in shown]
-    strip, axes = _heat_map(over_time, labels, limit, width=5.2)
+    strip, axes = _heat_map(over_time, labels, limit, width=5.2, row_height=0.19)
     marks = sorted({0, count // 2, count - 1})
     axes.set_xticks([mark + 0.5 for mark in marks], [f"{bins[mark][-1]['step']:,}" for mark in marks])
     return {
         "mean": _svg(square, "conflicts", "Mean cosine between the gradients of every two tasks"),
         "over_time": _svg(strip, "conflicts-over-time", "Cosine between the gradients of two tasks against the step"),
+        "mean_limit": mean_limit,
         "limit": limit,
         "left_out": len(known) - len(shown),
     }
-
-
-def colours(names: Sequence[str]) -> dict[str, str]:
-    """A colour for every system of a comparison."""
-    return dict(zip(names, _PALETTE, strict=False))
-
-
-def system_scores(results: dict[str, Any], task: str, colours: dict[str, str], columns: int) -> "Markup":
-    """Every system's score on a task: each seed, their mean and standard deviation; dashed, what needs no model."""
-    from matplotlib.figure import Figure
-
-    metric, table = results["tasks"][task]["metric"], results["table"][task]["scores"]
-    names = list(colours)
-    width, height = 11.0 / columns - 0.3, 0.42 + 0.22 * len(names)  # inches
-    left, right, bottom, top = 1.12, 0.16, 0.26, 0.08
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
-    axes.patch.set_visible(False)
-    for name in results["trivial"]:
-        if name in table:
-            axes.axvline(table[name]["mean"], color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
-    for place, name in enumerate(names):
-        if name not in table:
-            continue
-        seeds = results["systems"][name]["seeds"].values()
-        each = [result["scores"][task][metric] for result in seeds if "scores" in result]
-        mean, deviation = table[name]["mean"], table[name]["deviation"] or 0.0
-        axes.plot([mean - deviation, mean + deviation], [place, place], color=colours[name], linewidth=2.2, alpha=0.45)
-        axes.plot(each, [place] * len(each), color=colours[name], marker="|", markersize=7, linewidth=0)
-        axes.plot(mean, place, color=colours[name], marker="o", markersize=5)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.margins(x=0.08)
-    axes.locator_params(axis="x", nbins=4)
-    return _svg(figure, f"scores-{task}", f"{metric} of every system on {task}")
-
-
-def system_losses(
-    curves: dict[str, list[list[tuple[float, float]]]], task: str, colours: dict[str, str], columns: int
-) -> "Markup":
-    """Training loss of a task against its examples seen: of every system the mean over seeds, and faint their range."""
-    figure, axes = _panel(columns)
-    for name, seeds in curves.items():
-        count = min(map(len, seeds))
-        half = count // 30
-        smooth = [
-            [fmean(loss for _, loss in seed[max(0, place - half) : place + half + 1]) for place in range(count)]
-            for seed in seeds
-        ]
-        seen = [fmean(seed[place][0] for seed in seeds) for place in range(count)]
-        every = count // 300 + 1
-        columns_of_seeds = list(zip(*smooth, strict=True))[::every]
-        low, high = [min(values) for values in columns_of_seeds], [max(values) for values in columns_of_seeds]
-        axes.fill_between(seen[::every], low, high, color=colours[name], alpha=0.15, linewidth=0)
-        axes.plot(seen[::every], list(map(fmean, columns_of_seeds)), color=colours[name], linewidth=1.5)
-    return _svg(figure, f"loss-{task}", f"Training loss of every system on {task} against the examples seen")
 
 
 def _panel(columns: int) -> tuple["Figure", "Axes"]:
@@ -279,14 +226,21 @@ def _panel(columns: int) -> tuple["Figure", "Axes"]:
     return figure, axes
 
 
-def _heat_map(rows: list[list[float]], labels: Sequence[str], limit: float, width: float) -> tuple["Figure", "Axes"]:
-    """Cells from red, -limit, over white, 0, to blue; none where there is no number."""
+def _largest(cosines: Iterable[float]) -> float:
+    """The largest without its sign, of those there are."""
+    return max([0.01, *(abs(cosine) for cosine in cosines if not math.isnan(cosine))])
+
+
+def _heat_map(
+    rows: list[list[float]], labels: Sequence[str], limit: float, width: float, row_height: float
+) -> tuple["Figure", "Axes"]:
+    """Cells from red, -limit, over white, 0, to blue; none where there is no number. Lengths in inches."""
     from matplotlib.colors import LinearSegmentedColormap
     from matplotlib.figure import Figure
     from numpy import array, ma
 
     left, right, bottom, top = 0.2 + 0.068 * max(map(len, labels)), 0.1, 0.75, 0.08
-    height = max(0.19 * len(rows), 1.0) + bottom + top
+    height = max(row_height * len(rows), 1.0) + bottom + top
     figure = Figure(figsize=(width, height))
     axes = figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
     axes.patch.set_visible(False)
