@@ -32,6 +32,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trunkline.benchmarks.examples import Kernel, first, leaves, map_tensors, shipped_kernels
+from trunkline.benchmarks.preset_shapes import preset_shapes
 from trunkline.kernels.dispatch import TRITON
 
 # shared memory a block can have: CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability"
@@ -181,7 +182,7 @@ def record_launches(kernels: Iterable[Kernel], archs: Sequence[int], quick: bool
     JITFunction._do_compile = record  # returns no kernel, so nothing is launched either
     Autotuner.run = run_every_configuration
     for kernel in kernels:
-        for place, (shape, sizes) in enumerate(kernel.shapes.items()):
+        for place, (shape, sizes) in enumerate((kernel.shapes | preset_shapes(kernel.name)).items()):
             for dtype in getattr(kernel.module, "KERNEL_DTYPES", (torch.bfloat16, torch.float16, torch.float32)):
                 if place and dtype != torch.bfloat16:
                     continue
@@ -211,8 +212,8 @@ def certify(kernels: Iterable[Kernel], archs: Sequence[int], quick: bool = False
     """Records, compiles and measures, in a process of its own: Triton's launcher is gone afterwards.
 
     Args:
-        kernels: whose launches; at all of their shapes in bfloat16, at the first also in float16 and float32, or in
-            those of these that its file lists as KERNEL_DTYPES.
+        kernels: whose launches; at all of their shapes and those of the trunk's presets in bfloat16, at the first also
+            in float16 and float32, or in those of these that its file lists as KERNEL_DTYPES.
         archs: compute capabilities times ten: 80, 90, 100.
         quick: architectures after the first only at the first shape, in bfloat16.
         jobs: processes that compile.

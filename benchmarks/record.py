@@ -12,7 +12,6 @@ from typing import Any
 
 from trunkline.benchmarks.examples import shipped_kernels
 from trunkline.benchmarks.plots import plot_roofline, plot_scaling, plot_step, plot_times
-from trunkline.training.comparison_page import tables as comparison_tables
 from trunkline.training.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -20,10 +19,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
 
 
+def results_folder(environment: dict[str, Any]) -> Path:
+    """results/<device>"""
+    device = environment["gpu"] or f"{platform.machine()} {environment['processor']} {environment['cores']} cores"
+    return RESULTS / device.lower().replace(" ", "-")
+
+
 def record(name: str, content: dict[str, Any], environment: dict[str, Any]) -> Path:
     """Writes results/<device>/<name>.json."""
-    device = environment["gpu"] or f"{platform.machine()} {environment['processor']} {environment['cores']} cores"
-    path = RESULTS / device.lower().replace(" ", "-") / f"{name}.json"
+    path = results_folder(environment) / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({**content, "environment": environment}, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
@@ -74,7 +78,6 @@ def tables(folder: Path) -> str:
         "balancing": _balancing,
         "generation": _generation,
         "learning": _learning,
-        "comparison": _comparison,
     }
     found = {name: folder / f"{name}.json" for name in makers if (folder / f"{name}.json").exists()}
     return "".join(makers[name](json.loads(path.read_text(encoding="utf-8"))) for name, path in found.items())
@@ -187,12 +190,6 @@ positions and nothing like `exact_match`, which shows our trunk what two texts h
 {chr(10).join(rows)}
 | mean | | {mean["trunkline"]:.3f} | | {mean["hugging_face"]:.3f} | |
 """
-
-
-def _comparison(comparison: dict[str, Any]) -> str:
-    return f"""
-**Comparison** of systems from scratch on {_measured_on(comparison["environment"])}: `{comparison["command"]}`.
-{comparison_tables(comparison)}"""
 
 
 def _kernel(name: str, content: dict[str, Any]) -> str:

@@ -216,9 +216,10 @@ def train(finished: Finished, run: Path, method: str, **changes) -> tuple[dict, 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_training_learns_with(method, finished, tmp_path, monkeypatch):
+def test_training_learns_and_resumes_with(method, finished, tmp_path, monkeypatch):
     monkeypatch.setattr(balancing, "AVERAGE_WINDOW", 3)
-    summary, lines = train(finished, tmp_path / "run", method)
+    run, resumed = tmp_path / "run", tmp_path / "resumed"
+    summary, lines = train(finished, run, method)
     for name in ("parts", "where", "retell", "prose"):  # what so few steps can teach
         assert summary["tasks"][name]["last_loss"] < 0.9 * summary["tasks"][name]["first_loss"], name
     logged = [line for line in lines if line["event"] == "step"]
@@ -226,6 +227,25 @@ def test_training_learns_with(method, finished, tmp_path, monkeypatch):
     assert all(("task_weights" in line) == (method != "fixed") for line in logged)
     weights = [*logged[-1].get("task_weights", {}).values()]
     assert method == "fixed" or max(weights) > 1.001 * min(weights)
+
+    shutil.copytree(run, resumed)
+    shutil.rmtree(resumed / "checkpoints" / "step-24")
+    config = load_config(finished.config, [f"run={resumed}", f"balancing={method}"])
+    Engine.from_config(replace(config, evaluation=Evaluation(12, 8, 0))).fit(resume=True)
+    (tensors, state), (expected, expected_state) = (
+        checkpoint.load(folder / "checkpoints" / "step-24") for folder in (resumed, run)
+    )
+    torch.testing.assert_close(tensors, expected, rtol=0, atol=0)
+    assert state["balancing"] == expected_state["balancing"]
+    assert bool(state["balancing"]) == (method in ("uncertainty", "dynamic-average", "famo", "gradnorm"))
+
+
+@pytest.mark.parametrize("given", ["pcgrad", Balancing("pcgrad"), {"method": "pcgrad"}], ids=["name", "own", "fields"])
+def test_an_engine_takes_what_a_config_takes(given):
+    engine = Engine(tasks=["sentiment"], balancing=given)
+    assert engine.config.balancing == Balancing("pcgrad")
+    with pytest.raises(ValueError, match=r"balancing: method must be one of fixed, .*, got 'pc'"):
+        Engine(tasks=["sentiment"], balancing="pc")
 
 
 def test_the_cosines_are_those_of_the_gradients(finished, tmp_path):
@@ -243,22 +263,6 @@ def test_watching_changes_nothing_else(finished, tmp_path):
     )
     weights = [checkpoint.load(tmp_path / name / "checkpoints" / "step-4")[0]["model"] for name in ("a", "b")]
     torch.testing.assert_close(*weights, rtol=1e-3, atol=1e-4)
-
-
-@pytest.mark.parametrize("method", ["dynamic-average", "gradnorm", "pcgrad"])
-def test_a_resumed_run_repeats_the_same_bits(method, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr(balancing, "AVERAGE_WINDOW", 3)
-    train(finished, tmp_path / "run", method)
-    shutil.copytree(tmp_path / "run", tmp_path / "resumed")
-    shutil.rmtree(tmp_path / "resumed" / "checkpoints" / "step-24")
-    config = load_config(finished.config, [f"run={tmp_path / 'resumed'}", f"balancing={method}"])
-    Engine.from_config(replace(config, evaluation=Evaluation(12, 8, 0))).fit(resume=True)
-    (tensors, state), (expected, expected_state) = (
-        checkpoint.load(tmp_path / name / "checkpoints" / "step-24") for name in ("resumed", "run")
-    )
-    torch.testing.assert_close(tensors, expected, rtol=0, atol=0)
-    assert state["balancing"] == expected_state["balancing"]
-    assert (method == "pcgrad") == (not state["balancing"])
 
 
 def test_a_layer_that_is_not_there(finished, tmp_path):

@@ -1,6 +1,7 @@
 """Every kernel compiles well for the GPUs we have not got here; and certification finds what it is there to find."""
 
 import importlib.util
+import inspect
 import json
 import os
 import subprocess
@@ -10,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from trunkline.benchmarks.examples import shipped_kernels
+from trunkline.benchmarks.preset_shapes import preset_shapes
+from trunkline.engine.trunk import PRESETS
 
 ROOT = Path(__file__).resolve().parents[1]
 pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton, which is for Linux")
@@ -36,6 +39,18 @@ def test_every_kernel_is_certified():
     assert result.returncode == 0, result.stdout + result.stderr
     for kernel in shipped_kernels():
         assert f"\n{kernel.name}: " in result.stdout  # also where it launches nothing
+
+
+def test_presets_are_among_what_is_certified():
+    """Every linear layer of the last block for the Gram matrix, and no vocabulary for a trunk that reads both ways."""
+    gram = preset_shapes("task_gram")
+    assert len(gram) == 4 * len(PRESETS)
+    assert gram["medium, mlp_out"] == {"tokens": 2048, "tasks": 9, "width_in": 4096, "width_out": 1024}
+    assert preset_shapes("task_loss").keys() == preset_shapes("task_projection").keys() == PRESETS.keys()
+    assert preset_shapes("linear_cross_entropy").keys() == PRESETS.keys() - {"bert-base"}
+    for kernel in shipped_kernels():  # the sizes are those of its example
+        for shape in preset_shapes(kernel.name).values():
+            assert set(shape) <= set(inspect.signature(kernel.example).parameters)
 
 
 @pytest.fixture(scope="module")

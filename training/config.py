@@ -77,9 +77,6 @@ class Config:
     init: str = ""
     """Folder or hub id of a Hugging Face checkpoint, or folder of a finished run, whose trunk and tokenizer are the
     start; of `trunk`, only the dropout may then be another."""
-    architecture: Literal["trunk", "bilstm"] = "trunk"
-    """What the heads stand on: the trunk; or the Bi-LSTM with attention that it is compared with, which takes width,
-    layers and dropout from `trunk`."""
     projection: Literal["", "none", "gelu", "tanh"] = ""
     """Activation of a per-task projection before every head; empty: no projection; none: a linear one."""
     weights: dict[str, float] = field(default_factory=dict)
@@ -121,13 +118,13 @@ class Config:
     blocks; selective: all but these, products and attention. The gradients are the same."""
 
     def __post_init__(self):
+        if not isinstance(self.balancing, Balancing):  # from Python, too, the name of a method, or fields
+            object.__setattr__(self, "balancing", Balancing(**_tuples(_expand_method(self.balancing))))
         names = [task.name for task in self.all_tasks]
         if not names:
             raise ValueError("config: tasks is empty")
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"config: tasks names {', '.join(repeated)} twice")
-        if self.architecture == "bilstm":
-            self._check_bilstm()
         if self.batch.max_length > self.batch.tokens:
             raise ValueError(
                 f"config: batch.max_length {self.batch.max_length} is more than a batch holds, "
@@ -189,31 +186,17 @@ class Config:
         if self.mixing.temperature <= 0:
             raise ValueError(f"config: mixing.temperature must be more than 0, got {self.mixing.temperature}")
 
-    def _check_bilstm(self) -> None:
-        refused = {
-            "init": self.init,
-            "projection": self.projection,
-            "prompt_weight": self.prompt_weight,
-            "balancing.method": self.balancing.method if self.balancing.method in FROM_GRADIENTS else "",
-            "balancing.watch": self.balancing.watch,
-            "mixing.patience": self.mixing.patience,
-        }
-        for name, value in refused.items():
-            if value:
-                raise ValueError(f"config: {name} is for a trunk; with architecture bilstm it cannot be {value!r}")
-
     @property
     def all_tasks(self) -> list[Task]:
         return [get_task(task) if isinstance(task, str) else task for task in self.tasks]
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), kind: type[Config] = Config) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     """Reads a run's YAML and changes what `overrides` say.
 
     Args:
         path: the file; relative file names of its tasks start from its folder.
         overrides: 'key=value' or 'key.inner=value', the value in YAML.
-        kind: `Config`, or one with more fields.
 
     Raises:
         ValueError: no such file, not YAML, an unknown key (the nearest valid one is named) or a wrong type.
@@ -227,10 +210,10 @@ def load_config(path: Path, overrides: Sequence[str] = (), kind: type[Config] = 
     settings = {"run": f"runs/{path.stem}", "base": str(path.parent), **settings}
     for override in overrides:
         _override(settings, override)
-    return config_from(settings, kind)
+    return config_from(settings)
 
 
-def config_from(settings: Mapping[str, Any], kind: type[Config] = Config) -> Config:
+def config_from(settings: Mapping[str, Any]) -> Config:
     """The config that plain dicts, lists and values describe.
 
     Raises:
@@ -244,21 +227,21 @@ def config_from(settings: Mapping[str, Any], kind: type[Config] = Config) -> Con
     settings = {**settings, "trunk": trunk}
     if "balancing" in settings:
         settings["balancing"] = _expand_method(settings["balancing"])
-    _check_keys(settings, kind, "")
-    parser = config_parser(kind)
+    _check_keys(settings, Config, "")
+    parser = config_parser()
     try:
-        return kind(**vars(parser.instantiate(parser.parse_object(settings))))
+        return Config(**vars(parser.instantiate(parser.parse_object(settings))))
     except jsonargparse.ArgumentError as error:
         raise ValueError(f"config: {' '.join(str(error).split())}") from error
 
 
-def config_parser(kind: type[Config] = Config) -> "jsonargparse.ArgumentParser":
+def config_parser() -> "jsonargparse.ArgumentParser":
     """A parser that knows every key, its type, its default and what its docstring says."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(exit_on_error=False, prog="trunkline train CONFIG.yaml")
-    parser.add_class_arguments(kind)
+    parser.add_class_arguments(Config)
     return parser
 
 
@@ -358,7 +341,7 @@ def _check_keys(settings: Any, of: type, where: str) -> None:
         inner = known[key].type
         if isinstance(inner, type) and is_dataclass(inner):
             _check_keys(value, inner, f"{where}{key}.")
-        if issubclass(of, Config) and key == "tasks" and isinstance(value, Iterable):
+        if of is Config and key == "tasks" and isinstance(value, Iterable):
             for number, task in enumerate(value):
                 if not isinstance(task, str):
                     _check_keys(task, Task, f"tasks[{number}].")

@@ -1,0 +1,70 @@
+"""The demo learnt with every balancing method: the scores of its tasks beside those with fixed weights.
+
+    python benchmarks/balancing_methods.py [METHOD ...] [--steps 500]
+
+Without names all eleven, `fixed` first. 500 steps, those of the demo, take about three minutes a method on two cores;
+what was measured before with as many steps is kept, so that a part of the methods can be run at a time.
+"""
+
+import argparse
+import json
+import tempfile
+from statistics import fmean
+from typing import Any, get_args
+
+from trunkline.benchmarks.record import ROOT, record, results_folder
+from trunkline.engine.engine import Engine
+from trunkline.training.balancing import Method
+from trunkline.training.config import load_config
+from trunkline.training.environment import environment
+from trunkline.training.metrics import metric_names
+
+NAME = "balancing_methods"
+KEPT = ("metrics", "first_loss", "last_loss")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(get_args(Method)))
+    parser.add_argument("--steps", type=int, default=500)
+    options = parser.parse_args()
+    if strangers := set(options.methods) - set(get_args(Method)):
+        parser.error(f"no method {', '.join(strangers)}; there are {', '.join(get_args(Method))}")
+
+    around = environment()
+    path = results_folder(around) / f"{NAME}.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    measured = before["methods"] if before.get("steps") == options.steps else {}
+    for method in options.methods or get_args(Method):
+        measured[method] = learn(method, options.steps)
+        content = {
+            "command": f"python benchmarks/balancing_methods.py --steps {options.steps}",
+            "steps": options.steps,
+            "methods": {name: measured[name] for name in get_args(Method) if name in measured},
+        }
+        record(NAME, content, around)  # after each: what is done is done
+    print_table(measured)
+
+
+def learn(method: str, steps: int) -> dict[str, Any]:
+    """What the summary of the demo run says of its tasks, and the seconds of training."""
+    with tempfile.TemporaryDirectory() as folder:
+        overrides = [f"balancing={method}", f"steps={steps}", f"run={folder}/run", f"evaluation.every={steps}"]
+        engine = Engine.from_config(load_config(ROOT / "training" / "configs" / "demo.yaml", overrides))
+        summary = engine.fit()
+    tasks = {name: {key: task[key] for key in KEPT} for name, task in summary["tasks"].items()}
+    first = {task.name: metric_names(task)[0] for task in engine.tasks}
+    score = fmean(tasks[name]["metrics"][metric] for name, metric in first.items())
+    return {"mean_score": score, "metric": first, "tasks": tasks, "seconds": summary["training_seconds"]}
+
+
+def print_table(measured: dict[str, Any]) -> None:
+    metric = next(iter(measured.values()))["metric"]
+    print(f"{'method':16} {'mean':>6} {'seconds':>8}  " + "  ".join(f"{n}: {m}, loss" for n, m in metric.items()))
+    for method, of in measured.items():
+        scores = [f"{of['tasks'][n]['metrics'][m]:.3f}, {of['tasks'][n]['last_loss']:.3f}" for n, m in metric.items()]
+        print(f"{method:16} {of['mean_score']:6.3f} {of['seconds']:8.0f}  {'  '.join(scores)}")
+
+
+if __name__ == "__main__":
+    main()
