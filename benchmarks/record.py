@@ -12,6 +12,7 @@ from typing import Any
 
 from trunkline.benchmarks.examples import shipped_kernels
 from trunkline.benchmarks.plots import plot_roofline, plot_scaling, plot_step, plot_times
+from trunkline.training.comparison_page import tables as comparison_tables
 from trunkline.training.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -78,6 +79,7 @@ def tables(folder: Path) -> str:
         "balancing": _balancing,
         "generation": _generation,
         "learning": _learning,
+        "comparison": _comparison,
     }
     found = {name: folder / f"{name}.json" for name in makers if (folder / f"{name}.json").exists()}
     return "".join(makers[name](json.loads(path.read_text(encoding="utf-8"))) for name, path in found.items())
@@ -190,6 +192,12 @@ positions and nothing like `exact_match`, which shows our trunk what two texts h
 {chr(10).join(rows)}
 | mean | | {mean["trunkline"]:.3f} | | {mean["hugging_face"]:.3f} | |
 """
+
+
+def _comparison(comparison: dict[str, Any]) -> str:
+    return f"""
+**Comparison** of systems from scratch on {_measured_on(comparison["environment"])}: `{comparison["command"]}`.
+{comparison_tables(comparison)}"""
 
 
 def _kernel(name: str, content: dict[str, Any]) -> str:

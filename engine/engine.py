@@ -7,7 +7,6 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +14,22 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from trunkline.engine.generate import Search, generate
+from trunkline.engine.generate import Search
 from trunkline.engine.heads import HEADS
 from trunkline.engine.model import MultiTaskModel, in_model_order
 from trunkline.engine.packing import Example, pack
 from trunkline.engine.pretrained import SETTINGS, WEIGHTS
 from trunkline.engine.trunk import Trunk, TrunkConfig, preset
+from trunkline.training.baselines import BiLSTM, Model
 from trunkline.training.config import Config, restore_config, trunk_of
-from trunkline.training.corpus import load_corpus
-from trunkline.training.data import Layout, describe, prediction_rows
+from trunkline.training.corpus import load_corpus, with_vocabulary
+from trunkline.training.data import Laid, Layout, describe, prediction_rows
 from trunkline.training.evaluation import evaluate
 from trunkline.training.tasks import Task
 from trunkline.training.tokenizer import Tokenizer
 
-FIXED = ("tasks", "trunk", "init", "projection", "label_smoothing", "tokenizer", "device")  # what it is made from
+# what it is made from
+FIXED = ("tasks", "trunk", "architecture", "init", "projection", "label_smoothing", "tokenizer", "device")
 
 
 class Engine:
@@ -50,7 +51,7 @@ class Engine:
     """
 
     tokenizer: Tokenizer | None  # None before fit() or load(), as is the model
-    _model: MultiTaskModel | None
+    _model: Model | None
 
     def __init__(
         self,
@@ -90,8 +91,8 @@ class Engine:
         return engine
 
     @property
-    def model(self) -> MultiTaskModel:
-        """Trunk and heads.
+    def model(self) -> Model:
+        """Trunk and heads; a `BiLSTM` where the config's architecture says so.
 
         Raises:
             ValueError: the engine has not been trained or loaded yet, so its vocabulary is not known.
@@ -100,7 +101,7 @@ class Engine:
             raise ValueError("this engine has no weights yet: call fit(), or Engine.load(folder)")
         return self._model
 
-    def build(self, tokenizer: Tokenizer) -> MultiTaskModel:
+    def build(self, tokenizer: Tokenizer) -> Model:
         """The model for this tokenizer: the one there is, or a new one from the config's seed."""
         self.tokenizer = tokenizer
         if self._model is None:
@@ -111,16 +112,15 @@ class Engine:
                 self._trunk.grow_vocabulary(tokenizer.vocab_size)
                 self.config = replace(self.config, trunk=self._trunk.config)
             elif self._trunk is None:
-                self.config = replace(self.config, trunk=replace(self.config.trunk, vocab_size=tokenizer.vocab_size))
-                self._trunk = Trunk(self.config.trunk)
+                self.config = with_vocabulary(self.config, tokenizer)
             elif self.config.trunk.vocab_size < tokenizer.vocab_size:
                 raise ValueError(
                     f"engine: the tokenizer has {tokenizer.vocab_size} entries, "
                     f"more than the trunk's vocabulary of {self.config.trunk.vocab_size}"
                 )
-            model = MultiTaskModel(self._trunk, self.tasks, self.config.projection, self.config.label_smoothing)
-            self._model = model.to(self.device)
-        self._model.trunk.checkpointing = self.config.checkpointing
+            self._model = make_model(self.config, self._trunk).to(self.device)
+        if isinstance(self._model, MultiTaskModel):
+            self._model.trunk.checkpointing = self.config.checkpointing
         return self._model
 
     @property
@@ -204,13 +204,24 @@ class Engine:
                     )
         layout = Layout(self._tokenizer, self.config.batch.max_length, self.config.trunk.causal)
         laid = [layout.lay(text) for text in parts]
+        # what a trunk makes of a text serves all tasks; a Bi-LSTM's attention is each task's own
+        passes = [[t] for t in asked] if self.config.architecture == "bilstm" else [asked]
+        predictions: dict[str, list[Any]] = {}
+        for together in passes:
+            predictions |= self._predict(laid, together)
+        return predictions
+
+    def _predict(self, laid: Sequence[Laid], asked: Sequence[int]) -> dict[str, list[Any]]:
+        """What tasks, by their places, say of each text, from one pass."""
         wanted = [[prediction_rows(self.tasks[t], text) for t in asked] for text in laid]
-        examples = [Example(0, text.tokens, np.concatenate(rows)) for text, rows in zip(laid, wanted, strict=True)]
-        predictions: dict[str, list[Any]] = {self.tasks[t].name: [None] * len(texts) for t in asked}
+        examples = [
+            Example(asked[0], text.tokens, np.concatenate(rows)) for text, rows in zip(laid, wanted, strict=True)
+        ]
+        predictions: dict[str, list[Any]] = {self.tasks[t].name: [None] * len(laid) for t in asked}
         model = self.model.eval()
         with torch.inference_mode(), self.autocast():
-            batch = pack(examples, 1).to(self.device)
-            x = model.trunk(batch.tokens, batch.positions, batch.plan, batch.rows.token)  # (R, D)
+            batch = pack(examples, len(self.tasks)).to(self.device)
+            x = model.hidden(batch)  # (R, D)
             sizes = [len(rows) for place in batch.order for rows in wanted[place]]
             own = iter(x.split(sizes))
             for place in batch.order:
@@ -238,9 +249,7 @@ class Engine:
         prompts = [layout.prompt(text, self.tasks[t].max_target_tokens).tokens for text in texts]
         model = self.model.eval()
         with self.autocast():
-            made = generate(
-                model.trunk, partial(model.logits, task=t), prompts, layout.tokenizer.end, search or self.config.search
-            )
+            made = model.generate(prompts, t, layout.tokenizer.end, search or self.config.search)
         return [layout.tokenizer.decode(tokens) for tokens in made]
 
     @property
@@ -278,9 +287,17 @@ class Engine:
         settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
         config = replace(restore_config(settings), device=device)
         engine = cls.__new__(cls)
-        engine._hold(config, Trunk(config.trunk))
+        engine._hold(config, Trunk(config.trunk) if config.architecture == "trunk" else None)
         engine.build(Tokenizer.load(str(folder))).load_state_dict(load_file(folder / WEIGHTS, str(engine.device)))
         return engine
+
+
+def make_model(config: Config, trunk: Trunk | None = None) -> Model:
+    """A new model as the config describes it, with new weights where no trunk is given."""
+    tasks = in_model_order(config.all_tasks)
+    if config.architecture == "bilstm":
+        return BiLSTM(config.trunk, tasks, config.label_smoothing)
+    return MultiTaskModel(trunk or Trunk(config.trunk), tasks, config.projection, config.label_smoothing)
 
 
 def _default_device() -> str:

@@ -144,13 +144,18 @@ def generate(
     longest_first = np.argsort(-lengths, kind="stable")
     with torch.inference_mode():
         x, cache = _prefill(trunk, [prompts[i] for i in longest_first], slots)
-        writer = (_Greedy if search.beams == 1 else _Beams)(len(prompts), search, end, x.device)
+        writer = writer_of(len(prompts), search, end, x.device)
         while len(kept := writer.step(logits(x).float())):
             cache.keep(kept)
             places = cache.advance()
             x = trunk(writer.last, places, cache.attend, repeated=cache.repeated(writer.last))  # (S,) -> (S, D)
     texts = writer.written()
     return [texts[place] for place in np.argsort(longest_first)]
+
+
+def writer_of(prompts: int, search: Search, end: int, device: torch.device) -> "_Greedy | _Beams":
+    """What chooses the tokens of so many texts: `step` by `step` from logits, until none goes on."""
+    return (_Greedy if search.beams == 1 else _Beams)(prompts, search, end, device)
 
 
 def _prefill(trunk: Trunk, prompts: Sequence[np.ndarray], slots: int) -> tuple[Tensor, Cache]:

@@ -158,6 +158,22 @@ class Generate(Head):
         return _labels(np.arange(prompt - 1, len(tokens) - 1), targets=tokens[prompt:])
 
 
+class Extract(Tag):
+    """The sentences of a document that make a summary, each from its last token."""
+
+    def columns(self, task: "Task") -> int:
+        return 2
+
+    def predict(self, logits: Tensor) -> list[int]:
+        """(sentences, 2) -> places of the likeliest sentences, as many as their probabilities add up to, at least one.
+
+        The sum is how many sentences the model expects; of equals the first ones are taken.
+        """
+        p = logits.softmax(-1)[:, 1]
+        count = max(1, round(float(p.sum())))
+        return sorted(p.argsort(descending=True, stable=True)[:count].tolist())
+
+
 class LanguageModel(Generate):
     """Every next token."""
 
@@ -166,13 +182,24 @@ class LanguageModel(Generate):
         return _labels(np.arange(len(tokens) - 1), targets=tokens[1:])
 
 
+class MaskedLanguageModel(Generate):
+    """The tokens that were masked, from what stands around them."""
+
+    def label(self, tokens: np.ndarray, label: np.ndarray, causal: bool) -> Labels:
+        """`label`: (L,), the token that was masked, -1 elsewhere."""
+        rows = np.flatnonzero(label >= 0)
+        return _labels(rows, targets=label[rows])
+
+
 HEADS: dict[str, Head] = {
     "classify": Classify(),
     "regress": Regress(),
     "tag": Tag(),
     "span": Span(),
     "generate": Generate(),
+    "extract": Extract(),
     "language-model": LanguageModel(),
+    "masked-language-model": MaskedLanguageModel(),
 }
 
 

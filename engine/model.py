@@ -6,12 +6,15 @@ T tokens, R labelled rows, N tasks, D width, K columns of the table of small hea
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trunkline.engine.generate import Search, generate
 from trunkline.engine.heads import GROUPS, HEADS, span_loss
 from trunkline.engine.packing import PackedBatch
 from trunkline.engine.trunk import Trunk
@@ -50,8 +53,9 @@ class MultiTaskModel(nn.Module):
             raise ValueError(f"model: tasks must be in the order of in_model_order, got {[t.name for t in tasks]}")
         D, N = trunk.config.hidden_size, len(tasks)
         groups = [HEADS[task.head].group for task in tasks]
-        if "vocabulary" in groups and not trunk.config.causal:
-            name = tasks[groups.index("vocabulary")].name
+        following = [task.name for task in tasks if task.head in ("generate", "language-model")]
+        if following and not trunk.config.causal:
+            name = following[0]
             raise ValueError(f"model: task '{name}' predicts next tokens, which needs a causal trunk")
         self.trunk, self.tasks = trunk, tuple(tasks)
         self.num_small, self.num_spans, self.num_vocabulary = (groups.count(group) for group in GROUPS)
@@ -165,6 +169,17 @@ class MultiTaskModel(nn.Module):
                 )
             )
         return LossSums(*(torch.cat(parts) for parts in zip(*sums, strict=True)))
+
+    def score(self, batch: PackedBatch, task: int) -> tuple[LossSums, Tensor]:
+        """For evaluation: loss sums of a batch whose examples are all of one task, and the task's `logits` of its rows;
+        none of a task that predicts tokens, where they would take much memory."""
+        x = self.hidden(batch)
+        predicts_tokens = task >= self.num_small + self.num_spans
+        return self.losses(x, batch), x[:0] if predicts_tokens else self.logits(x, task)
+
+    def generate(self, prompts: Sequence[np.ndarray], task: int, end: int, search: Search) -> list[list[int]]:
+        """Continues prompts as one task's head says: `trunkline.engine.generate.generate`."""
+        return generate(self.trunk, partial(self.logits, task=task), prompts, end, search)
 
     def task_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Parameters of which every row is one task's own, each with the tasks of its rows, int64."""

@@ -87,7 +87,26 @@ def test_saved_and_loaded_it_is_the_same(config, tmp_path):
 def test_the_full_config_differs_from_the_default_everywhere():
     default = Config(tasks=("sst2",))
     alike = [field.name for field in fields(Config) if getattr(FULL, field.name) == getattr(default, field.name)]
-    assert alike == ["init"]  # needs a checkpoint: test_pretrained_start.py
+    # the one needs a checkpoint: test_pretrained_start.py; the other refuses much of the rest
+    assert alike == ["init", "architecture"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"projection": "gelu"},
+        {"prompt_weight": 0.5},
+        {"balancing": {"method": "pcgrad"}},
+        {"balancing": {"watch": 5}},
+        {"mixing": {"patience": 2}},
+    ],
+    ids=str,
+)
+def test_what_a_bilstm_cannot_have_is_refused(settings):
+    others = {"tasks": ["sst2"], "architecture": "bilstm"}
+    assert config_from(others).architecture == "bilstm"
+    with pytest.raises(ValueError, match=f"{next(iter(settings))}.* is for a trunk; with architecture bilstm"):
+        config_from({**others, **settings})
 
 
 @pytest.mark.parametrize("name", ["demo", "glue"])

@@ -1,11 +1,12 @@
 import math
 import sys
 from random import Random
+from typing import get_args
 
 import pytest
 
-from trunkline.training.metrics import DEFAULTS, METRICS, higher_is_better, metric_names, score, trivial_baseline
-from trunkline.training.tasks import Task
+from trunkline.training.metrics import DEFAULTS, METRICS, higher_is_better, metric_names, score, trivial_baselines
+from trunkline.training.tasks import Head, Task
 
 CLASSIFY = Task("sst2", "classify", ("text",), "label", ("negative", "positive"))
 REGRESS = Task("stsb", "regress", ("text",), "score")
@@ -177,9 +178,29 @@ def test_counts_must_agree(predictions, references):
 
 
 def test_defaults_are_metrics_of_their_head():
-    assert set(DEFAULTS) == {"classify", "regress", "generate", "tag", "span", "language-model"}
+    assert set(DEFAULTS) == set(get_args(Head))
     for task in (CLASSIFY, REGRESS, GENERATE, TAG, SPAN, LANGUAGE):
         assert metric_names(task) == DEFAULTS[task.head]
+
+
+def test_random_scores_are_those_of_scikit_learn_and_scipy():
+    from scipy import stats
+    from sklearn import metrics
+
+    random = Random(0)
+    for classes in (2, 3):
+        a, b = ([random.randrange(classes) for _ in range(40)] for _ in range(2))
+        of_class_1 = [[value == 1 for value in values] for values in (b, a)]
+        expected = {
+            "accuracy": metrics.accuracy_score(b, a),
+            "f1": metrics.f1_score(*of_class_1),
+            "macro_f1": metrics.f1_score(b, a, average="macro"),
+            "matthews": metrics.matthews_corrcoef(b, a),
+        }
+        assert score(tuple(expected), a, b) == pytest.approx(expected)
+    x, y = ([random.gauss(0, 1) for _ in range(40)] for _ in range(2))
+    expected = {"pearson": stats.pearsonr(y, x).statistic, "spearman": stats.spearmanr(y, x).statistic}
+    assert score(tuple(expected), x, y) == pytest.approx(expected)
 
 
 def test_metrics_of_a_task():
@@ -196,12 +217,12 @@ def test_only_loss_and_perplexity_are_better_lower():
 
 def test_baselines_take_the_training_labels():
     texts = ["x", "y"]
-    assert trivial_baseline(CLASSIFY, [1, 0, 1], texts, [0, 0]) == ("majority class", [1, 1])
-    assert trivial_baseline(TAG, [[0, 1], [1, 1]], texts, [[0, 0, 0], [2]]) == ("majority class", [[1, 1, 1], [1]])
-    assert trivial_baseline(REGRESS, [1.0, 4.0], texts, [0.0, 0.0]) == ("mean of the training labels", [2.5, 2.5])
+    assert trivial_baselines(CLASSIFY, [1, 0, 1], texts, [0, 0]) == {"majority class": [1, 1]}
+    assert trivial_baselines(TAG, [[0, 1], [1, 1]], texts, [[0, 0, 0], [2]]) == {"majority class": [[1, 1, 1], [1]]}
+    assert trivial_baselines(REGRESS, [1.0, 4.0], texts, [0.0, 0.0]) == {"mean of the training labels": [2.5, 2.5]}
     spans = [(0, 1), [3, 5], (3, 5)]
-    assert trivial_baseline(SPAN, spans, texts, [(0, 0)] * 2) == ("most frequent training span", [(3, 5)] * 2)
-    assert trivial_baseline(LANGUAGE, [], texts, [1, 1]) is None
+    assert trivial_baselines(SPAN, spans, texts, [(0, 0)] * 2) == {"most frequent training span": [(3, 5)] * 2}
+    assert trivial_baselines(LANGUAGE, [], texts, [1, 1]) == {}
 
 
 ARTICLE = 'Mr. Smith, J. R., left. "Why?" He did not say. It rained. Nobody cared.'
@@ -225,4 +246,6 @@ TALK = "#A#: Hi. How are you?\n\n#B#: Fine.\r\n#A#: Good.\n#B#: Bye."
     ],
 )
 def test_lead_is_as_long_as_the_training_texts(document, summary, name, lead):
-    assert trivial_baseline(GENERATE, [summary, [summary, "?"]], [document] * 2, ["", ""]) == (name, [lead] * 2)
+    leads = trivial_baselines(GENERATE, [summary, [summary, "?"]], [document] * 2, ["", ""])
+    assert next(iter(leads.items())) == (name, [lead] * 2)
+    assert len(leads) == 2

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from trunkline.engine.heads import HEADS
 from trunkline.engine.model import MultiTaskModel
+from trunkline.training.baselines import Model
 from trunkline.training.metrics import first_score
 from trunkline.training.mixing import ADAPTIVE, Mixer, Mixing
 from trunkline.training.tasks import Task
@@ -59,7 +60,7 @@ class Adaptive:
         accumulate: batches of a step.
     """
 
-    def __init__(self, mixing: Mixing, tasks: Sequence[Task], model: MultiTaskModel, mixer: Mixer, accumulate: int):
+    def __init__(self, mixing: Mixing, tasks: Sequence[Task], model: Model, mixer: Mixer, accumulate: int):
         self.mixing, self.tasks, self.model, self.mixer, self.accumulate = mixing, tasks, model, mixer, accumulate
         self.state = State()
         self.held: list[tuple[Tensor, Tensor, Tensor]] = []  # parameter, rows of it, their values
@@ -131,6 +132,7 @@ class Adaptive:
 
     def _hold(self) -> None:
         """Notes what of the parameters belongs to stopped tasks only."""
+        assert isinstance(self.model, MultiTaskModel)  # of a Bi-LSTM no task stops
         stopped = torch.tensor([at is not None for at in self.state.stopped], device=self.model.device)
         held = [(parameter, stopped[task].nonzero()[:, 0]) for parameter, task in self.model.task_parameters()]
         writing = [at for task, at in zip(self.tasks, self.state.stopped, strict=True) if _writes(task)]

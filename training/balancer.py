@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from trunkline.engine.balanced_backward import BalancedBackward
-from trunkline.engine.model import MultiTaskModel
 from trunkline.engine.packing import PackedBatch
 from trunkline.kernels.task_loss import LossSums
 from trunkline.training.balancing import FROM_GRADIENTS, FROM_LOSSES, Balancing, Seen, State
+from trunkline.training.baselines import BiLSTM, Model
 
 LOGGED = 32  # tasks up to which every two are compared in metrics.jsonl: more could not be told apart in a chart
 
@@ -33,14 +33,15 @@ class Balancer:
     def __init__(
         self,
         settings: Balancing,
-        model: MultiTaskModel,
+        model: Model,
         seed: int,
         forward: Callable[[PackedBatch], LossSums] | None = None,
     ):
         self.settings, self.model, self.seed = settings, model, seed
         self.losses_of = forward or model
         self.function = (FROM_LOSSES | FROM_GRADIENTS)[settings.method]
-        self.parts = BalancedBackward(model, settings.layers)
+        if not isinstance(model, BiLSTM):  # whose config looks at no gradients
+            self.parts = BalancedBackward(model, settings.layers)
         self.state = State(len(model.tasks))
         self.losses: list[Tensor] = []  # (N,) of every batch of the step
         self._forget()

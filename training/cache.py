@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow as pa
 
 from trunkline.training.data import Counts, Encoded
-from trunkline.training.tasks import Task
+from trunkline.training.tasks import SUMMARIES, Task
 from trunkline.training.tokenizer import Tokenizer
 
 FORMAT = 2  # to be raised when encoding changes; part of every name
@@ -82,7 +82,7 @@ def _write_table(table: pa.Table, path: Path) -> None:
 def _read(path: Path, task: Task, causal: bool) -> Encoded:
     table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()  # tokens stay in the file until they are looked at
     tokens, labels = (table[name].chunk(0) for name in ("tokens", "labels"))
-    references = table["references"].to_pylist() if task.head == "generate" else []
+    references = table["references"].to_pylist() if task.head in SUMMARIES else []
     return Encoded(
         task=task,
         causal=causal,

@@ -53,7 +53,14 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("values", nargs="*", metavar="key=value")
     train.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
     train.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
-    train.add_argument("--help", "-h", action=_TrainHelp, help="show this and all settings, and stop")
+    train.add_argument("--help", "-h", action=_SettingsHelp, help="show this and all settings, and stop")
+
+    compare = command(
+        "compare", _compare, "train several systems on the same data and budget, side by side", add_help=False
+    )
+    compare.add_argument("config", metavar="CONFIG.yaml", type=Path)
+    compare.add_argument("values", nargs="*", metavar="key=value")
+    compare.add_argument("--help", "-h", action=_SettingsHelp, help="show this and all settings, and stop")
 
     evaluate = command("eval", _evaluate, "score a finished run or saved engine on the validation splits")
     _run_and_data(evaluate)
@@ -105,7 +112,7 @@ def _run_and_data(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", help="folder laid out like the hub; default: as in training")
 
 
-class _TrainHelp(argparse.Action):
+class _SettingsHelp(argparse.Action):
     """The options, and every key of a config with its meaning and default."""
 
     def __init__(self, option_strings: Sequence[str], dest: str, **settings: Any):
@@ -115,7 +122,12 @@ class _TrainHelp(argparse.Action):
         from trunkline.training.config import config_parser
 
         print(parser.format_help())
-        keys = config_parser().format_help()
+        if parser.prog.endswith("compare"):
+            from trunkline.training.compare import Comparison
+
+            keys = config_parser(Comparison).format_help()
+        else:
+            keys = config_parser().format_help()
         print("settings, in CONFIG.yaml or as key=value:" + keys.partition("options:")[2])
         parser.exit()
 
@@ -130,6 +142,15 @@ def _train(options: argparse.Namespace) -> None:
     summary = Engine.from_config(config).fit(resume=options.resume, overwrite=options.overwrite)
     _print_scores(summary["tasks"])
     print(f"{summary['wall_time_seconds'] / 60:.1f} minutes; report: {Path(config.run) / 'report.html'}")
+
+
+def _compare(options: argparse.Namespace) -> None:
+    from trunkline.training.compare import compare, load_comparison
+
+    comparison = load_comparison(options.config, options.values)
+    compare(comparison)
+    print(f"\n{(Path(comparison.run) / 'comparison.md').read_text(encoding='utf-8')}")
+    print(f"page: {Path(comparison.run) / 'comparison.html'}")
 
 
 def _print_scores(tasks: dict) -> None:

@@ -77,6 +77,9 @@ class Config:
     init: str = ""
     """Folder or hub id of a Hugging Face checkpoint, or folder of a finished run, whose trunk and tokenizer are the
     start; of `trunk`, only the dropout may then be another."""
+    architecture: Literal["trunk", "bilstm"] = "trunk"
+    """What the heads stand on: the trunk; or the Bi-LSTM with attention that it is compared with, which takes width,
+    layers and dropout from `trunk`."""
     projection: Literal["", "none", "gelu", "tanh"] = ""
     """Activation of a per-task projection before every head; empty: no projection; none: a linear one."""
     weights: dict[str, float] = field(default_factory=dict)
@@ -125,6 +128,8 @@ class Config:
             raise ValueError("config: tasks is empty")
         if repeated := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"config: tasks names {', '.join(repeated)} twice")
+        if self.architecture == "bilstm":
+            self._check_bilstm()
         if self.batch.max_length > self.batch.tokens:
             raise ValueError(
                 f"config: batch.max_length {self.batch.max_length} is more than a batch holds, "
@@ -186,17 +191,31 @@ class Config:
         if self.mixing.temperature <= 0:
             raise ValueError(f"config: mixing.temperature must be more than 0, got {self.mixing.temperature}")
 
+    def _check_bilstm(self) -> None:
+        refused = {
+            "init": self.init,
+            "projection": self.projection,
+            "prompt_weight": self.prompt_weight,
+            "balancing.method": self.balancing.method if self.balancing.method in FROM_GRADIENTS else "",
+            "balancing.watch": self.balancing.watch,
+            "mixing.patience": self.mixing.patience,
+        }
+        for name, value in refused.items():
+            if value:
+                raise ValueError(f"config: {name} is for a trunk; with architecture bilstm it cannot be {value!r}")
+
     @property
     def all_tasks(self) -> list[Task]:
         return [get_task(task) if isinstance(task, str) else task for task in self.tasks]
 
 
-def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: Path, overrides: Sequence[str] = (), kind: type[Config] = Config) -> Config:
     """Reads a run's YAML and changes what `overrides` say.
 
     Args:
         path: the file; relative file names of its tasks start from its folder.
         overrides: 'key=value' or 'key.inner=value', the value in YAML.
+        kind: `Config`, or one with more fields.
 
     Raises:
         ValueError: no such file, not YAML, an unknown key (the nearest valid one is named) or a wrong type.
@@ -210,10 +229,10 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> Config:
     settings = {"run": f"runs/{path.stem}", "base": str(path.parent), **settings}
     for override in overrides:
         _override(settings, override)
-    return config_from(settings)
+    return config_from(settings, kind)
 
 
-def config_from(settings: Mapping[str, Any]) -> Config:
+def config_from(settings: Mapping[str, Any], kind: type[Config] = Config) -> Config:
     """The config that plain dicts, lists and values describe.
 
     Raises:
@@ -227,21 +246,21 @@ def config_from(settings: Mapping[str, Any]) -> Config:
     settings = {**settings, "trunk": trunk}
     if "balancing" in settings:
         settings["balancing"] = _expand_method(settings["balancing"])
-    _check_keys(settings, Config, "")
-    parser = config_parser()
+    _check_keys(settings, kind, "")
+    parser = config_parser(kind)
     try:
-        return Config(**vars(parser.instantiate(parser.parse_object(settings))))
+        return kind(**vars(parser.instantiate(parser.parse_object(settings))))
     except jsonargparse.ArgumentError as error:
         raise ValueError(f"config: {' '.join(str(error).split())}") from error
 
 
-def config_parser() -> "jsonargparse.ArgumentParser":
+def config_parser(kind: type[Config] = Config) -> "jsonargparse.ArgumentParser":
     """A parser that knows every key, its type, its default and what its docstring says."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(exit_on_error=False, prog="trunkline train CONFIG.yaml")
-    parser.add_class_arguments(Config)
+    parser.add_class_arguments(kind)
     return parser
 
 
@@ -341,7 +360,7 @@ def _check_keys(settings: Any, of: type, where: str) -> None:
         inner = known[key].type
         if isinstance(inner, type) and is_dataclass(inner):
             _check_keys(value, inner, f"{where}{key}.")
-        if of is Config and key == "tasks" and isinstance(value, Iterable):
+        if issubclass(of, Config) and key == "tasks" and isinstance(value, Iterable):
             for number, task in enumerate(value):
                 if not isinstance(task, str):
                     _check_keys(task, Task, f"tasks[{number}].")

@@ -6,11 +6,12 @@ from pathlib import Path
 
 from trunkline.engine.model import in_model_order
 from trunkline.training import cache
+from trunkline.training.cells import text_of
 from trunkline.training.config import Config
-from trunkline.training.data import Encoded, encode, text_of
+from trunkline.training.data import Encoded, encode
 from trunkline.training.metrics import metric_names
 from trunkline.training.sources import Rows, read_rows
-from trunkline.training.tasks import Task
+from trunkline.training.tasks import SUMMARIES, Task
 from trunkline.training.tokenizer import Tokenizer
 
 TOKENIZER_TEXTS = 20_000  # of each task that a tokenizer is trained on
@@ -51,6 +52,8 @@ def load_corpus(
     if tokenizer is None:
         training = [(task, rows[task, "train"]) for task in tasks]
         tokenizer = _tokenizer(config, training, tell)
+    if any(task.head == "masked-language-model" for task in tasks):
+        tokenizer.mask()  # before anything is encoded: it may be new to the vocabulary
 
     def encoded(task: Task, split: str) -> Encoded:
         def make() -> Encoded:
@@ -75,7 +78,7 @@ def _tokenizer(config: Config, training: list[tuple[Task, Rows]], tell: Callable
 
     def texts() -> Iterator[str]:
         for task, rows in training:
-            columns = [*task.text, *([task.label] if task.head == "generate" else [])]
+            columns = [*task.text, *([task.label] if task.head in SUMMARIES else [])]
             for column in columns:
                 characters = 0
                 for row, value in enumerate(rows.columns[column][:TOKENIZER_TEXTS]):

@@ -1,9 +1,10 @@
 """From rows to encoded examples: every label checked, every text turned into tokens.
 
     text classification   text [SEPARATOR text] END           (bidirectional trunks: END first)
-    tag, span             the same; the label is at tokens of the text
+    tag, span, extract    the same; the label is at tokens of the text
     generate              document SUMMARY target END
     language-model        END text END, in pieces of the longest length
+    masked-language-model as a classification, some tokens hidden
 
 n examples, L tokens of an example
 """
@@ -14,16 +15,20 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
+from zlib import crc32
 
 import numpy as np
 
 from trunkline.engine.heads import HEADS, pooled
 from trunkline.engine.packing import Example
+from trunkline.training.cells import class_of, number_of, references_of, text_of
+from trunkline.training.extract import oracle, sentences_of
 from trunkline.training.sources import Rows
-from trunkline.training.tasks import Task
+from trunkline.training.tasks import SUMMARIES, Task
 from trunkline.training.tokenizer import Ids, Tokenizer
 
 ENCODED_AT_ONCE = 4_000_000  # characters that are encoded together: a token in the tokenizer's hands takes 150 bytes
+MASKED = 0.15  # of a text's tokens: Devlin et al., BERT, arXiv:1810.04805, section 3.1, without its random replacements
 UNLABELLED = ("-1", "-1.0", "-100")  # what data sets and loss functions write for "no class"
 
 
@@ -47,7 +52,7 @@ class Encoded:
     bounds: np.ndarray  # (n + 1,) first token of each example
     labels: np.ndarray  # all examples' labels, float64; what they say is the head's business
     label_bounds: np.ndarray  # (n + 1,)
-    references: list[str | list[str]]  # (n,) generate: the texts to be matched; empty otherwise
+    references: list[str | list[str]]  # (n,) generate, extract: the texts to be matched; empty otherwise
     counts: Counts
 
     def __len__(self) -> int:
@@ -96,15 +101,15 @@ class Encoded:
                 return int(label[0])
             case "regress":
                 return float(label[0])
-            case "generate":
+            case "generate" | "extract":
                 return self.references[i]
             case "tag":
                 return label[label >= 0].astype(int).tolist()
             case "span":
                 first, _, start, last = label.astype(int).tolist()
                 return start - first, last - first
-            case "language-model":
-                return int(self.lengths[i]) - 1
+            case "language-model" | "masked-language-model":
+                return int((HEADS[self.task.head].label(self.tokens_of(i), label, self.causal).weights > 0).sum())
 
 
 def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal: bool) -> Encoded:
@@ -186,7 +191,7 @@ def _problem(task: Task, rows: Rows, row: int) -> Literal["empty", "unlabelled",
         return "empty"
     label = rows.columns[task.label][row] if task.label else 0
     missing = label is None or label == [] or (isinstance(label, float) and math.isnan(label))
-    if task.head == "generate" and not missing:
+    if task.head in SUMMARIES and not missing:
         blank = not references_of(label)
     else:
         blank = isinstance(label, str) and not label.strip()
@@ -264,6 +269,8 @@ def prediction_rows(task: Task, laid: Laid) -> np.ndarray:
             return rows[rows >= 0]
         case "span":
             return np.arange(laid.first, laid.end)
+        case "extract":
+            return laid.first + np.array([token for _, token in sentences_of(laid.text, laid.offsets)])
         case _:
             return np.array([pooled(laid.tokens, laid.causal)])
 
@@ -275,6 +282,9 @@ def describe(task: Task, value: Any, laid: Laid) -> Any:
             return task.labels[value]
         case "tag":
             return [task.labels[tag] for tag in value]
+        case "extract":
+            sentences = sentences_of(laid.text, laid.offsets)
+            return "\n".join(sentences[place][0] for place in value)
         case "span":
             return laid.text[laid.offsets[value[0]][0] : laid.offsets[value[1]][1]].strip()
         case _:
@@ -286,12 +296,12 @@ _Made = tuple[list[_Piece], bool]  # the examples of a row, none if it is too lo
 
 def _encode_class(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
     laid = layout.lay(texts, ids)
-    return [_Piece(laid.tokens, [_class_id(task, label)])], laid.cut
+    return [_Piece(laid.tokens, [class_of(task, label)])], laid.cut
 
 
 def _encode_number(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
     laid = layout.lay(texts, ids)
-    return [_Piece(laid.tokens, [_number(label, "label")])], laid.cut
+    return [_Piece(laid.tokens, [number_of(label, "label")])], laid.cut
 
 
 def _encode_tags(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
@@ -300,7 +310,7 @@ def _encode_tags(layout: Layout, task: Task, texts: list[str], ids: list[Ids], l
     words = texts[-1].split()
     if len(tags) != len(words):
         raise ValueError(f"label must have one tag for each of the {len(words)} words, got {len(tags)}: {label!r}")
-    classes = np.array([_class_id(task, tag) for tag in tags])
+    classes = np.array([class_of(task, tag) for tag in tags])
     laid = layout.lay(texts, ids)
     rows = word_rows(laid)
     of_token = np.full(len(laid.tokens), -1.0)
@@ -311,7 +321,7 @@ def _encode_tags(layout: Layout, task: Task, texts: list[str], ids: list[Ids], l
 def _encode_span(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
     """`label` is the answer's text, inside the last text column."""
     answer = text_of(label)
-    begin = texts[-1].find(answer) if start is None else int(_number(start, "start"))
+    begin = texts[-1].find(answer) if start is None else int(number_of(start, "start"))
     end = begin + len(answer)
     if begin < 0 or texts[-1][begin:end] != answer:
         place = "" if start is None else f" at character {start}"
@@ -330,8 +340,35 @@ def _encode_target(layout: Layout, task: Task, texts: list[str], ids: list[Ids],
     kept = target[: task.max_target_tokens]
     prompt = layout.prompt(texts[0], task.max_target_tokens, ids[0])
     tokens = np.concatenate([prompt.tokens, kept, [layout.tokenizer.end]])
-    reference = references[0] if len(references) == 1 else references
-    return [_Piece(tokens, [len(prompt.tokens)], reference)], prompt.cut or len(kept) < len(target)
+    return [_Piece(tokens, [len(prompt.tokens)], _one_or_several(references))], prompt.cut or len(kept) < len(target)
+
+
+def _one_or_several(references: list[str]) -> str | list[str]:
+    return references[0] if len(references) == 1 else references
+
+
+def _encode_sentences(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
+    """`label` is a summary; what is learnt is which sentences come nearest to it."""
+    references = references_of(label)
+    laid = layout.lay(texts, ids)
+    sentences = sentences_of(laid.text, laid.offsets)
+    of_token = np.full(len(laid.tokens), -1.0)
+    of_token[[laid.first + token for _, token in sentences]] = 0
+    for place in oracle([sentence for sentence, _ in sentences], references[0]):
+        of_token[laid.first + sentences[place][1]] = 1
+    return [_Piece(laid.tokens, of_token, _one_or_several(references))], laid.cut
+
+
+def _encode_masked(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
+    """A part of the tokens is hidden, the same ones whenever the text is met."""
+    laid = layout.lay(texts, ids)
+    tokens, random = laid.tokens.copy(), np.random.default_rng(crc32(laid.tokens.tobytes()))
+    text = np.isin(tokens, (layout.tokenizer.end, layout.tokenizer.separator), invert=True).nonzero()[0]
+    hidden = random.choice(text, max(1, round(MASKED * len(text))), replace=False)
+    of_token = np.full(len(tokens), -1.0)
+    of_token[hidden] = tokens[hidden]
+    tokens[hidden] = layout.tokenizer.mask()
+    return [_Piece(tokens, of_token)], laid.cut
 
 
 def _encode_text(layout: Layout, task: Task, texts: list[str], ids: list[Ids], label: Any, start: Any) -> _Made:
@@ -347,58 +384,7 @@ _ENCODERS: dict[str, Callable[[Layout, Task, list[str], list[Ids], Any, Any], _M
     "tag": _encode_tags,
     "span": _encode_span,
     "generate": _encode_target,
+    "extract": _encode_sentences,
     "language-model": _encode_text,
+    "masked-language-model": _encode_masked,
 }
-
-
-def text_of(value: Any) -> str:
-    """A text column's value; a list of sentences is joined.
-
-    Raises:
-        ValueError: it is not text, or has half a character, as JSON can.
-    """
-    if value is None:
-        return ""
-    if isinstance(value, list):
-        return " ".join(text_of(part) for part in value)
-    if not isinstance(value, str):
-        raise ValueError(f"text must be a string, got {value!r}")
-    value.encode()  # an error for half a character
-    return value
-
-
-def references_of(label: Any) -> list[str]:
-    """The texts that a generated one is matched with: the label, or those of its list that are not blank.
-
-    Raises:
-        ValueError: one of them is no text.
-    """
-    references = label if isinstance(label, list) else [label]
-    for place, reference in enumerate(references, 1):
-        if not isinstance(reference, str):
-            raise ValueError(f"reference {place} of {len(references)} must be a string, got {reference!r}")
-    return [text for text in map(text_of, references) if text.strip()]
-
-
-def _number(value: Any, name: str) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return number
-
-
-def _class_id(task: Task, label: Any) -> int:
-    """A class given by name, or by id as a number or its digits."""
-    if isinstance(label, str):
-        if label in task.labels:
-            return task.labels.index(label)
-        number = int(label) if re.fullmatch(r"-?\d+", label) else None
-    else:
-        number = int(label) if isinstance(label, int | float) and label % 1 == 0 else None
-    if number is None or not 0 <= number < len(task.labels):
-        known = ", ".join(task.labels)
-        raise ValueError(f"label must be a class id in [0, {len(task.labels)}) or one of {known}, got {label!r}")
-    return number

@@ -2,18 +2,18 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 
-from trunkline.engine.generate import Search, generate
+from trunkline.engine.generate import Search
 from trunkline.engine.heads import HEADS
-from trunkline.engine.model import MultiTaskModel
 from trunkline.engine.packing import pack
+from trunkline.training.baselines import Model
 from trunkline.training.data import Encoded
 from trunkline.training.metrics import metric_names, score, score_task
+from trunkline.training.tasks import LANGUAGE
 from trunkline.training.tokenizer import Tokenizer
 
 TEXTS_AT_ONCE = 64  # prompts that are continued together
@@ -30,7 +30,7 @@ class Scored:
 
 
 def evaluate(
-    model: MultiTaskModel,
+    model: Model,
     tokenizer: Tokenizer,
     validation: Sequence[Encoded],
     *,
@@ -56,7 +56,7 @@ def evaluate(
 
 
 def _evaluate_task(
-    model: MultiTaskModel,
+    model: Model,
     tokenizer: Tokenizer,
     split: Encoded,
     task: int,
@@ -70,23 +70,23 @@ def _evaluate_task(
     predicted: dict[int, Any] = {}
     for members in _batches(split, chosen, tokens):
         batch = pack([split.example(i, task) for i in members], len(model.tasks)).to(model.device)
-        x = model.hidden(batch)  # (R, D)
-        sums = model.losses(x, batch)
+        sums, logits = model.score(batch, task)  # (R, C)
         loss += float(sums.loss[task])
         weight += float(sums.weight[task])
-        if split.task.head not in ("generate", "language-model"):
-            logits = model.logits(x, task).float().cpu()  # (R, C)
+        if HEADS[split.task.head].group != "vocabulary":
             ordered = [members[place] for place in batch.order]
             rows = [len(split.example(i, task).rows) for i in ordered]
-            for i, own in zip(ordered, logits.split(rows), strict=True):
+            for i, own in zip(ordered, logits.float().cpu().split(rows), strict=True):
                 predicted[i] = HEADS[split.task.head].predict(own)
     mean = loss / weight
-    if split.task.head == "language-model":
+    if split.task.head in LANGUAGE:
         return Scored({"loss": mean, **score(metric_names(split.task), [mean], [int(weight)])}, [], [])
     if split.task.head == "generate":
         count = len(chosen) if texts is None else texts
         chosen = [chosen[place] for place in spaced(len(chosen), count)] if count else []
         predicted = _texts(model, tokenizer, split, task, chosen, search)
+    elif split.task.head == "extract":
+        predicted = {i: _sentences(tokenizer, split, i, predicted[i]) for i in chosen}
     predictions = [predicted[i] for i in chosen]
     if not chosen:
         return Scored({"loss": mean}, [], [])
@@ -95,7 +95,7 @@ def _evaluate_task(
 
 
 def _texts(
-    model: MultiTaskModel, tokenizer: Tokenizer, split: Encoded, task: int, chosen: Sequence[int], search: Search
+    model: Model, tokenizer: Tokenizer, split: Encoded, task: int, chosen: Sequence[int], search: Search
 ) -> dict[int, str]:
     """Texts generated for the prompts of these examples."""
     texts: dict[int, str] = {}
@@ -103,9 +103,16 @@ def _texts(
     for first in range(0, len(by_length), TEXTS_AT_ONCE):
         members = by_length[first : first + TEXTS_AT_ONCE]
         prompts = [split.prompt_of(i) for i in members]
-        made = generate(model.trunk, partial(model.logits, task=task), prompts, tokenizer.end, search)
+        made = model.generate(prompts, task, tokenizer.end, search)
         texts.update(zip(members, map(tokenizer.decode, made), strict=True))
     return texts
+
+
+def _sentences(tokenizer: Tokenizer, split: Encoded, i: int, places: Sequence[int]) -> str:
+    """These sentences of example `i`, a line each."""
+    ends = split.example(i, 0).rows + 1
+    starts = [0, *ends]
+    return "\n".join(tokenizer.decode(split.tokens_of(i)[starts[place] : ends[place]]) for place in places)
 
 
 def spaced(count: int, wanted: int) -> list[int]:

@@ -209,6 +209,62 @@ def conflicts(steps: Steps) -> dict[str, Any] | None:
     }
 
 
+def colours(names: Sequence[str]) -> dict[str, str]:
+    """A colour for every system of a comparison."""
+    return dict(zip(names, _PALETTE, strict=False))
+
+
+def system_scores(results: dict[str, Any], task: str, colours: dict[str, str], columns: int) -> "Markup":
+    """Every system's score on a task: each seed, their mean and standard deviation; dashed, what needs no model."""
+    from matplotlib.figure import Figure
+
+    metric, table = results["tasks"][task]["metric"], results["table"][task]["scores"]
+    names = list(colours)
+    width, height = 11.0 / columns - 0.3, 0.42 + 0.22 * len(names)  # inches
+    left, right, bottom, top = 1.12, 0.16, 0.26, 0.08
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((left / width, bottom / height, 1 - (left + right) / width, 1 - (bottom + top) / height))
+    axes.patch.set_visible(False)
+    for name in results["trivial"]:
+        if name in table:
+            axes.axvline(table[name]["mean"], color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
+    for place, name in enumerate(names):
+        if name not in table:
+            continue
+        seeds = results["systems"][name]["seeds"].values()
+        each = [result["scores"][task][metric] for result in seeds if "scores" in result]
+        mean, deviation = table[name]["mean"], table[name]["deviation"] or 0.0
+        axes.plot([mean - deviation, mean + deviation], [place, place], color=colours[name], linewidth=2.2, alpha=0.45)
+        axes.plot(each, [place] * len(each), color=colours[name], marker="|", markersize=7, linewidth=0)
+        axes.plot(mean, place, color=colours[name], marker="o", markersize=5)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.margins(x=0.08)
+    axes.locator_params(axis="x", nbins=4)
+    return _svg(figure, f"scores-{task}", f"{metric} of every system on {task}")
+
+
+def system_losses(
+    curves: dict[str, list[list[tuple[float, float]]]], task: str, colours: dict[str, str], columns: int
+) -> "Markup":
+    """Training loss of a task against its examples seen: of every system the mean over seeds, and faint their range."""
+    figure, axes = _panel(columns)
+    for name, seeds in curves.items():
+        count = min(map(len, seeds))
+        half = count // 30
+        smooth = [
+            [fmean(loss for _, loss in seed[max(0, place - half) : place + half + 1]) for place in range(count)]
+            for seed in seeds
+        ]
+        seen = [fmean(seed[place][0] for seed in seeds) for place in range(count)]
+        every = count // 300 + 1
+        columns_of_seeds = list(zip(*smooth, strict=True))[::every]
+        low, high = [min(values) for values in columns_of_seeds], [max(values) for values in columns_of_seeds]
+        axes.fill_between(seen[::every], low, high, color=colours[name], alpha=0.15, linewidth=0)
+        axes.plot(seen[::every], list(map(fmean, columns_of_seeds)), color=colours[name], linewidth=1.5)
+    return _svg(figure, f"loss-{task}", f"Training loss of every system on {task} against the examples seen")
+
+
 def _panel(columns: int) -> tuple["Figure", "Axes"]:
     """A chart that fills one of `columns` columns of the page, with a horizontal axis of steps."""
     from matplotlib.figure import Figure

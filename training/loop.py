@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from trunkline.engine import pretrained
 from trunkline.engine.compiled import CompiledModel, FixedShapes
 from trunkline.engine.memory import keep_freed_memory
+from trunkline.engine.model import MultiTaskModel
 from trunkline.engine.packing import PackedBatch, pack
 from trunkline.training import checkpoint
 from trunkline.training.adaptive import Adaptive
@@ -30,6 +31,7 @@ from trunkline.training.config import Config, Optimizer, save_config
 from trunkline.training.corpus import Corpus, load_corpus
 from trunkline.training.data import Encoded
 from trunkline.training.evaluation import Scored, evaluate
+from trunkline.training.flops import training_flops
 from trunkline.training.metrics import first_score, metric_names
 from trunkline.training.mixing import Mixer
 from trunkline.training.progress import Display, Interval, Log, Progress
@@ -57,18 +59,9 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
 
     names = [task.name for task in corpus.tasks]
     weights = torch.tensor([config.weights.get(name, 1.0) for name in names], device=engine.device)  # (N,)
-    batches = config.steps * config.batch.accumulate
-    mixer = Mixer(
-        [split.lengths for split in corpus.train],
-        config.mixing,
-        [config.mixing.shares.get(name, 0.0) for name in names],
-        config.batch.tokens,
-        batches,
-        config.seed,
-        config.evaluation.every * config.batch.accumulate if config.mixing.reacts else None,
-    )
+    mixer = make_mixer(config, corpus)
     optimizer = make_optimizer(model, config.optimizer)
-    compiled = _compiled(engine, corpus, mixer, batches)
+    compiled = _compiled(engine, corpus, mixer, config.steps * config.batch.accumulate)
     balancer = Balancer(config.balancing, model, config.seed, compiled)
     adaptive = Adaptive(config.mixing, corpus.tasks, model, mixer, config.batch.accumulate)
     fingerprint = _fingerprint(config, corpus)
@@ -131,6 +124,7 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
                     sums = balancer.forward(batch.to(engine.device), factor, step)
                 balancer.backward(sums.loss * factor, step)
                 interval.add(step + 1, batch, sums.loss, sums.weight)
+                interval.flops += training_flops(model, batch)
             balancer.finish(total_weight, step)
             norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
             optimizer.step()
@@ -186,7 +180,7 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
 
 def _compiled(engine: "Engine", corpus: Corpus, mixer: Mixer, batches: int) -> CompiledModel | None:
     """The engine's model, compiled for the batches of the run, `batches` in number; None where it stays as it is."""
-    if not engine.compiles:
+    if not engine.compiles or not isinstance(engine.model, MultiTaskModel):  # a Bi-LSTM stays as it is
         return None
     starts = (0, batches // 2, max(0, batches - LOOKED_AT))
     numbers = sorted({number for start in starts for number in range(start, min(start + LOOKED_AT, batches))})
@@ -206,6 +200,19 @@ def make_optimizer(model: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
     others = [p for p in model.parameters() if not is_matrix[p]]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, settings.learning_rate, (settings.beta1, settings.beta2), fused=True)
+
+
+def make_mixer(config: Config, corpus: Corpus) -> Mixer:
+    """Which examples every batch of a run sees."""
+    return Mixer(
+        [split.lengths for split in corpus.train],
+        config.mixing,
+        [config.mixing.shares.get(task.name, 0.0) for task in corpus.tasks],
+        config.batch.tokens,
+        config.steps * config.batch.accumulate,
+        config.seed,
+        config.evaluation.every * config.batch.accumulate if config.mixing.reacts else None,
+    )
 
 
 def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
@@ -260,7 +267,7 @@ def _open_run(run: Path, resume: bool, overwrite: bool) -> None:
 def _fingerprint(config: Config, corpus: Corpus) -> dict[str, Any]:
     """What must be the same for a run to go on; where it lies and what it runs on may change."""
     settings = asdict(config)
-    for name in ("run", "base", "data", "device", "compile", "checkpointing"):
+    for name in ("run", "base", "data", "device", "compile", "checkpointing", "tokenizer"):  # of that the digest counts
         del settings[name]
     settings["init"] = pretrained.digest(config.init) if config.init else ""
     settings["tasks"] = [task.name for task in corpus.tasks]  # in the order of the heads

@@ -179,9 +179,11 @@ DEFAULTS: dict[Head, tuple[str, ...]] = {
     "classify": ("accuracy",),
     "regress": ("pearson", "spearman"),
     "generate": ("rouge1", "rouge2", "rougeL", "rougeLsum"),
+    "extract": ("rouge1", "rouge2", "rougeL", "rougeLsum"),
     "tag": ("tag_accuracy", "tag_f1"),
     "span": ("span_exact", "span_f1"),
     "language-model": ("perplexity",),
+    "masked-language-model": ("perplexity",),
 }
 
 
@@ -263,51 +265,52 @@ def first_score(task: Task, metrics: Mapping[str, float]) -> float:
     return metrics[name] if name in metrics and higher_is_better(name) else -metrics["loss"]
 
 
-def trivial_baseline(
+def trivial_baselines(
     task: Task, train_labels: Sequence[Any], validation_inputs: Sequence[str], validation_labels: Sequence[Any]
-) -> tuple[str, list[Any]] | None:
+) -> dict[str, list[Any]]:
     """What can be predicted without a model, to be scored like a model's predictions.
 
     Args:
         train_labels, validation_labels: as the references of `score`.
-        validation_inputs: the documents; only generate reads them.
+        validation_inputs: the documents; only generate and extract read them.
 
     Returns:
-        What was taken, in words for a table, and a prediction for every validation example; None for language-model.
+        By what was taken, in words for a table, a prediction for every validation example. Summaries have two, lead-1
+        and lead-3, first the one whose length is nearer to that of the training texts; language models have none.
     """
     count = len(validation_labels)
     match task.head:
         case "classify":
-            return "majority class", [_most_common(train_labels)] * count
+            return {"majority class": [_most_common(train_labels)] * count}
         case "tag":
             tag = _most_common(chain.from_iterable(train_labels))
-            return "majority class", [[tag] * len(tags) for tags in validation_labels]
+            return {"majority class": [[tag] * len(tags) for tags in validation_labels]}
         case "regress":
-            return "mean of the training labels", [fmean(train_labels)] * count
+            return {"mean of the training labels": [fmean(train_labels)] * count}
         case "span":
-            return "most frequent training span", [_most_common(map(tuple, train_labels))] * count
-        case "generate":
-            return _lead(train_labels, validation_inputs)
-        case "language-model":
-            return None
+            return {"most frequent training span": [_most_common(map(tuple, train_labels))] * count}
+        case "generate" | "extract":
+            return _leads(train_labels, validation_inputs)
+        case "language-model" | "masked-language-model":
+            return {}
 
 
 def _most_common(values: Iterable[Any]) -> Any:
     return Counter(values).most_common(1)[0][0]
 
 
-def _lead(train_labels: Sequence[str | Sequence[str]], documents: Sequence[str]) -> tuple[str, list[str]]:
-    """Lead-1 or lead-3, whichever is nearer to the training texts in mean length."""
-    texts = [label if isinstance(label, str) else label[0] for label in train_labels]
-    units = [_units(document) for document in documents]
-    leads = {count: ["\n".join(unit[:count]) for unit in units] for count in (1, 3)}
-    wanted = fmean(map(len, texts))
-    count = min(leads, key=lambda count: abs(fmean(map(len, leads[count])) - wanted))
+def _leads(train_labels: Sequence[str | Sequence[str]], documents: Sequence[str]) -> dict[str, list[str]]:
+    """Lead-1 and lead-3, first the one that is nearer to the training texts in mean length."""
+    wanted = fmean(len(label if isinstance(label, str) else label[0]) for label in train_labels)
+    parts = [units(document) for document in documents]
+    leads = {count: ["\n".join(part[:count]) for part in parts] for count in (1, 3)}
     unit = "line" if 2 * sum("\n" in document.strip() for document in documents) > len(documents) else "sentence"
-    return f"first {unit if count == 1 else f'3 {unit}s'} of the document", leads[count]
+    names = {1: f"first {unit} of the document", 3: f"first 3 {unit}s of the document"}
+    nearest = sorted(leads, key=lambda count: abs(fmean(map(len, leads[count])) - wanted))
+    return {names[count]: leads[count] for count in nearest}
 
 
-def _units(document: str) -> list[str]:
+def units(document: str) -> list[str]:
     """The lines of a document that has several (a line of a dialogue is a turn), else its sentences."""
     lines = [line.strip() for line in document.splitlines() if line.strip()]
     return lines if len(lines) > 1 else sentences(document)

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trunkline.training.data import text_of
+from trunkline.training.cells import text_of
 from trunkline.training.sources import Rows, read_columns
 from trunkline.training.tasks import Task
 

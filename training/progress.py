@@ -32,6 +32,7 @@ class Progress:
     compile_seconds: float = 0.0  # of these, on compiling the model
     tokens: int = 0
     real_tokens: int = 0
+    flops: float = 0.0  # of training
     examples: dict[str, int] = field(default_factory=dict)
     first_loss: dict[str, float] = field(default_factory=dict)  # on the validation split, before the first step
     best_score: float = -math.inf
@@ -40,6 +41,7 @@ class Progress:
     def add(self, interval: "Interval") -> None:
         self.tokens += interval.tokens
         self.real_tokens += interval.real_tokens
+        self.flops += interval.flops
         for name, count in interval.examples.items():
             self.examples[name] = self.examples.get(name, 0) + count
 
@@ -51,6 +53,7 @@ class Interval:
         self.names = names
         self.seconds = 0.0
         self.tokens = self.real_tokens = 0
+        self.flops = 0.0
         self.examples = dict.fromkeys(names, 0)
         self.loss, self.weight = torch.zeros(2, len(names), device=device)
         self.broken = torch.full_like(self.loss, math.inf)  # (N,) first step whose loss was not a number

@@ -42,12 +42,11 @@ def write_report(run: Path) -> Path:
     Raises:
         ValueError: the folder holds no metrics.jsonl, or a line of it is not JSON.
     """
-    from jinja2 import Environment, FileSystemLoader, StrictUndefined
     from matplotlib import rc_context
 
     content = _read(run)
     rows = [_row(content, task) for task in content.tasks]
-    columns = _columns(len(rows))
+    columns = columns_of(len(rows))
     with rc_context(figures.STYLE):
         charts = {
             "losses": {row["task"]: figures.loss(content.steps, row, columns) for row in rows},
@@ -57,21 +56,8 @@ def write_report(run: Path) -> Path:
             "mix": figures.mix(content.steps, content.choices, list(content.tasks)) if content.steps else None,
             "throughput": figures.efficiency(content.steps) if content.steps else None,
         }
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {
-        "number": _number,
-        "interval": _interval,
-        "quantity": _quantity,
-        "duration": _duration,
-        "plain": _plain,
-    }
-    page = environment.get_template("report.html.jinja").render(
+    page = page_of(
+        "report.html.jinja",
         run=content,
         rows=rows,
         columns=columns,
@@ -85,6 +71,27 @@ def write_report(run: Path) -> Path:
     path = run / "report.html"
     path.write_text(page, encoding="utf-8")
     return path
+
+
+def page_of(template: str, **content: Any) -> str:
+    """A page from one of the templates beside this file."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "number": _number,
+        "interval": _interval,
+        "quantity": quantity,
+        "duration": duration,
+        "plain": _plain,
+    }
+    return environment.get_template(template).render(content)
 
 
 def _read(run: Path) -> _Run:
@@ -185,23 +192,23 @@ def _key_figures(run: _Run) -> list[tuple[str, str]]:
         last = run.steps[-1] if run.steps else {"step": 0, "real_tokens": 0, "seconds": 0.0}
         return [
             ("steps", f"{last['step']:,}"),
-            ("tokens", _quantity(last["real_tokens"])),
-            ("training time", _duration(last["seconds"])),
+            ("tokens", quantity(last["real_tokens"])),
+            ("training time", duration(last["seconds"])),
         ]
     summary = run.summary
     return [
         ("steps", f"{summary['steps']:,}"),
-        ("tokens", _quantity(summary["real_tokens"])),
-        ("wall time", _duration(summary["wall_time_seconds"])),
+        ("tokens", quantity(summary["real_tokens"])),
+        ("wall time", duration(summary["wall_time_seconds"])),
         ("tokens a second", f"{summary['tokens_per_second']:,.0f}"),
         ("padding waste", f"{summary['padding_waste']:.1%}"),
-        ("parameters", _quantity(summary["parameters"])),
-        ("peak memory", _quantity(summary["peak_memory_bytes"], "B")),
+        ("parameters", quantity(summary["parameters"])),
+        ("peak memory", quantity(summary["peak_memory_bytes"], "B")),
         ("device", summary["device"]),
     ]
 
 
-def _columns(tasks: int) -> int:
+def columns_of(tasks: int) -> int:
     """Panels in a row of small multiples: at most four, without leaving a lone panel in the last row."""
     return 3 if tasks in (3, 5, 6, 9) else max(1, min(tasks, 4))
 
@@ -218,7 +225,7 @@ def _interval(bounds: list[float] | None) -> str:
     return f"{_number(bounds[0])} to {_number(bounds[1])}" if bounds else ""
 
 
-def _quantity(value: float | None, unit: str = "") -> str:
+def quantity(value: float | None, unit: str = "") -> str:
     """1234567 as '1.23 M', with the unit after the prefix."""
     if value is None:
         return "–"
@@ -228,10 +235,10 @@ def _quantity(value: float | None, unit: str = "") -> str:
     return f"{number:.{decimals}f} {prefix}{unit}".strip()
 
 
-_PREFIXES = (("G", 1e9), ("M", 1e6), ("k", 1e3))
+_PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"

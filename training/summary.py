@@ -12,9 +12,10 @@ from trunkline.training.corpus import Corpus
 from trunkline.training.data import Encoded
 from trunkline.training.environment import environment
 from trunkline.training.evaluation import Scored, spaced
-from trunkline.training.metrics import metric_names, score_task, trivial_baseline
+from trunkline.training.metrics import metric_names, score_task, trivial_baselines
 from trunkline.training.progress import Progress
 from trunkline.training.report import SAMPLES
+from trunkline.training.tasks import SUMMARIES
 
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
@@ -34,6 +35,7 @@ def summarise(engine: "Engine", corpus: Corpus, progress: Progress, final: dict[
         "steps": progress.step,
         "tokens": progress.tokens,
         "real_tokens": progress.real_tokens,
+        "training_flops": progress.flops,
         "tokens_per_second": progress.real_tokens / progress.seconds,
         "padding_waste": 1 - progress.real_tokens / progress.tokens,
         "training_seconds": progress.seconds,
@@ -59,13 +61,15 @@ def _task_summary(
     engine: "Engine", corpus: Corpus, train: Encoded, validation: Encoded, progress: Progress, final: Scored
 ) -> dict[str, Any]:
     task = train.task
+    baselines = _baselines(corpus, train, validation, final)
     return {
         "head": task.head,
         "metric": metric_names(task)[0],
         "metrics": final.metrics,
         "intervals": final.intervals,
         "references": _references(validation, final),
-        "baseline": _baseline(corpus, train, validation, final),
+        "baseline": {"name": next(iter(baselines)), **next(iter(baselines.values()))} if baselines else None,
+        "baselines": baselines,
         "first_loss": progress.first_loss[task.name],
         "last_loss": final.metrics["loss"],
         "train_examples": len(train),
@@ -76,18 +80,14 @@ def _task_summary(
     }
 
 
-def _baseline(corpus: Corpus, train: Encoded, validation: Encoded, final: Scored) -> dict[str, Any] | None:
-    """The scores of the trivial predictions on the examples that the model was scored on."""
+def _baselines(corpus: Corpus, train: Encoded, validation: Encoded, final: Scored) -> dict[str, dict[str, float]]:
+    """The scores of the trivial predictions, by name, on the examples that the model was scored on."""
     task = train.task
-    generates = task.head == "generate"
-    documents = [corpus.tokenizer.decode(validation.prompt_of(i)) for i in final.examples] if generates else []
+    sums_up = task.head in SUMMARIES
+    documents = [corpus.tokenizer.decode(validation.prompt_of(i)) for i in final.examples] if sums_up else []
     references = [validation.reference(i) for i in final.examples]
-    trivial = trivial_baseline(task, [train.reference(i) for i in range(len(train))], documents, references)
-    if trivial is None:
-        return None
-    name, predictions = trivial
-    metrics, intervals = score_task(task, predictions, references)
-    return {"name": name, "metrics": metrics, "intervals": intervals}
+    trivial = trivial_baselines(task, [train.reference(i) for i in range(len(train))], documents, references)
+    return {name: score_task(task, predictions, references)._asdict() for name, predictions in trivial.items()}
 
 
 def _references(validation: Encoded, final: Scored) -> str | None:

@@ -6,7 +6,9 @@ Adding a task is one `Task(...)`, in Python or as ten lines of YAML.
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Head = Literal["classify", "regress", "generate", "tag", "span", "language-model"]
+Head = Literal["classify", "regress", "generate", "extract", "tag", "span", "language-model", "masked-language-model"]
+SUMMARIES: tuple[Head, ...] = ("generate", "extract")  # whose label is a text of several words, to be matched
+LANGUAGE: tuple[Head, ...] = ("language-model", "masked-language-model")  # which learn from the text alone
 References = Literal["best", "average"]
 
 
@@ -24,7 +26,8 @@ class Task:
     name: str
     """Unique in a run; lower case letters, digits, '-' and '_'."""
     head: Head
-    """What is predicted: a class, a number, a text, a class per word, a span of the text, or the next token."""
+    """What is predicted: a class, a number, a text, the sentences of the text that come nearest to one, a class per
+    word, a span of the text, the next token, or the tokens that were masked."""
     text: tuple[str, ...]
     """Columns with the input text, joined by the separator token. 'a|b' takes the first of both that the file has."""
     label: str = ""
@@ -65,9 +68,9 @@ class Task:
         characters = set(self.name) - set("abcdefghijklmnopqrstuvwxyz0123456789-_")
         require(bool(self.name) and not characters, "name must be made of a-z, 0-9, '-' and '_'")
         require(len(self.text) > 0, "text names no column")
-        one = self.head in ("generate", "language-model")
+        one = self.head in (*SUMMARIES, "language-model")
         require(not one or len(self.text) == 1, f"head '{self.head}' takes one text column, got {list(self.text)}")
-        require(self.head == "language-model" or bool(self.label), f"head '{self.head}' needs a label column")
+        require(self.head in LANGUAGE or bool(self.label), f"head '{self.head}' needs a label column")
         classes = self.head in ("classify", "tag")
         require(not classes or len(self.labels) > 0, f"head '{self.head}' needs labels: the class names in id order")
         require(classes or not self.labels, f"labels belong to classify and tag, not to '{self.head}'")

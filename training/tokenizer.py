@@ -17,6 +17,11 @@ FILE = "tokenizer.json"
 END = ("<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "[CLS]")
 SEPARATOR = ("<|separator|>", "[SEP]")
 SUMMARY = ("<|summary|>",)
+MASK = (
+    "<|mask|>",
+    "[MASK]",
+    "<mask>",
+)  # in place of a token that is to be guessed; for masked language models
 
 
 class Tokenizer:
@@ -36,6 +41,10 @@ class Tokenizer:
         token = self.inner.token_to_id((present or names)[0])
         assert token is not None
         return token
+
+    def mask(self) -> int:
+        """The token that hides others; added to a vocabulary that has none."""
+        return self._special(MASK)
 
     @classmethod
     def load(cls, source: str) -> "Tokenizer":

@@ -1,0 +1,53 @@
+"""How much arithmetic a batch takes: the products of matrices in a model, two operations for every multiply-add.
+
+Left out is what is small beside them: embeddings, norms, activations and the heads of a few columns. Tokens that
+carry no example (the dummy sequence) are not counted, so that systems are compared by the work that their data needs.
+"""
+
+import numpy as np
+
+from trunkline.engine.model import MultiTaskModel
+from trunkline.engine.packing import PackedBatch
+from trunkline.engine.trunk import TrunkConfig
+from trunkline.training.baselines import BiLSTM, Model
+
+BACKWARD = 2  # a backward pass has two products for each of the forward pass
+
+
+def training_flops(model: Model, batch: PackedBatch) -> float:
+    """Operations of a forward and a backward pass; what recomputation adds is left out."""
+    return (1 + BACKWARD) * (_bilstm(model, batch) if isinstance(model, BiLSTM) else _trunk(model, batch))
+
+
+def _trunk(model: MultiTaskModel, batch: PackedBatch) -> float:
+    config, tokens, rows = model.trunk.config, batch.real_tokens, len(batch.rows.token)
+    D, E, H, G = config.hidden_size, config.head_width, config.num_heads, config.kv_heads
+    gate = 2 if config.activation == "swiglu" else 1
+    qkv, rest = D * (H + 2 * G) * E, D * H * E + (gate + 1) * D * config.mlp_width
+    pairs = _pairs(batch, config)
+    blocks = config.num_layers * (qkv * tokens + 2 * H * E * pairs)
+    # the last block goes on with the labelled rows alone
+    blocks += rest * ((config.num_layers - 1) * tokens + rows)
+    projections = D * D * rows if model.activation else 0
+    written = sum(batch.rows.counts[model.num_small + model.num_spans :])
+    return 2.0 * (blocks + projections + D * config.vocab_size * written)
+
+
+def _pairs(batch: PackedBatch, config: TrunkConfig) -> float:
+    """Pairs of a token and one that it sees."""
+    lengths = np.diff(batch.plan.cu_seqlens.cpu().numpy())[: len(batch.order)].astype(np.float64)
+    return float((lengths * (lengths + 1) / 2 if config.causal else lengths**2).sum())
+
+
+def _bilstm(model: BiLSTM, batch: PackedBatch) -> float:
+    config, tokens = model.heads.trunk.config, batch.real_tokens
+    D, answering = config.hidden_size, len(model.heads.tasks)
+    written = sum(batch.rows.counts[answering:])
+    texts = sum(batch.examples[answering:])
+    per_token = config.num_layers * 2 * 4 * (D // 2) * (D + D // 2)  # both directions, four gates each
+    tokens_of = batch.token_offsets.diff()
+    pooled = sum(int(tokens_of[int(place)]) for place in model.attention) * D * (D // 2)
+    document = int(batch.token_offsets[-1] - batch.token_offsets[answering]) - written  # tokens of all documents
+    attended = 2 * D * written * document / max(1, texts)
+    per_row = 4 * D * 2 * D + D * D + 2 * D * D + D * config.vocab_size  # LSTM, query, output, vocabulary
+    return 2.0 * (per_token * (tokens - written) + pooled + attended + per_row * written)
