@@ -202,8 +202,11 @@ class BiLSTM(nn.Module):
     def device(self) -> torch.device:
         return self.embedding.weight.device
 
-    def forward(self, batch: PackedBatch) -> LossSums:
-        """Loss sums of every task in the batch, (N,) each; a task without rows has sums of 0."""
+    def forward(self, batch: PackedBatch, dloss: Tensor | None = None) -> LossSums:
+        """Loss sums of every task in the batch, (N,) each; a task without rows has sums of 0.
+
+        `dloss`, see `MultiTaskModel.forward`, saves nothing here.
+        """
         return self.losses(self.states(batch), batch)
 
     def states(self, batch: PackedBatch) -> Tensor:
