@@ -49,7 +49,7 @@ class Cache:
     """
 
     def __init__(self, config: TrunkConfig, lengths: np.ndarray, slots: int, like: Tensor):
-        shape = (config.num_layers, len(lengths), config.kv_heads, slots, config.head_width)
+        shape = (config.num_layers, len(lengths), slots, config.kv_heads, config.head_width)
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
         self.lengths = lengths  # on the host, so that no step has to wait for the device to know its shapes
         vocabulary = config.vocab_size if config.exact_match else 0
@@ -59,28 +59,34 @@ class Cache:
         """Makes room for one more token of each text: (S,) int64, its place in the text."""
         texts, device = len(self.lengths), self.keys.device
         self.texts = torch.arange(texts, device=device)
-        self.places = torch.from_numpy(self.lengths).to(device)
+        places = torch.from_numpy(self.lengths).to(device)
+        self.newest = self.texts * self.keys.shape[2] + places  # (S,) among the slots of all texts
         self.lengths = self.lengths + 1
         self.parts: list[tuple[slice, int, Tensor | None]] = []  # texts, longest of them, what each sees of that
         size = max(-(-texts // PARTS), PARTS)
         for first in range(0, texts, size):
             part = slice(first, min(first + size, texts))
             longest = int(self.lengths[part].max())
-            hidden = torch.arange(longest, device=device) > self.places[part, None]  # (texts of the part, L)
+            hidden = torch.arange(longest, device=device) > places[part, None]  # (texts of the part, L)
             mask = torch.zeros(hidden.shape, dtype=self.keys.dtype, device=device).masked_fill_(hidden, float("-inf"))
             self.parts.append((part, longest, None if self.lengths[part].min() == longest else mask[:, None, None]))
-        return self.places
+        return places
+
+    def put(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores keys and values (T, G, E) in slots (T,), counted over all texts; returns the layer's, (S, L, G, E)."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.flatten(0, 1).index_copy_(0, slots, k)
+        values.flatten(0, 1).index_copy_(0, slots, v)
+        return keys, values
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One token of each text, q (S, H, E) and k, v (S, G, E): stores key and value, attends to all so far."""
-        keys, values = self.keys[layer], self.values[layer]
-        keys[self.texts, :, self.places] = k
-        values[self.texts, :, self.places] = v
+        keys, values = self.put(layer, self.newest, k, v)
         out = [
             F.scaled_dot_product_attention(
                 q[part, :, None],  # (texts of the part, H, 1, E)
-                keys[part, :, :longest],
-                values[part, :, :longest],
+                keys[part, :longest].transpose(1, 2),
+                values[part, :longest].transpose(1, 2),
                 attn_mask=mask,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
@@ -107,7 +113,7 @@ class Cache:
             to, source = (torch.from_numpy(places).to(self.keys.device) for places in (moved, texts[moved]))
             longest = int(self.lengths[texts[moved]].max())
             for store in (self.keys, self.values):
-                store[:, to, :, :longest] = store[:, source, :, :longest]
+                store[:, to, :longest] = store[:, source, :longest]
         self.lengths = self.lengths[texts]
 
 
@@ -168,11 +174,10 @@ def _prefill(trunk: Trunk, prompts: Sequence[np.ndarray], slots: int) -> tuple[T
     cache = Cache(trunk.config, np.array([len(prompt) for prompt in prompts]), slots, weight)
     order = torch.tensor(batch.order, device=batch.tokens.device)
     text = order.repeat_interleave(batch.plan.cu_seqlens.diff())  # (T,) the prompt that each token belongs to
-    place = batch.positions.long()
+    filled = text * slots + batch.positions  # (T,)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        cache.keys[layer][text, :, place] = k
-        cache.values[layer][text, :, place] = v
+        cache.put(layer, filled, k, v)
         return attention(q, k, v, batch.plan, causal=True)
 
     x = trunk(batch.tokens, batch.positions, attend, batch.rows.token)

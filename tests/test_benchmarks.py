@@ -216,6 +216,25 @@ def test_readme_says_what_balancing_costs(results):
     assert "one backward pass per task it takes 6.2x (`measure it`, median of 7 turns)" in text
 
 
+def test_readme_says_how_fast_texts_are_written(results):
+    seconds = {"trunkline": [1.0, 2.0, 4.0], "hugging_face": [4.0, 7.0, 13.0]}
+    rates = {"trunkline": 400.0, "hugging_face": 114.2857}
+    found = {"tokens": 800, "shortest_text": 9, "tokens_per_second": rates, "faster": 3.5, "seconds": seconds}
+    measured = {
+        "command": "measure it",
+        "threads": 2,
+        "texts": 32,
+        "document_tokens": {"mean": 194.06, "longest": 411},
+        "longest_text": 48,
+        "settings": {"as they end": found, "full length": {**found, "faster": 2.9}},
+    }
+    record.record("generation", measured, record.environment())
+    text = " ".join(record.tables(results / "nvidia-h200").split())
+    assert "32 DialogSum documents (`measure it`), which have 194 tokens on average and 411 at most" in text
+    assert "| as they end | 800 | 400 | 114 | 3.50x | | full length | 800 | 400 | 114 | 2.90x |" in text
+    assert "median of 3." in text
+
+
 def test_gpu_parts_fit_into_nine_minutes_and_go_on_after_a_failure(capfd):
     assert sum(part.budget for part in gpu.parts(Path("data"), dry=False)) <= 540
     failing = gpu.Part("failing", [sys.executable, "-c", "print('said'); raise SystemExit(3)"], 60)

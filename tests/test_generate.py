@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trunkline.engine.generate import Search, generate
+from trunkline.engine.generate import Search, _closed_up, generate
 from trunkline.engine.packing import Example, pack
 from trunkline.engine.trunk import Trunk, TrunkConfig
 
@@ -164,6 +164,31 @@ def test_many_at_once_are_each_alone(shape, beams):
     assert texts == [writer.write([prompt], search)[0] for prompt in prompts()]
     backwards = writer.write(prompts()[::-1], search)
     assert backwards == texts[::-1]
+
+
+@pytest.mark.parametrize(
+    ("going", "places"),
+    [([], []), ([0, 1, 2], [0, 1, 2]), ([1, 2, 4, 5], [5, 1, 2, 4]), ([3, 4], [3, 4]), ([0, 4], [0, 4])],
+)
+def test_what_has_ended_leaves_no_gap_and_little_is_moved(going, places):
+    found = _closed_up(np.array(going, np.int64)).tolist()
+    assert sorted(found) == going
+    assert [place for place in going if place < len(going)] == [p for i, p in enumerate(found) if p == i]
+    if len(going) < 4:
+        assert found == places
+
+
+def test_greedy_texts_are_those_of_hugging_face():
+    """In float32, with prompts of all lengths at once and texts that end at different times."""
+    pytest.importorskip("transformers")
+    from trunkline.benchmarks.hugging_face import write_texts
+
+    trunk, search = Writer("gpt2", seed=5).trunk.float(), Search(max_new_tokens=12, min_new_tokens=2, no_repeat_ngram=3)
+    with torch.no_grad():
+        trunk.tokens.weight[END] *= 3.0
+    expected = write_texts(trunk.to_hugging_face().eval(), prompts(), END, search)
+    assert generate(trunk, lambda x: F.linear(x, trunk.tokens.weight), prompts(), END, search) == expected
+    assert len({len(text) for text in expected}) > 2
 
 
 def test_more_beams_find_texts_that_are_more_likely():

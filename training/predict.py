@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trunkline.training.cells import text_of
-from trunkline.training.sources import Rows, read_columns
+from trunkline.training.sources import MissingColumnError, Rows, read_columns
 from trunkline.training.tasks import Task
 
 if TYPE_CHECKING:
@@ -48,16 +48,14 @@ def of_file(engine: "Engine", path: Path, names: Sequence[str]) -> Iterator[dict
     if strangers := [name for name in names if name not in known]:
         raise ValueError(f"predict: no task '{strangers[0]}'; there are {', '.join(known)}")
     rows: dict[str, Rows] = {}
-    problem = ValueError(f"predict: no task of this engine answers; there are {', '.join(known)}")
+    missing: list[MissingColumnError] = []
     for task in [known[name] for name in names] or _answering(engine):
         try:
             rows[task.name] = read_columns(path, task.text)
-        except ValueError as error:
-            if names:
-                raise ValueError(f"predict: task '{task.name}': {error}") from error
-            problem = error
-    if not rows:
-        raise problem
+        except MissingColumnError as error:
+            missing.append(error)
+    if missing and (names or not rows):
+        raise ValueError(f"predict: {missing[0]}") from missing[0]
     texts = {name: _texts(known[name], columns) for name, columns in rows.items()}
     for first in range(0, len(next(iter(rows.values()))), AT_ONCE):
         chunk = {name: of_task[first : first + AT_ONCE] for name, of_task in texts.items()}

@@ -21,6 +21,10 @@ from trunkline.training.tasks import Task
 Columns = dict[str, list[Any]]
 
 
+class MissingColumnError(ValueError):
+    """A table without a column that is wanted."""
+
+
 @dataclass(frozen=True)
 class Rows:
     """The columns a task wants, of one split, and where each row came from."""
@@ -88,7 +92,8 @@ def read_columns(path: Path, wanted: Sequence[str]) -> Rows:
     """Columns of one file, of all its rows.
 
     Raises:
-        ValueError: no such file, another format, or a row, column or byte that cannot be read.
+        MissingColumnError: it has not all of them.
+        ValueError: no such file, another format, or a row or byte that cannot be read.
     """
     if path.suffix.lower() not in _READERS:
         raise ValueError(f"expected a {_FORMATS} file, got {path}")
@@ -252,7 +257,7 @@ def _choose_columns(found: list[str], name: str, wanted: Sequence[str]) -> dict[
     for column in wanted:
         present = [alternative for alternative in column.split("|") if alternative in found]
         if not present:
-            raise ValueError(f"{name} has no column '{column}': wanted {list(wanted)}, found {found}")
+            raise MissingColumnError(f"{name} has no column '{column}': wanted {list(wanted)}, found {found}")
         if found.count(present[0]) > 1:
             raise ValueError(f"{name} has two columns '{present[0]}': found {found}")
         chosen[column] = present[0]
