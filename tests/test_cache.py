@@ -1,6 +1,7 @@
 """What is made once is found again, whole and only for the same inputs; what was not finished is not there."""
 
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -50,8 +51,9 @@ def assert_same(found: Encoded, expected: Encoded) -> None:
         mine, other = getattr(found, name), getattr(expected, name)
         np.testing.assert_array_equal(mine, other)
         assert mine.dtype == other.dtype
-    for name in ("task", "causal", "references", "counts"):
+    for name in ("task", "causal", "counts"):
         assert getattr(found, name) == getattr(expected, name)
+    assert [*found.references] == [*expected.references]
     for i in range(len(expected)):
         assert found.reference(i) == expected.reference(i)
         for mine, other in zip(vars(found.example(i, 1)).values(), vars(expected.example(i, 1)).values(), strict=True):
@@ -79,7 +81,7 @@ def test_the_folder_is_the_one_the_environment_names(folder, tmp_path, monkeypat
 @pytest.mark.parametrize("task", [CLASSIFY, REGRESS, TAG, SPAN, GENERATE, TEXT], ids=lambda task: task.head)
 def test_the_second_time_it_is_read_and_equal(task, causal, folder):
     encoded = made(task, causal=causal, **COLUMNS[task.head])
-    assert cache.encoded(task, KEY, causal, lambda: encoded) is encoded
+    assert_same(cache.encoded(task, KEY, causal, lambda: encoded), encoded)
     assert len(files(folder)) == 1
     assert_same(cache.encoded(task, KEY, causal, not_again), encoded)
 
@@ -102,6 +104,69 @@ def test_a_tokenizer_is_trained_once(folder):
     assert len(files(folder)) == 2
 
 
+# Mapped, not read
+
+
+@pytest.mark.parametrize("task", [CLASSIFY, GENERATE], ids=lambda task: task.head)
+def test_another_process_gets_the_name_of_the_file(task):
+    encoded = made(task, **COLUMNS[task.head])
+    mapped = cache.encoded(task, KEY, True, lambda: encoded)
+    assert len(pickle.dumps(mapped)) < 2000 < len(pickle.dumps(mapped.tokens)) + 2000
+    assert_same(pickle.loads(pickle.dumps(mapped)), encoded)
+    fewer = replace(mapped, bounds=mapped.bounds[:2], label_bounds=mapped.label_bounds[:2])
+    assert len(pickle.loads(pickle.dumps(fewer))) == 1  # it is no longer what the file says
+
+
+OPENED = """
+import gc, sys, time
+from encoded import CLASSIFY
+from trunkline.training import cache
+from trunkline.training.mixing import Mixer, Mixing
+
+def anonymous():
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssAnon"))
+
+cache.encoded(CLASSIFY, ["small"], True, lambda: 1 / 0)  # whatever is loaded for the first one
+before, began = anonymous(), time.perf_counter()
+large = cache.encoded(CLASSIFY, ["large"], True, lambda: 1 / 0)
+seconds, opened = time.perf_counter() - began, anonymous() - before
+last = large.example(len(large) - 1, 0).tokens.tolist()
+gc.collect()
+blocks = sys.getallocatedblocks()
+mixer = Mixer([large.lengths], Mixing(), [0.0], 256, steps=1000, seed=0)
+mixer.batch(999)
+print(seconds, opened, anonymous() - before, sys.getallocatedblocks() - blocks, *last)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_two_million_examples_are_there_at_once():
+    """In a process of its own, so that nothing else comes and goes in its memory."""
+    n, L = 2_000_000, 8
+    tokens = np.arange(n * L, dtype=np.int32).reshape(n, L)
+    for name, count in (("small", 10), ("large", n)):
+        data = replace(
+            made(CLASSIFY, text=["a"], label=[0]),
+            tokens=tokens[:count].reshape(-1),
+            bounds=np.arange(count + 1) * L,
+            labels=np.ones(count),
+            label_bounds=np.arange(count + 1),
+        )
+        cache.encoded(CLASSIFY, [name], True, lambda data=data: data)
+    here = Path(__file__).resolve().parent
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent / "src")])}
+    output = subprocess.run(
+        [sys.executable, "-c", OPENED], env=environment, capture_output=True, text=True, check=True, timeout=100
+    ).stdout.split()
+    seconds, opened, mixed = float(output[0]), int(output[1]), int(output[2])
+    assert seconds < 0.5
+    assert opened < 1 << 20  # of 64 MB of tokens and 64 MB of the rest
+    assert mixed < 8 * n * 8  # lengths, their order and places: a few numbers an example
+    assert int(output[3]) < 50_000  # objects; none for each example
+    assert [*map(int, output[4:])] == [*range((n - 1) * L, n * L)]
+
+
 # Another input, another file
 
 
@@ -111,8 +176,8 @@ def test_another_key_is_another_file(place, folder):
     cache.encoded(CLASSIFY, KEY, True, lambda: encoded)
     other = made(CLASSIFY, text=["z"], label=[1])
     key = [*KEY[:place], 65 if place == 3 else "other", *KEY[place + 1 :]]
-    assert cache.encoded(CLASSIFY, key, True, lambda: other) is other
-    assert cache.encoded(CLASSIFY, KEY, False, lambda: other) is other
+    assert_same(cache.encoded(CLASSIFY, key, True, lambda: other), other)
+    assert_same(cache.encoded(CLASSIFY, KEY, False, lambda: replace(other, causal=False)), replace(other, causal=False))
     assert len(files(folder)) == 3
     assert_same(cache.encoded(CLASSIFY, KEY, True, not_again), encoded)
 
@@ -132,7 +197,7 @@ def test_another_key_is_another_file(place, folder):
 def test_another_task_is_another_file(fields, folder):
     encoded = made(PAIR, first=["a"], second=["b"], label=[0])
     for task in (PAIR, changed(PAIR, **fields)):
-        assert cache.encoded(task, KEY, True, lambda: encoded) is encoded
+        cache.encoded(task, KEY, True, lambda: encoded)
     assert len(files(folder)) == 2
 
 
@@ -140,7 +205,8 @@ def test_another_format_is_another_file(folder, monkeypatch):
     encoded = made(CLASSIFY, **COLUMNS["classify"])
     cache.encoded(CLASSIFY, KEY, True, lambda: encoded)
     monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
-    assert cache.encoded(CLASSIFY, KEY, True, lambda: encoded) is encoded
+    cache.encoded(CLASSIFY, KEY, True, lambda: encoded)
+    assert len(files(folder)) == 2
 
 
 @pytest.fixture
@@ -202,13 +268,13 @@ def test_nothing_is_left_when_making_fails(folder):
 
 
 def test_nothing_is_left_when_writing_fails(folder, monkeypatch):
-    def write_half(table, path):
-        Path(path).write_bytes(b"ARROW1 and no more")
+    def write_half(path, data):
+        path.write_bytes(b"ARROW1 and no more")
         raise OSError(28, "No space left on device")
 
     encoded = made(CLASSIFY, **COLUMNS["classify"])
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "_write_table", write_half)
+        patch.setattr(cache, "_write", write_half)
         with pytest.raises(OSError, match="No space left"):
             cache.encoded(CLASSIFY, KEY, True, lambda: encoded)
     assert not files(folder)
@@ -218,15 +284,14 @@ def test_nothing_is_left_when_writing_fails(folder, monkeypatch):
 
 KILLED = """
 import os, signal
-from pathlib import Path
 from encoded import CLASSIFY, made
 from trunkline.training import cache
 
-def killed(table, path):
-    Path(path).write_bytes(b"ARROW1 and no more")
+def killed(path, data):
+    path.write_bytes(b"ARROW1 and no more")
     os.kill(os.getpid(), signal.SIGKILL)
 
-cache._write_table = killed
+cache._write = killed
 cache.encoded(CLASSIFY, [], True, lambda: made(CLASSIFY, text=["a"], label=[1]))
 """
 
@@ -238,5 +303,5 @@ def test_a_killed_writer_leaves_nothing_that_is_read(folder):
     assert killed.returncode == -signal.SIGKILL
     assert not [name for name in files(folder) if name.endswith(".arrow")]
     encoded = made(CLASSIFY, text=["a"], label=[1])
-    assert cache.encoded(CLASSIFY, [], True, lambda: encoded) is encoded
+    assert_same(cache.encoded(CLASSIFY, [], True, lambda: encoded), encoded)
     assert_same(cache.encoded(CLASSIFY, [], True, not_again), encoded)

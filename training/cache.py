@@ -1,6 +1,8 @@
 """What takes long to make and depends on nothing but its inputs is made once: encoded data and trained tokenizers.
 
-A file's name is the SHA-256 of everything that went into it, so a file is never out of date.
+A file's name is the SHA-256 of everything that went into it, so a file is never out of date. Encoded data is not read
+but mapped into memory (Arrow's file format, not compressed): it is there at once however much it is, and the pages that
+nobody looks at cost nothing.
 """
 
 import json
@@ -12,7 +14,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
 from trunkline.training.data import Counts, Encoded
@@ -35,11 +36,9 @@ def encoded(task: Task, key: Sequence[Any], causal: bool, make: Callable[[], Enc
         key: what the examples depend on besides the task: rows, tokenizer, longest length.
     """
     path = _path([asdict(task), causal, *key], ".arrow")
-    if path.is_file():
-        return _read(path, task, causal)
-    made = make()
-    _keep(path, lambda temporary: _write(temporary, made))
-    return made
+    if not path.is_file():
+        _keep(path, lambda temporary: _write(temporary, make()))
+    return _mapped(path, task, causal)
 
 
 def tokenizer(key: Sequence[Any], make: Callable[[], Tokenizer]) -> Tokenizer:
@@ -64,32 +63,43 @@ def _keep(path: Path, write: Callable[[Path], None]) -> None:
 
 def _write(path: Path, data: Encoded) -> None:
     references = [[reference] if isinstance(reference, str) else reference for reference in data.references]
-    table = pa.table(
-        {
-            "tokens": pa.LargeListArray.from_arrays(data.bounds, data.tokens),
-            "labels": pa.LargeListArray.from_arrays(data.label_bounds, data.labels),
-            "references": pa.array(references or [[]] * len(data), pa.list_(pa.string())),
-        }
-    )
-    _write_table(table.replace_schema_metadata({"counts": json.dumps(asdict(data.counts))}), path)
+    columns = {
+        "tokens": pa.LargeListArray.from_arrays(data.bounds, data.tokens),
+        "labels": pa.LargeListArray.from_arrays(data.label_bounds, data.labels),
+        "references": pa.array(references or [[]] * len(data), pa.large_list(pa.large_string())),
+    }
+    batch = pa.record_batch(columns, metadata={"counts": json.dumps(asdict(data.counts))})
+    with pa.ipc.new_file(path, batch.schema) as file:
+        file.write_batch(batch)  # as one, so that every column lies in one piece
 
 
-def _write_table(table: pa.Table, path: Path) -> None:
-    with pa.OSFile(str(path), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
-        writer.write_table(table)
-
-
-def _read(path: Path, task: Task, causal: bool) -> Encoded:
-    table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()  # tokens stay in the file until they are looked at
-    tokens, labels = (table[name].chunk(0) for name in ("tokens", "labels"))
-    references = table["references"].to_pylist() if task.head in SUMMARIES else []
-    return Encoded(
+def _mapped(path: Path, task: Task, causal: bool) -> Encoded:
+    """The data in a file, none of which is read yet. Pickled, it is the name of the file."""
+    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    tokens, labels = batch["tokens"], batch["labels"]
+    data = Encoded(
         task=task,
         causal=causal,
         tokens=tokens.values.to_numpy(),
-        bounds=tokens.offsets.to_numpy().astype(np.int64),
+        bounds=tokens.offsets.to_numpy(),
         labels=labels.values.to_numpy(),
-        label_bounds=labels.offsets.to_numpy().astype(np.int64),
-        references=[texts[0] if len(texts) == 1 else texts for texts in references],
-        counts=Counts(**json.loads(table.schema.metadata[b"counts"])),
+        label_bounds=labels.offsets.to_numpy(),
+        references=References(batch["references"]) if task.head in SUMMARIES else [],
+        counts=Counts(**json.loads(batch.schema.metadata[b"counts"])),
     )
+    object.__setattr__(data, "again", (_mapped, (path, task, causal)))
+    return data
+
+
+class References(Sequence[str | list[str]]):
+    """The texts that each example is to be matched with; made when they are asked for."""
+
+    def __init__(self, column: pa.LargeListArray):
+        self.column = column
+
+    def __len__(self) -> int:
+        return len(self.column)
+
+    def __getitem__(self, i: Any) -> Any:
+        texts = self.column[i].as_py()
+        return texts[0] if len(texts) == 1 else texts

@@ -10,7 +10,7 @@ from trunkline.training.cells import text_of
 from trunkline.training.config import Config
 from trunkline.training.data import Encoded, encode
 from trunkline.training.metrics import metric_names
-from trunkline.training.sources import Rows, read_rows
+from trunkline.training.sources import Source, find_rows
 from trunkline.training.tasks import SUMMARIES, Task
 from trunkline.training.tokenizer import Tokenizer
 
@@ -44,23 +44,24 @@ def load_corpus(
     data, base = Path(config.data) if config.data else None, Path(config.base)
     for task in tasks:
         metric_names(task)  # a wrong metric is found now, not after training
-    rows = {
-        (task, split): read_rows(task, split, data, base, config.seed)
+    sources = {
+        (task, split): find_rows(task, split, data, base, config.seed)
         for task in tasks
         for split in ("train", "validation")
     }
     if tokenizer is None:
-        training = [(task, rows[task, "train"]) for task in tasks]
+        training = [(task, sources[task, "train"]) for task in tasks]
         tokenizer = _tokenizer(config, training, tell)
     if any(task.head == "masked-language-model" for task in tasks):
         tokenizer.mask()  # before anything is encoded: it may be new to the vocabulary
 
     def encoded(task: Task, split: str) -> Encoded:
         def make() -> Encoded:
-            tell(f"encoding {task.name}, {split}: {len(source)} rows")
-            return encode(task, source, tokenizer, config.batch.max_length, config.trunk.causal)
+            rows = source.read()
+            tell(f"encoding {task.name}, {split}: {len(rows)} rows")
+            return encode(task, rows, tokenizer, config.batch.max_length, config.trunk.causal)
 
-        source = rows[task, split]
+        source = sources[task, split]
         key = [split, source.digest, tokenizer.digest, config.batch.max_length]
         return cache.encoded(task, key, config.trunk.causal, make)
 
@@ -72,12 +73,13 @@ def load_corpus(
     )
 
 
-def _tokenizer(config: Config, training: list[tuple[Task, Rows]], tell: Callable[[str], None]) -> Tokenizer:
+def _tokenizer(config: Config, training: list[tuple[Task, Source]], tell: Callable[[str], None]) -> Tokenizer:
     if source := config.tokenizer or config.init:
         return Tokenizer.load(source)
 
     def texts() -> Iterator[str]:
-        for task, rows in training:
+        for task, source in training:
+            rows = source.read()
             columns = [*task.text, *([task.label] if task.head in SUMMARIES else [])]
             for column in columns:
                 characters = 0
@@ -95,7 +97,7 @@ def _tokenizer(config: Config, training: list[tuple[Task, Rows]], tell: Callable
         tell(f"training a tokenizer of {config.vocab_size} entries")
         return Tokenizer.train(texts(), config.vocab_size, config.lowercase)
 
-    sources = [[task.head, task.text, task.label, rows.digest] for task, rows in training]
+    sources = [[task.head, task.text, task.label, source.digest] for task, source in training]
     return cache.tokenizer([config.vocab_size, config.lowercase, TOKENIZER_TEXTS, TOKENIZER_CHARACTERS, sources], make)
 
 

@@ -12,7 +12,7 @@ n examples, L tokens of an example
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 from zlib import crc32
@@ -52,8 +52,13 @@ class Encoded:
     bounds: np.ndarray  # (n + 1,) first token of each example
     labels: np.ndarray  # all examples' labels, float64; what they say is the head's business
     label_bounds: np.ndarray  # (n + 1,)
-    references: list[str | list[str]]  # (n,) generate, extract: the texts to be matched; empty otherwise
+    references: Sequence[str | list[str]]  # (n,) generate, extract: the texts to be matched; empty otherwise
     counts: Counts
+    again: Any = field(init=False, default=None, repr=False, compare=False)  # as __reduce__; lost when it is changed
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Data that is mapped from a file goes to another process by name."""
+        return self.again or super().__reduce_ex__(protocol)
 
     def __len__(self) -> int:
         return len(self.bounds) - 1
@@ -124,7 +129,7 @@ def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal
     """
     layout = Layout(tokenizer, max_length, causal)
     counts = dict.fromkeys(("empty", "too_long", "unlabelled", "truncated"), 0)
-    pieces: list[_Piece] = []
+    parts: list[_Flat] = []
     row = 0
     try:
         usable = []
@@ -140,6 +145,7 @@ def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal
         for chunk in _chunks(task, rows, usable):
             columns = [[text_of(rows.columns[column][row]) for row in chunk] for column in task.text]
             encoded = [tokenizer.encode(column, offsets=task.head != "language-model") for column in columns]
+            pieces: list[_Piece] = []
             for i, row in enumerate(chunk):
                 texts, ids = [column[i] for column in columns], [column[i] for column in encoded]
                 label = rows.columns[task.label][row] if task.label else None
@@ -152,22 +158,27 @@ def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal
                 else:
                     counts["truncated"] += cut
                     pieces += made
+            parts += [_Flat.of(pieces)] if pieces else []
     except ValueError as error:
         raise ValueError(f"task '{task.name}': {error} ({rows.where(row)})") from error
-    if not pieces:
+    if not parts:
         raise ValueError(
             f"task '{task.name}': none of the {len(rows)} rows of {rows.origins[0][0]} can be used: {counts}"
         )
     return Encoded(
         task=task,
         causal=causal,
-        tokens=np.concatenate([piece.tokens for piece in pieces]).astype(np.int32),
-        bounds=np.cumsum([0, *(len(piece.tokens) for piece in pieces)]),
-        labels=np.concatenate([piece.label for piece in pieces]).astype(np.float64),
-        label_bounds=np.cumsum([0, *(len(piece.label) for piece in pieces)]),
-        references=[piece.reference for piece in pieces if piece.reference is not None],
+        tokens=np.concatenate([part.tokens for part in parts]),
+        bounds=_bounds([part.lengths for part in parts]),
+        labels=np.concatenate([part.labels for part in parts]),
+        label_bounds=_bounds([part.label_lengths for part in parts]),
+        references=[reference for part in parts for reference in part.references],
         counts=Counts(**counts),
     )
+
+
+def _bounds(lengths: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([[0], np.cumsum(np.concatenate(lengths))])
 
 
 def _chunks(task: Task, rows: Rows, usable: Sequence[int]) -> Iterator[list[int]]:
@@ -205,6 +216,26 @@ class _Piece(NamedTuple):
     tokens: np.ndarray
     label: Sequence[float] | np.ndarray
     reference: str | list[str] | None = None
+
+
+class _Flat(NamedTuple):
+    """Many encoded examples in few arrays: one for each example takes several times the memory of what is in them."""
+
+    tokens: np.ndarray  # all examples' tokens, int32
+    lengths: np.ndarray  # (n,)
+    labels: np.ndarray  # all examples' labels, float64
+    label_lengths: np.ndarray  # (n,)
+    references: list[str | list[str]]
+
+    @classmethod
+    def of(cls, pieces: list[_Piece]) -> "_Flat":
+        return cls(
+            tokens=np.concatenate([piece.tokens for piece in pieces]).astype(np.int32),
+            lengths=np.array([len(piece.tokens) for piece in pieces]),
+            labels=np.concatenate([piece.label for piece in pieces]).astype(np.float64),
+            label_lengths=np.array([len(piece.label) for piece in pieces]),
+            references=[piece.reference for piece in pieces if piece.reference is not None],
+        )
 
 
 class Laid(NamedTuple):

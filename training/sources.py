@@ -9,9 +9,11 @@ import glob
 import io
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from hashlib import sha256
+from functools import cache
+from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,6 +50,16 @@ class Rows:
         raise IndexError(f"{row + 1} rows past the end")
 
 
+@dataclass(frozen=True)
+class Source:
+    """A split that is found, and not read yet."""
+
+    digest: str
+    """As that of its rows."""
+    read: Callable[[], Rows]
+    """Reads them, once."""
+
+
 def read_rows(
     task: Task,
     split: Literal["train", "validation"],
@@ -55,7 +67,18 @@ def read_rows(
     base: Path | None = None,
     seed: int = 0,
 ) -> Rows:
-    """Reads the columns of `task` for one split.
+    """Reads the columns of `task` for one split; arguments and errors as of `find_rows`."""
+    return find_rows(task, split, data, base, seed).read()
+
+
+def find_rows(
+    task: Task,
+    split: Literal["train", "validation"],
+    data: Path | None = None,
+    base: Path | None = None,
+    seed: int = 0,
+) -> Source:
+    """Finds the rows of `task` for one split. Files are not parsed for that: what is made of them may be there already.
 
     Args:
         task: says where the rows are; the first that applies of: `generated`, a file in `task.train` or
@@ -66,26 +89,41 @@ def read_rows(
         seed: of generated rows.
 
     Raises:
-        ValueError: nothing to read, or a row, column or byte that cannot be read; names task, file and row.
+        ValueError: nothing to read, or, also from `Source.read`, a row, column or byte that cannot be read; names task,
+            file and row.
     """
-    source = task.train if split == "train" else task.validation
+    name = task.train if split == "train" else task.validation
     wanted = tuple(dict.fromkeys(column for column in (*task.text, task.label, task.start) if column))
-    try:
+    with _named(task, split):
         if task.generated:
-            rows = _generated_rows(task, split, wanted, seed)
-        elif Path(source).suffix.lower() in _READERS:
-            rows = _file_rows(base or Path(), _named_files(base or Path(), source), wanted)
+            source = _generated_rows(task, split, wanted, seed)
+        elif Path(name).suffix.lower() in _READERS:
+            source = _file_rows(base or Path(), _named_files(base or Path(), name), wanted)
         elif not task.hub:
-            raise ValueError(f"expected a {_FORMATS} file, or a hub dataset, got '{source}'")
+            raise ValueError(f"expected a {_FORMATS} file, or a hub dataset, got '{name}'")
         elif data is not None:
-            rows = _file_rows(data, _hub_files(data, task, source), wanted)
+            source = _file_rows(data, _hub_files(data, task, name), wanted)
         else:
-            rows = _hub_rows(task, source, wanted)
-        if len(rows) == 0:
-            raise ValueError(f"no rows in {', '.join(name for name, _ in rows.origins)}")
+            source = _hub_rows(task, name, wanted)
+
+    @cache
+    def read() -> Rows:
+        with _named(task, split):
+            rows = source.read()
+            if len(rows) == 0:
+                raise ValueError(f"no rows in {', '.join(name for name, _ in rows.origins)}")
+            return rows
+
+    return Source(source.digest, read)
+
+
+@contextmanager
+def _named(task: Task, split: str) -> Iterator[None]:
+    """A context whose errors say which task and split they are about."""
+    try:
+        yield
     except ValueError as error:
         raise ValueError(f"task '{task.name}', {split} split: {error}") from error
-    return rows
 
 
 def read_columns(path: Path, wanted: Sequence[str]) -> Rows:
@@ -97,17 +135,17 @@ def read_columns(path: Path, wanted: Sequence[str]) -> Rows:
     """
     if path.suffix.lower() not in _READERS:
         raise ValueError(f"expected a {_FORMATS} file, got {path}")
-    return _file_rows(path.parent, [path.name], tuple(wanted))
+    return _file_rows(path.parent, [path.name], tuple(wanted)).read()
 
 
-def _generated_rows(task: Task, split: str, wanted: Sequence[str], seed: int) -> Rows:
+def _generated_rows(task: Task, split: str, wanted: Sequence[str], seed: int) -> Source:
     name = f"generated {split} rows of {task.name}"
     records = generated.generate(task.name, split, generated.SIZES[split], seed)
     digest = sha256(json.dumps(records).encode()).hexdigest()
-    return Rows(_columns_of_records(records, name, wanted), ((name, len(records)),), digest)
+    return Source(digest, lambda: Rows(_columns_of_records(records, name, wanted), ((name, len(records)),), digest))
 
 
-def _hub_rows(task: Task, split: str, wanted: Sequence[str]) -> Rows:
+def _hub_rows(task: Task, split: str, wanted: Sequence[str]) -> Source:
     name = " ".join(filter(None, (task.hub, task.subset, split)))
     try:
         import datasets  # optional, and a second of start-up time
@@ -122,7 +160,9 @@ def _hub_rows(task: Task, split: str, wanted: Sequence[str]) -> Rows:
         ) from error
     chosen = _choose_columns(table.column_names, name, wanted)
     digest = sha256(table._fingerprint.encode()).hexdigest()
-    return Rows({column: table[chosen[column]][:] for column in wanted}, ((name, len(table)),), digest)
+    return Source(
+        digest, lambda: Rows({column: table[chosen[column]][:] for column in wanted}, ((name, len(table)),), digest)
+    )
 
 
 def _hub_files(data: Path, task: Task, split: str) -> list[str]:
@@ -153,22 +193,27 @@ def _named_files(base: Path, source: str) -> list[str]:
     return names
 
 
-def _file_rows(folder: Path, names: list[str], wanted: Sequence[str]) -> Rows:
-    columns: Columns = {column: [] for column in wanted}
-    origins = []
+def _file_rows(folder: Path, names: list[str], wanted: Sequence[str]) -> Source:
     state = sha256()
     for name in names:
         path = folder / name
         try:
-            data = path.read_bytes()
+            with path.open("rb") as file:
+                state.update(path.suffix.encode() + file_digest(file, "sha256").digest())
         except OSError as error:
             raise ValueError(f"cannot read {path.absolute()}: {error.strerror}; expected a {_FORMATS} file") from error
-        state.update(path.suffix.encode() + sha256(data).digest())
-        part = _READERS[path.suffix.lower()](data, name, wanted)
-        for column in wanted:
-            columns[column].extend(part[column])
-        origins.append((name, len(part[wanted[0]])))
-    return Rows(columns, tuple(origins), state.hexdigest())
+
+    def read() -> Rows:
+        columns: Columns = {column: [] for column in wanted}
+        origins = []
+        for name in names:
+            part = _READERS[Path(name).suffix.lower()]((folder / name).read_bytes(), name, wanted)
+            for column in wanted:
+                columns[column].extend(part[column])
+            origins.append((name, len(part[wanted[0]])))
+        return Rows(columns, tuple(origins), state.hexdigest())
+
+    return Source(state.hexdigest(), read)
 
 
 def _decode(data: bytes, name: str) -> str:
