@@ -146,7 +146,7 @@ def _amount_of(batch: PackedBatch, model: MultiTaskModel) -> Amount:
 
 def _trunkline(kind: str, shape: Shape, data: Path | None, device: torch.device) -> System:
     """On the eight GLUE tasks and DialogSum; without data, on long texts of random tokens."""
-    from trunkline.training.loop import next_batch
+    from trunkline.training.batches import Packer
     from trunkline.training.mixing import Mixer
     from trunkline.training.tasks import Task
 
@@ -156,9 +156,9 @@ def _trunkline(kind: str, shape: Shape, data: Path | None, device: torch.device)
     config = configured(shape, data)
     corpus = read(config)
     mixer = Mixer([split.lengths for split in corpus.train], config.mixing, [], shape.tokens, steps=STEPS, seed=0)
-    numbers = iter(range(STEPS))
+    packer, numbers = Packer(corpus.train, config), iter(range(STEPS))
     model = MultiTaskModel(Trunk(_with_room(shape, corpus)), corpus.tasks)
-    return _ours(model, kind, lambda: next_batch(corpus.train, mixer, next(numbers), config), device)
+    return _ours(model, kind, lambda: packer.pack(mixer.batch(next(numbers)), config.batch.tokens), device)
 
 
 def _heads(count: int, shape: Shape, device: torch.device) -> System:

@@ -6,7 +6,7 @@
 T tokens (queries), K keys (T for self-attention), S sequences
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple, Self
 
@@ -24,14 +24,21 @@ class OnDevice:
     """A dataclass of tensors that moves to a device as one; a tensor that is in two fields is moved once."""
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
-        moved: dict[int, Any] = {}
+        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
 
-        def move(value: Any) -> Any:
-            if hasattr(value, "to") and id(value) not in moved:
-                moved[id(value)] = value.to(device, non_blocking=non_blocking)
-            return moved.get(id(value), value)
+    def pin_memory(self) -> Self:
+        """In memory that a GPU copies from while the host goes on."""
+        return self._each(lambda value: value.pin_memory())
 
-        return replace(self, **{field.name: move(getattr(self, field.name)) for field in fields(self)})
+    def _each(self, change: Callable[[Any], Any]) -> Self:
+        changed: dict[int, Any] = {}
+
+        def once(value: Any) -> Any:
+            if hasattr(value, "pin_memory") and id(value) not in changed:
+                changed[id(value)] = change(value)
+            return changed.get(id(value), value)
+
+        return replace(self, **{field.name: once(getattr(self, field.name)) for field in fields(self)})
 
 
 @dataclass(frozen=True)

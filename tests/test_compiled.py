@@ -146,7 +146,7 @@ def train(
     for step, packed in enumerate(batches):
         packed = compiled.shapes.pad(packed) if compiled else packed
         model.train()
-        weight = weight_sums(packed, len(TASKS)).to(model.device)
+        weight = weight_sums([packed], len(TASKS)).to(model.device)
         factor = torch.where(weight > 0, 1 / weight, 0.0)
         packed = packed.to(model.device)
         with watch():

@@ -17,11 +17,11 @@ import torch
 from conftest import Finished, command_line, tiny_rows, write_jsonl
 from trunkline import Engine, Task, Trunk, TrunkConfig
 from trunkline.engine.model import MultiTaskModel
-from trunkline.engine.packing import pack
 from trunkline.training import checkpoint, loop
 from trunkline.training.config import Batch, Config, Evaluation, Optimizer, load_config
 from trunkline.training.loop import learning_rate, make_optimizer
 from trunkline.training.metrics import higher_is_better
+from trunkline.training.mixing import Mixer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -278,10 +278,7 @@ def test_accumulated_batches_make_the_step_of_one_batch(tiny_config, tmp_path, m
     assert sorted(parts[0] + parts[1]) == members  # task 1 is only in the first
 
     def gradients(name: str, batches: list[list[tuple[int, int]]]) -> dict[str, torch.Tensor]:
-        def next_batch(train, mixer, number, config):
-            return pack([train[task].example(i, task) for task, i in batches[number]], len(train), 1024)
-
-        monkeypatch.setattr(loop, "next_batch", next_batch)
+        monkeypatch.setattr(Mixer, "batch", lambda mixer, number: batches[number])
         config = load_config(tiny_config, [f"run={tmp_path / name}", "steps=1", "trunk.dropout=0"])
         return first_gradients(replace(config, batch=Batch(1024, len(batches), 128)))
 
@@ -294,10 +291,7 @@ def test_every_task_counts_by_the_mean_over_its_own_rows(tiny_config, tmp_path, 
     """The total is the sum of weight_t * (sum w l / sum w), however unevenly the tasks are present; others add 0."""
 
     def gradients(*members: tuple[int, int]) -> dict[str, torch.Tensor]:
-        def next_batch(train, mixer, number, config):
-            return pack([train[task].example(i, task) for task, i in members], len(train), 512)
-
-        monkeypatch.setattr(loop, "next_batch", next_batch)
+        monkeypatch.setattr(Mixer, "batch", lambda mixer, number: list(members))
         name = "-".join(f"{task}.{i}" for task, i in members)
         overrides = [f"run={tmp_path / name}", "steps=1", "trunk.dropout=0", "optimizer.clip=1e9"]
         config = load_config(tiny_config, [*overrides, "weights={closeness: 0.5}"])
@@ -368,15 +362,19 @@ def test_only_matrices_decay():
     assert len(decayed["params"]) + len(others["params"]) == len(names)
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_task_and_step(copy, tmp_path):
-    """The square of a label that is too large is not: from then on no loss of any task is a number."""
+def test_losses_that_are_never_finite_stop_the_run_and_name_task_and_examples(copy, tmp_path):
+    """The square of a label that is too large is not."""
     shutil.copytree(copy.config.base, tmp_path / "farm")
     rows = tiny_rows("closeness", 60, seed=0)
     write_jsonl(tmp_path / "farm" / "closeness.jsonl", [{**row, "score": 1e30} for row in rows])
-    with pytest.raises(FloatingPointError, match="loss of closeness is not finite at step 1:"):
+    with pytest.raises(FloatingPointError, match="5 steps in a row were left out .* up to step 5: "):
         copy.fit(run=str(tmp_path / "broken"), base=str(tmp_path / "farm"))
-    assert not list((tmp_path / "broken" / "checkpoints").iterdir())
-    assert [event["event"] for event in lines(tmp_path / "broken")] == ["evaluation"]  # the one before the first step
+    assert not [path for path in (tmp_path / "broken" / "checkpoints").iterdir() if path.name == "step-8"]
+    left_out = [event for event in lines(tmp_path / "broken") if event["event"] == "left_out"]
+    assert [event["step"] for event in left_out] == [1, 2, 3, 4, 5]
+    for event in left_out:
+        assert event["tasks"] == ["closeness"]
+        assert {example["task"] for example in event["examples"]} == {"closeness"}
 
 
 def test_a_run_learns_and_wastes_no_tokens(tmp_path):

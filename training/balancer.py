@@ -17,7 +17,7 @@ LOGGED = 32  # tasks up to which every two are compared in metrics.jsonl: more c
 
 
 class Balancer:
-    """In every step: `forward` and `backward` for each of its batches, then `finish`.
+    """In every step: `start`, then `forward` and `backward` for each of its batches, then `finish`.
 
     Args:
         settings: the method.
@@ -50,6 +50,15 @@ class Balancer:
         """Whether the tasks' own gradients are looked at in a step."""
         watch = self.settings.watch
         return self.settings.method in FROM_GRADIENTS or (watch > 0 and step % watch == 0)
+
+    def holds(self, step: int) -> bool:
+        """Whether the graphs of all batches of a step are held until `finish`."""
+        return self.settings.method != "fixed" or self.looks(step)
+
+    def start(self) -> None:
+        """Begins a step, also where the last one was broken off."""
+        self.losses.clear()
+        self.parts.passes.clear()
 
     def forward(self, batch: PackedBatch, factor: Tensor, step: int) -> LossSums:
         """What the model returns for a batch.
@@ -107,7 +116,7 @@ class Balancer:
         if self.settings.method in FROM_GRADIENTS:
             present &= products.diagonal() > 0
         weights, tasks = np.ones(N), np.flatnonzero(present)
-        if len(tasks) and np.isfinite(host).all():  # where it is not, the loop ends the run at its next look
+        if len(tasks) and np.isfinite(host).all():  # where it is not, the step is left out
             own = products[np.ix_(tasks, tasks)] if len(products) else products
             random = np.random.default_rng([self.seed, step])
             weights[tasks] = self.function(Seen(tasks, loss[tasks], count[tasks], own, step, random), self.state)

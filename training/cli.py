@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
 
 USER_ERROR = 2  # exit code for what the user can put right
+INTERRUPTED = 130  # exit code that shells give Ctrl-C
 ARCHITECTURES = ("sm_90", "sm_80", "sm_100")  # H100 and H200, A100, B200
 
 
@@ -28,9 +29,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.values += late
     try:
         options.command(options)
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         print(f"trunkline: {error}", file=sys.stderr)
         return USER_ERROR
+    except KeyboardInterrupt:
+        return INTERRUPTED
     return 0
 
 
@@ -92,6 +95,10 @@ def _parser() -> argparse.ArgumentParser:
     doctor = command("doctor", _doctor, "check the installation and, with a config, all of its data")
     doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml", type=Path)
     doctor.add_argument("values", nargs="*", metavar="key=value")
+
+    estimate = command("estimate", _estimate, "print memory, arithmetic and time of a run, before it is started")
+    estimate.add_argument("config", metavar="CONFIG.yaml", type=Path)
+    estimate.add_argument("values", nargs="*", metavar="key=value")
 
     report = command("report", _report, "write report.html of a run anew, also while the run goes on")
     report.add_argument("run", type=Path)
@@ -233,6 +240,16 @@ def _doctor(options: argparse.Namespace) -> None:
         from trunkline.training.config import load_config
 
         check_data(load_config(options.config, options.values))
+
+
+def _estimate(options: argparse.Namespace) -> None:
+    from trunkline.training.config import load_config
+
+    config = load_config(options.config, options.values)
+
+    from trunkline.training.estimate import estimate
+
+    estimate(config, tell=print)
 
 
 def _report(options: argparse.Namespace) -> None:

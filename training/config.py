@@ -14,6 +14,7 @@ from trunkline.engine.trunk import PRESETS, Checkpointing, TrunkConfig
 from trunkline.training.balancing import FROM_GRADIENTS, Balancing
 from trunkline.training.builtin import get_task
 from trunkline.training.mixing import ADAPTIVE, Mixing
+from trunkline.training.profiling import RECORDED, WARM_UP
 from trunkline.training.tasks import Task
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ class Optimizer:
     beta2: float = 0.98
     clip: float = 1.0
     """Longest gradient, in the 2-norm over all parameters; longer ones are scaled down."""
+    give_up_after: int = 5
+    """Steps in a row whose loss or gradient is not finite that end the run; fewer are left out, named and counted."""
 
 
 @dataclass(frozen=True)
@@ -119,6 +122,8 @@ class Config:
     checkpointing: Checkpointing = "none"
     """Activations that are computed again in the backward pass instead of kept: none; block: all but the inputs of the
     blocks; selective: all but these, products and attention. The gradients are the same."""
+    profile: bool = False
+    """Write a trace of a few steps, and a table of where their time goes, to the folder profile of the run."""
 
     def __post_init__(self):
         if not isinstance(self.balancing, Balancing):  # from Python, too, the name of a method, or fields
@@ -177,6 +182,7 @@ class Config:
             "seed": (self.seed, 0),
             "prompt_weight": (self.prompt_weight, 0),
             "batch.accumulate": (self.batch.accumulate, 1),
+            "optimizer.give_up_after": (self.optimizer.give_up_after, 1),
             "evaluation.every": (self.evaluation.every, 1),
             "evaluation.examples": (self.evaluation.examples, 0),
             "evaluation.texts": (self.evaluation.texts, 0),
@@ -188,6 +194,8 @@ class Config:
         for name, (value, minimum) in least.items():
             if value < minimum:
                 raise ValueError(f"config: {name} must be at least {minimum}, got {value}")
+        if self.profile and self.steps < WARM_UP + RECORDED:
+            raise ValueError(f"config: profile takes {WARM_UP + RECORDED} steps at least, got steps {self.steps}")
         if self.mixing.temperature <= 0:
             raise ValueError(f"config: mixing.temperature must be more than 0, got {self.mixing.temperature}")
 

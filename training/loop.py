@@ -10,8 +10,10 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -23,17 +25,20 @@ from trunkline.engine import pretrained
 from trunkline.engine.compiled import CompiledModel, FixedShapes
 from trunkline.engine.memory import keep_freed_memory
 from trunkline.engine.model import MultiTaskModel
-from trunkline.engine.packing import PackedBatch, pack
+from trunkline.engine.packing import PackedBatch
 from trunkline.training import checkpoint
 from trunkline.training.adaptive import Adaptive
 from trunkline.training.balancer import Balancer
+from trunkline.training.batches import Members, Packer, planned_and_packed
 from trunkline.training.config import Config, Optimizer, save_config
 from trunkline.training.corpus import Corpus, load_corpus
-from trunkline.training.data import Encoded
 from trunkline.training.evaluation import Scored, evaluate
+from trunkline.training.faults import Guard, Parts, in_words, named_culprits
 from trunkline.training.flops import training_flops
+from trunkline.training.interruption import Interruption
 from trunkline.training.metrics import first_score, metric_names
 from trunkline.training.mixing import Mixer
+from trunkline.training.profiling import Profile
 from trunkline.training.progress import Display, Interval, Log, Progress
 from trunkline.training.report import write_report
 from trunkline.training.summary import summarise
@@ -61,7 +66,9 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
     weights = torch.tensor([config.weights.get(name, 1.0) for name in names], device=engine.device)  # (N,)
     mixer = make_mixer(config, corpus)
     optimizer = make_optimizer(model, config.optimizer)
-    compiled = _compiled(engine, corpus, mixer, config.steps * config.batch.accumulate)
+    packer = Packer(corpus.train, config)
+    compiled = _compiled(engine, packer, mixer)
+    zero_grad = partial(optimizer.zero_grad, set_to_none=not (compiled and compiled.cuda_graphs))
     balancer = Balancer(config.balancing, model, config.seed, compiled)
     adaptive = Adaptive(config.mixing, corpus.tasks, model, mixer, config.batch.accumulate)
     fingerprint = _fingerprint(config, corpus)
@@ -73,6 +80,10 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
     corpus.tokenizer.save(run)
     display = Display({task.name: metric_names(task)[0] for task in corpus.tasks}, config.steps, progress.step)
     log = Log(run, progress.step)
+    interruption = Interruption()
+    profile = Profile(config.profile, run, engine.device, display.tell)
+    parts = Parts(packer, corpus.tokenizer, progress, display.tell)
+    guard = Guard(optimizer, names, config.optimizer.give_up_after, progress)
 
     def scores(examples: int, texts: int | None) -> dict[str, Scored]:
         with engine.autocast():
@@ -95,52 +106,78 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
             log.write(event="mix", step=progress.step, **choice)
         return scored
 
-    with display, log:
+    def batches_from(step: int) -> Iterator[tuple[Members, PackedBatch]]:
+        numbers = range(step * config.batch.accumulate, config.steps * config.batch.accumulate)
+        return planned_and_packed(packer, mixer, numbers, engine.device)
+
+    def gradients(step: int, total_weight: Tensor, batches: Sequence[PackedBatch]) -> tuple[Tensor, Tensor]:
+        """Gives every parameter the gradient of a step; the tasks' loss sums and row weights, (N,), come back."""
+        torch.manual_seed(config.seed * 1_000_003 + step)  # dropout
+        model.train()
+        zero_grad()  # of an attempt that ran out of memory
+        balancer.start()
+        # loss_t = sum w l / sum w over the whole step; a task that is absent contributes nothing
+        factor = torch.where(total_weight > 0, weights / total_weight, 0.0)
+        loss, weight = torch.zeros(2, len(names), device=engine.device)
+        for batch in batches:
+            with profile.part("forward"), engine.autocast():
+                sums = balancer.forward(batch.to(engine.device), factor, step)
+            with profile.part("backward"):
+                balancer.backward(sums.loss * factor, step)
+            loss += sums.loss.detach()
+            weight += sums.weight
+        with profile.part("backward"):
+            balancer.finish(total_weight, step)
+        return loss, weight
+
+    def name_left_out() -> None:
+        for step, tasks in guard.look():
+            numbers = range((step - 1) * config.batch.accumulate, step * config.batch.accumulate)
+            members = [member for number in numbers for member in mixer.batch(number)]
+            with engine.autocast():
+                examples = named_culprits(model, packer, corpus.tokenizer, members)
+            log.write(event="left_out", step=step, tasks=tasks, examples=examples)
+            display.tell(in_words(step, tasks, examples))
+        guard.check()
+
+    with display, log, profile, interruption:
         if progress.step == 0:
             before = evaluation(FIRST_LOOK, texts=0)
             progress.first_loss = {name: task.metrics["loss"] for name, task in before.items()}
         interval = Interval(names, engine.device)
+        ready = batches_from(progress.step)
         while progress.step < config.steps and not adaptive.all_stopped:
             step = progress.step
             started = time.perf_counter()
-            torch.manual_seed(config.seed * 1_000_003 + step)  # dropout
-            model.train()
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(config.optimizer, step, config.steps)
 
-            first = step * config.batch.accumulate
-            micro_batches = [
-                next_batch(corpus.train, mixer, number, config)
-                for number in range(first, first + config.batch.accumulate)
-            ]
-            if compiled:
-                micro_batches = [compiled.shapes.pad(batch) for batch in micro_batches]
-            # loss_t = sum w l / sum w over the whole step; a task that is absent contributes nothing
-            sums_of_weights = (weight_sums(batch, len(names)) for batch in micro_batches)
-            total_weight = sum(sums_of_weights, torch.zeros(len(names))).to(engine.device, non_blocking=True)
-            factor = torch.where(total_weight > 0, weights / total_weight, 0.0)
-            for batch in micro_batches:
-                with engine.autocast():
-                    sums = balancer.forward(batch.to(engine.device), factor, step)
-                balancer.backward(sums.loss * factor, step)
-                interval.add(step + 1, batch, sums.loss, sums.weight)
-                interval.flops += training_flops(model, batch)
-            balancer.finish(total_weight, step)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
-            optimizer.step()
-            adaptive.hold()
-            optimizer.zero_grad(set_to_none=not (compiled and compiled.cuda_graphs))
+            with profile.part("batching"):
+                members, batches = zip(*islice(ready, config.batch.accumulate), strict=True)
+                if compiled:
+                    batches = tuple(compiled.shapes.pad(batch) for batch in batches)
+            total_weight = weight_sums(batches, len(names)).to(engine.device, non_blocking=True)
+            loss, weight = parts.run(partial(gradients, step, total_weight), batches, members, balancer.holds(step))
+            with profile.part("optimizer"):
+                norm = nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
+                guard.judge(step + 1, loss, norm)
+                optimizer.step()  # a step that is not finite changes nothing
+                adaptive.hold()
+                zero_grad()
+            interval.add(batches, loss, weight)
+            interval.flops += sum(training_flops(model, batch) for batch in batches)
 
             progress.step = step = step + 1
+            stop = interruption.asked
             evaluate_now = step % config.evaluation.every == 0 or step == config.steps
-            log_now = step % LOG_EVERY == 0 or evaluate_now
-            if log_now:
-                loss = interval.losses()  # waits for the device
-                if not norm.isfinite():
-                    raise FloatingPointError(f"the gradient is not finite at step {step}")
+            log_now = step % LOG_EVERY == 0 or evaluate_now or stop is not None
+            if log_now or engine.device.type == "cpu":
+                name_left_out()  # waits for the device
+            profile.step()
             progress.seconds += time.perf_counter() - started
             interval.seconds += time.perf_counter() - started
             if log_now:
+                losses = interval.losses()
                 progress.add(interval)
                 log.write(
                     event="step",
@@ -152,11 +189,12 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
                     padding_waste=interval.padding_waste,
                     learning_rate=optimizer.param_groups[0]["lr"],
                     gradient_norm=float(norm),
-                    loss=loss,
+                    left_out=progress.left_out,
+                    loss=losses,
                     examples=interval.examples,
                     **balancer.log(),
                 )
-                display.step(step, loss, interval.tokens_per_second)
+                display.step(step, losses, interval.tokens_per_second)
                 interval = Interval(names, engine.device)
             if evaluate_now:
                 scored = evaluation(config.evaluation.examples, config.evaluation.texts)
@@ -164,13 +202,19 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
                 if mean > progress.best_score:
                     progress.best_score, progress.best_step = mean, step
                     checkpoint.save(run / "checkpoints", "best", {"model": model.state_dict()}, {"step": step})
+                if config.mixing.reacts:  # what is packed already is of the mix before
+                    ready = batches_from(step)
+            if evaluate_now or stop:
                 progress.wall_seconds = time.perf_counter() - began
-                _save(run, model, optimizer, balancer, adaptive, progress, fingerprint)
+                saved = _save(run, model, optimizer, balancer, adaptive, progress, fingerprint)
+            if stop:
+                display.tell(f"{stop.name}: saved {saved}; go on with --resume")
+                interruption.stop()
 
-        # The weights of the last step, where the learning rate has come down, and not those of the best one: that was
-        # chosen on few examples and fewer texts, and for its luck with them. It stays in checkpoints/best.
-        display.tell("scoring on all validation examples")
-        final = scores(examples=0, texts=None)
+    # The weights of the last step, where the learning rate has come down, and not those of the best one: that was
+    # chosen on few examples and fewer texts, and for its luck with them. It stays in checkpoints/best.
+    display.tell("scoring on all validation examples")
+    final = scores(examples=0, texts=None)
     engine.save(run / "model")
     progress.wall_seconds = time.perf_counter() - began
     summary = summarise(engine, corpus, progress, final)
@@ -178,13 +222,14 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
     return summary
 
 
-def _compiled(engine: "Engine", corpus: Corpus, mixer: Mixer, batches: int) -> CompiledModel | None:
-    """The engine's model, compiled for the batches of the run, `batches` in number; None where it stays as it is."""
+def _compiled(engine: "Engine", packer: Packer, mixer: Mixer) -> CompiledModel | None:
+    """The engine's model, compiled for the batches of the run; None where it stays as it is."""
     if not engine.compiles or not isinstance(engine.model, MultiTaskModel):  # a Bi-LSTM stays as it is
         return None
+    batches = engine.config.steps * engine.config.batch.accumulate
     starts = (0, batches // 2, max(0, batches - LOOKED_AT))
     numbers = sorted({number for start in starts for number in range(start, min(start + LOOKED_AT, batches))})
-    examples = [next_batch(corpus.train, mixer, number, engine.config) for number in numbers]
+    examples = [packer.pack(mixer.batch(number), engine.config.batch.tokens) for number in numbers]
     model = engine.model.train()
     compiled = CompiledModel(model, FixedShapes.of(examples, model.groups))
     with engine.autocast():
@@ -224,18 +269,12 @@ def learning_rate(settings: Optimizer, step: int, steps: int) -> float:
     return settings.learning_rate * (0.5 + 0.5 * math.cos(math.pi * progress))
 
 
-def next_batch(train: Sequence[Encoded], mixer: Mixer, number: int, config: Config) -> PackedBatch:
-    """Batch `number` of the run, on the host."""
-    examples = [
-        train[task].example(i, task, config.prompt_weight, config.class_weights.get(train[task].task.name))
-        for task, i in mixer.batch(number)
-    ]
-    return pack(examples, len(train), config.batch.tokens)
-
-
-def weight_sums(batch: PackedBatch, num_tasks: int) -> Tensor:
+def weight_sums(batches: Sequence[PackedBatch], num_tasks: int) -> Tensor:
     """(N,) sum of the row weights of every task."""
-    return torch.zeros(num_tasks).index_add_(0, batch.rows.task, batch.rows.weight)
+    total = torch.zeros(num_tasks)
+    for batch in batches:
+        total.index_add_(0, batch.rows.task, batch.rows.weight)
+    return total
 
 
 def mean_score(corpus: Corpus, scored: dict[str, Scored]) -> float:
@@ -267,7 +306,8 @@ def _open_run(run: Path, resume: bool, overwrite: bool) -> None:
 def _fingerprint(config: Config, corpus: Corpus) -> dict[str, Any]:
     """What must be the same for a run to go on; where it lies and what it runs on may change."""
     settings = asdict(config)
-    for name in ("run", "base", "data", "device", "compile", "checkpointing", "tokenizer"):  # of that the digest counts
+    elsewhere = ("run", "base", "data", "tokenizer")  # of the tokenizer the digest counts
+    for name in (*elsewhere, "device", "compile", "checkpointing", "profile"):
         del settings[name]
     settings["init"] = pretrained.digest(config.init) if config.init else ""
     settings["tasks"] = [task.name for task in corpus.tasks]  # in the order of the heads
@@ -286,7 +326,7 @@ def _save(
     adaptive: Adaptive,
     progress: Progress,
     fingerprint: dict,
-) -> None:
+) -> Path:
     tensors = {
         "model": model.state_dict(),
         "optimizer": checkpoint.optimizer_tensors(optimizer, model.named_parameters()),
@@ -297,8 +337,9 @@ def _save(
         "mixing": adaptive.state_dict(),
         "settings": fingerprint,
     }
-    checkpoint.save(run / "checkpoints", f"step-{progress.step}", tensors, state)
+    path = checkpoint.save(run / "checkpoints", f"step-{progress.step}", tensors, state)
     checkpoint.prune(run / "checkpoints", CHECKPOINTS)
+    return path
 
 
 def _resume(

@@ -37,6 +37,9 @@ class Progress:
     first_loss: dict[str, float] = field(default_factory=dict)  # on the validation split, before the first step
     best_score: float = -math.inf
     best_step: int = 0
+    left_out: int = 0  # steps whose loss or gradient was not finite
+    left_out_in_a_row: int = 0
+    part_tokens: int = 0  # most tokens that memory has room for at a time; 0: a batch
 
     def add(self, interval: "Interval") -> None:
         self.tokens += interval.tokens
@@ -56,29 +59,20 @@ class Interval:
         self.flops = 0.0
         self.examples = dict.fromkeys(names, 0)
         self.loss, self.weight = torch.zeros(2, len(names), device=device)
-        self.broken = torch.full_like(self.loss, math.inf)  # (N,) first step whose loss was not a number
 
-    def add(self, step: int, batch: PackedBatch, loss: Tensor, weight: Tensor) -> None:
-        self.tokens += len(batch.tokens)
-        self.real_tokens += batch.real_tokens
-        for name, count in zip(self.names, batch.examples, strict=True):
-            self.examples[name] += count
-        self.broken = self.broken.minimum(torch.where(loss.isfinite(), math.inf, float(step)))
-        self.loss += loss.detach()
-        self.weight += weight
+    def add(self, batches: Sequence[PackedBatch], loss: Tensor, weight: Tensor) -> None:
+        """Counts a step: its batches, and the loss sums and row weights of every task, (N,)."""
+        for batch in batches:
+            self.tokens += len(batch.tokens)
+            self.real_tokens += batch.real_tokens
+            for name, count in zip(self.names, batch.examples, strict=True):
+                self.examples[name] += count
+        finite = loss.isfinite()
+        self.loss += torch.where(finite, loss.detach(), 0.0)
+        self.weight += torch.where(finite, weight, 0.0)
 
     def losses(self) -> dict[str, float]:
-        """Mean loss of every task that was seen.
-
-        Raises:
-            FloatingPointError: one is not a number; names the tasks where it began, and the step.
-        """
-        broken = self.broken.tolist()
-        if (step := min(broken)) < math.inf:
-            names = ", ".join(name for name, first in zip(self.names, broken, strict=True) if first == step)
-            raise FloatingPointError(
-                f"the loss of {names} is not finite at step {step:.0f}: try a lower optimizer.learning_rate"
-            )
+        """Mean loss of every task that was seen, over the steps in which it was finite."""
         sums = zip(self.names, self.loss.tolist(), self.weight.tolist(), strict=True)
         return {name: loss / weight for name, loss, weight in sums if weight > 0}
 

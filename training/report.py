@@ -98,7 +98,7 @@ def _read(run: Path) -> _Run:
     log = run / "metrics.jsonl"
     if not log.is_file():
         raise ValueError(f"report: {run} is not the folder of a run: it holds no metrics.jsonl")
-    events: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "evaluation": {}, "mix": {}}
+    events: dict[str, dict[int, dict[str, Any]]] = {"step": {}, "evaluation": {}, "mix": {}, "left_out": {}}
     lines = log.read_text(encoding="utf-8").split("\n")[:-1]  # what follows the last line break is still being written
     for number, line in enumerate(lines, start=1):
         try:
@@ -106,7 +106,7 @@ def _read(run: Path) -> _Run:
         except json.JSONDecodeError as error:
             raise ValueError(f"report: {log}, line {number}: expected a JSON object, got {line[:60]!r}") from error
         events[event["event"]][event["step"]] = event  # a resumed run repeats steps: the last one counts
-    steps, evaluations, choices = ([event for _, event in sorted(of_kind.items())] for of_kind in events.values())
+    steps, evaluations, choices, _ = ([event for _, event in sorted(of_kind.items())] for of_kind in events.values())
 
     def optional(name: str, missing: Any) -> Any:
         path = run / name
@@ -205,6 +205,7 @@ def _key_figures(run: _Run) -> list[tuple[str, str]]:
         ("parameters", quantity(summary["parameters"])),
         ("peak memory", quantity(summary["peak_memory_bytes"], "B")),
         ("device", summary["device"]),
+        *([("steps left out", f"{summary['steps_left_out']:,}")] if summary.get("steps_left_out") else []),
     ]
 
 

@@ -33,6 +33,7 @@ def summarise(engine: "Engine", corpus: Corpus, progress: Progress, final: dict[
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "device": str(engine.device),
         "steps": progress.step,
+        "steps_left_out": progress.left_out,
         "tokens": progress.tokens,
         "real_tokens": progress.real_tokens,
         "training_flops": progress.flops,

@@ -33,10 +33,11 @@ import torch
 
 from trunkline.engine.engine import make_model
 from trunkline.engine.trunk import TrunkConfig
+from trunkline.training.batches import Packer
 from trunkline.training.config import Config
 from trunkline.training.corpus import Corpus, load_corpus, with_vocabulary
 from trunkline.training.flops import training_flops
-from trunkline.training.loop import make_mixer, next_batch
+from trunkline.training.loop import make_mixer
 from trunkline.training.mixing import WINDOW, Mixing, shares
 from trunkline.training.tasks import SUMMARIES, Task
 
@@ -209,7 +210,8 @@ def flops_per_token(parts: Sequence[Part], corpus_of: Callable[[Config], Corpus]
             model = make_model(with_vocabulary(part.config, corpus.tokenizer))
         mixer = make_mixer(part.config, corpus)
         count = min(WINDOW, part.config.steps)
-        batches = [next_batch(corpus.train, mixer, number, part.config) for number in range(count)]
+        packer = Packer(corpus.train, part.config)
+        batches = [packer.pack(mixer.batch(number), part.config.batch.tokens) for number in range(count)]
         total += part.config.steps / count * sum(training_flops(model, batch) for batch in batches)
         tokens += part.config.steps / count * sum(batch.real_tokens for batch in batches)
     return total / tokens
