@@ -152,7 +152,7 @@ def train(
         with watch():
             sums = balancer.forward(packed, factor, step)
             balancer.backward(sums.loss * factor, step)
-            interval.add(step + 1, packed, sums.loss, sums.weight)
+            interval.add([packed], sums.loss, sums.weight)
             balancer.finish(weight, step)
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()

@@ -1,0 +1,221 @@
+"""`trunkline estimate`: memory, arithmetic and time of a run, before it is started.
+
+Batches are made as the run will make them, and a step on them is gone through with tensors that have a shape and a
+dtype but no content (PyTorch's FakeTensorMode). What is counted is which tensors are made and when they are let go, so
+the estimate follows the model whatever is changed about it. Not in it: evaluation and generation, methods of balancing
+that hold several batches, compiled graphs, and what the allocator rounds up.
+"""
+
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from math import inf
+from statistics import fmean
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from trunkline.engine.model import MultiTaskModel
+from trunkline.engine.packing import PackedBatch
+from trunkline.engine.trunk import Trunk
+from trunkline.kernels.linear_cross_entropy import CHUNKS
+from trunkline.kernels.pack_plan import QUERY_BLOCK, TILE_SIZES
+from trunkline.training.batches import Packer
+from trunkline.training.config import Config
+from trunkline.training.corpus import load_corpus, with_vocabulary
+from trunkline.training.flops import training_flops
+from trunkline.training.loop import make_mixer
+from trunkline.training.tasks import Task
+
+LOOKED_AT, GONE_THROUGH = 32, 2  # batches of the run; and of these, those with the most labelled rows
+CUBLAS = 32 << 20  # bytes that cuBLAS works in, on H100 and later
+UTILISATION = {"cuda": 0.4, "cpu": 0.6}  # share of a device's rate that a step reaches: assumed, what is aimed for
+
+# Dense bfloat16 products with float32 sums, TFLOP/s, and memory, GB; from NVIDIA's data sheets.
+DEVICES = {
+    "L4": (121, 24),
+    "RTX 4090": (165, 24),
+    "A100": (312, 80),
+    "H100": (989, 80),
+    "H200": (989, 141),
+    "B200": (2250, 180),
+}
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of a training step."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int  # what the forward pass of a batch keeps for its backward pass
+    peak: int  # the most that exists at a time
+
+
+class Allocations(TorchDispatchMode):
+    """A context that counts the bytes of all tensors made in it: those alive, and the most there were.
+
+    Args:
+        model: whose tensors are there already; views of them are no new ones.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.now = self.peak = 0
+        self.known = weakref.WeakSet(tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        outputs = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._count, outputs)
+        return outputs
+
+    def _count(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        if storage not in self.known:
+            self.known.add(storage)
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self._let_go, storage.nbytes())
+
+    def _let_go(self, size: int) -> None:
+        self.now -= size
+
+
+@contextmanager
+def saved_tensors(model: nn.Module) -> Iterator[dict[int, int]]:
+    """A context that collects what a forward pass saves for its backward pass, less the model's own tensors.
+
+    Yields:
+        Bytes by storage.
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
+    sizes: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            sizes[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield sizes
+
+
+def step_memory(config: Config, tasks: Sequence[Task], batches: Sequence[PackedBatch], device: str) -> Memory:
+    """The memory of a step on the largest of these batches.
+
+    Args:
+        config: with the size of the vocabulary in its trunk.
+        batches: on the host.
+        device: 'cpu': all in float32; 'cuda': products in bfloat16.
+    """
+    written = sorted(batches, key=lambda batch: len(batch.rows.token))[-GONE_THROUGH:]
+    activations = made = 0
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = MultiTaskModel(Trunk(config.trunk), tasks, config.projection, config.label_smoothing).train()
+        model.trunk.checkpointing = config.checkpointing
+        for batch in written:
+            model.zero_grad()
+            with Allocations(model) as allocations:
+                for _ in range(min(config.batch.accumulate, 2)):  # from the second on, the gradients are there
+                    with saved_tensors(model) as saved, _products(device):
+                        loss = model(batch).loss.sum()
+                    loss.backward()
+            activations, made = max(activations, sum(saved.values())), max(made, allocations.peak)
+    weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
+    gradients = sum(parameter.nbytes for parameter in model.parameters())
+    optimizer = sum(2 * parameter.nbytes + 4 for parameter in model.parameters())  # two means and the step
+    peak = weights + optimizer + max(made, gradients) + _inside_kernels(model, written, device)
+    return Memory(weights, gradients, optimizer, activations, peak)
+
+
+def _products(device: str) -> AbstractContextManager:
+    """Tensors without content are on the CPU, whatever they stand for."""
+    return torch.autocast("cpu", torch.bfloat16) if device == "cuda" else nullcontext()
+
+
+def _inside_kernels(model: MultiTaskModel, batches: Sequence[PackedBatch], device: str) -> int:
+    """Bytes of the logits of a chunk of rows; of cuBLAS, or of attention on a CPU, which has its scores in memory."""
+    rows = max(sum(batch.rows.counts[model.num_small + model.num_spans :]) for batch in batches)
+    at_least, most_bytes = CHUNKS[device]
+    row = model.trunk.config.vocab_size * (2 if device == "cuda" else 4)
+    logits = min(rows, max(at_least, most_bytes // row)) * row
+    return logits + (CUBLAS if device == "cuda" else max(_attention_on_cpu(model, batch) for batch in batches))
+
+
+def _attention_on_cpu(model: MultiTaskModel, batch: PackedBatch) -> int:
+    """Bytes at most: scores, probabilities and their gradient, of all heads; copies of q, k, v, out and gradients."""
+    config, plan = model.trunk.config, batch.plan
+    narrow, wide = plan.narrow_tiles, len(plan.tiles) - plan.narrow_tiles  # all of one width are worked on at once
+    scores = max(narrow * TILE_SIZES[0] ** 2, wide * TILE_SIZES[1] ** 2, QUERY_BLOCK * plan.max_seqlen)
+    return 4 * (3 * config.num_heads * scores + 8 * plan.num_tokens * config.num_heads * config.head_width)
+
+
+def matrix_rate(seconds: float = 1.0) -> float:
+    """FLOP/s of large float32 products on this machine's CPU."""
+    a, b = torch.randn(2, 1024, 1024)
+    a @ b
+    began, count = time.perf_counter(), 0
+    while (took := time.perf_counter() - began) < seconds or not count:
+        a @ b
+        count += 1
+    return 2 * 1024**3 * count / took
+
+
+def estimate(config: Config, tell: Callable[[str], None]) -> dict[str, Memory]:
+    """Reads the data of a run, tells what the run will take, and returns the memory by kind of device.
+
+    Raises:
+        ValueError: the data cannot be used, as when the run is started; or the model is no trunk.
+    """
+    if config.architecture != "trunk":
+        raise ValueError(f"estimate: what architecture '{config.architecture}' takes is not known beforehand")
+    corpus = load_corpus(config, tell=tell)
+    config = with_vocabulary(config, corpus.tokenizer)
+    mixer, packer = make_mixer(config, corpus), Packer(corpus.train, config)
+    numbers = range(min(LOOKED_AT, config.steps * config.batch.accumulate))
+    batches = [packer.pack(mixer.batch(number), config.batch.tokens) for number in numbers]
+    memory = {device: step_memory(config, corpus.tasks, batches, device) for device in ("cpu", "cuda")}
+    with FakeTensorMode():
+        model = MultiTaskModel(Trunk(config.trunk), corpus.tasks, config.projection, config.label_smoothing)
+    total, trunk = (sum(p.numel() for p in part.parameters()) for part in (model, model.trunk))
+    flops = config.batch.accumulate * fmean(training_flops(model, batch) for batch in batches)
+
+    tell(f"parameters: {total:,}; trunk {trunk:,}, heads {total - trunk:,}")
+    tell(
+        f"arithmetic: {flops / 1e12:.3g} TFLOP a step, {flops * config.steps / 1e15:.3g} PFLOP in {config.steps} steps"
+    )
+    for device, title in (("cpu", "a CPU, float32"), ("cuda", "a GPU, products in bfloat16")):
+        parts = ", ".join(f"{name} {_size(value)}" for name, value in vars(memory[device]).items())
+        tell(f"memory on {title}: {parts}")
+    if config.balancing.method != "fixed":
+        tell(f"balancing.method {config.balancing.method} takes more memory than that, and some more time")
+
+    here = f"this CPU, {torch.get_num_threads()} threads"
+    rates = {here: ("cpu", matrix_rate(), inf)}
+    rates |= {name: ("cuda", peak * 1e12, gigabytes * 1e9) for name, (peak, gigabytes) in DEVICES.items()}
+    tell(f"\n{'device':24} {'TFLOP/s':>8} {'of which':>8} {'ms a step':>10} {'the run':>12}")
+    for name, (device, rate, room) in rates.items():
+        seconds = flops / (UTILISATION[device] * rate)
+        fits = memory[device].peak < room
+        tell(
+            f"{name:24} {rate / 1e12:8.3g} {UTILISATION[device]:8.0%} {1e3 * seconds:10.3g} "
+            f"{_duration(seconds * config.steps):>12}{'' if fits else '   does not fit'}"
+        )
+    tell("rates: of a GPU as its maker states, of this CPU as just measured; the share that is reached is assumed")
+    return memory
+
+
+def _size(number: float) -> str:
+    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
+
+
+def _duration(seconds: float) -> str:
+    minutes = seconds / 60
+    return f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min" if minutes > 1.5 else f"{seconds:.1f} s"
