@@ -80,7 +80,8 @@ def _task_loss(tasks: int, name: str) -> System:
     kernel = kernel_of(task_loss)
     arguments = kernel.example(torch.device("cpu"), torch.float32, **kernel.shapes[f"{tasks} tasks"])
     make = trunkline if name == OURS else PEERS[kernel.name][name]
-    check(kernel, make, arguments, torch.float32)
+    if tasks < 1000:  # autograd fills the whole table with zeros for each task of the loop: that takes minutes
+        check(kernel, make, arguments, torch.float32)
     return make(kernel, arguments, torch.float32)
 
 
