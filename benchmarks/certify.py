@@ -182,7 +182,8 @@ def record_launches(kernels: Iterable[Kernel], archs: Sequence[int], quick: bool
     JITFunction._do_compile = record  # returns no kernel, so nothing is launched either
     Autotuner.run = run_every_configuration
     for kernel in kernels:
-        for place, (shape, sizes) in enumerate((kernel.shapes | preset_shapes(kernel.name)).items()):
+        others = {} if quick else getattr(kernel.module, "ALSO_CERTIFIED", {})
+        for place, (shape, sizes) in enumerate((kernel.shapes | preset_shapes(kernel.name) | others).items()):
             for dtype in getattr(kernel.module, "KERNEL_DTYPES", (torch.bfloat16, torch.float16, torch.float32)):
                 if place and dtype != torch.bfloat16:
                     continue
@@ -213,9 +214,10 @@ def certify(kernels: Iterable[Kernel], archs: Sequence[int], quick: bool = False
 
     Args:
         kernels: whose launches; at all of their shapes and those of the trunk's presets in bfloat16, at the first also
-            in float16 and float32, or in those of these that its file lists as KERNEL_DTYPES.
+            in float16 and float32, or in those of these that its file lists as KERNEL_DTYPES. And at those that it
+            lists as ALSO_CERTIFIED.
         archs: compute capabilities times ten: 80, 90, 100.
-        quick: architectures after the first only at the first shape, in bfloat16.
+        quick: architectures after the first only at the first shape, in bfloat16; nothing that is ALSO_CERTIFIED.
         jobs: processes that compile.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -18,6 +18,20 @@ CPU_ROWS, CPU_WIDTH = 4608, 256
 BEGAN = time.monotonic()
 
 
+class Measured(dict):
+    """What was measured so far, by kernel, shape and direction; written down at once, since the clock or a fault of the
+    device may end the session at any time."""
+
+    def __init__(self, write: bool) -> None:
+        super().__init__()
+        self.write = write
+
+    def __setitem__(self, key: tuple, case: dict) -> None:
+        super().__setitem__(key, case)
+        if self.write:
+            record_kernels(self, shlex.join(["pytest", *sys.argv[1:]]))
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("trunkline")
     group.addoption("--sizes", choices=["gpu", "cpu", "smoke"], default="gpu" if torch.cuda.is_available() else "cpu")
@@ -56,12 +70,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def measured(request: pytest.FixtureRequest):
-    """What was measured so far, by kernel, shape and direction; written down at the end."""
-    results: dict[tuple, dict] = {}
-    yield results
-    if results and not request.config.getoption("--no-record"):
-        record_kernels(results, shlex.join(["pytest", *sys.argv[1:]]))
+def measured(request: pytest.FixtureRequest) -> Measured:
+    return Measured(write=not request.config.getoption("--no-record"))
 
 
 @pytest.fixture(autouse=True)

@@ -4,63 +4,97 @@
     make gpu PYTHON=python3 VENV=            # with what PYTHON has: torch, triton, transformers, pytest-benchmark
     make gpu DRY=1                           # the same parts on the CPU, on tiny sizes: shows that they can run
 
-Every part has a budget of time; what it has done by then counts. A part that fails does not stop the next one. Results
-go into benchmarks/results/<device>/; a table of the parts comes last.
+Every part has a budget of time; what it has done by then counts: it is interrupted a little before, and killed at its
+end. A part that fails does not stop the next one. Results go into benchmarks/results/<device>/ case by case; a table of
+the parts comes last.
 """
 
 import argparse
 import os
+import shlex
+import signal
 import subprocess
 import sys
+import tempfile
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT.parent / "shared" / "data", ROOT / "shared" / "data"  # real data: beside the repository, or inside it
+SHARDS = 8  # processes that share the tests
+GRACE = 10  # seconds that an interrupted process has to say what it has done
 
 
 @dataclass(frozen=True)
 class Part:
     name: str
-    command: list[str]
+    commands: list[list[str]]  # side by side
     budget: int  # seconds
 
 
 def parts(data: Path | None, dry: bool) -> list[Part]:
     """What is run, in order. Warnings fail no test here: nobody has seen this machine's before."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider"]
-    # what torch.compile makes takes long to compile: it takes part in two cases only
-    small = ["--sizes", "smoke", "--no-record"] if dry else ["-k", "not (FlexAttention or compiled) or (768 and both)"]
     tests = ["tests/test_dispatch.py"] if dry else ["tests", "-m", "gpu", "--continue-on-collection-errors"]
-    benchmarks = ["benchmarks", "--benchmark-only", "--benchmark-disable-gc", "--deadline", "165", *small]
-    found = [
-        Part("tests", [*pytest, "--durations=5", *tests], 150),
-        Part("benchmarks", [*pytest, "--benchmark-columns=median,iqr,rounds", *benchmarks], 200),
-    ]
+    # tests mostly wait for kernels to be compiled; and what kills a process does not end all of them
+    shards = 2 if dry else SHARDS
+    found = [Part("tests", [[*pytest, *tests, "--shard", f"{i + 1}/{shards}"] for i in range(shards)], 150)]
+    # each in a process of its own: after a fault of the device nothing more can be measured in one
+    for name, chosen, budget in (
+        ("attention", "attention", 110),
+        ("vocabulary loss", "linear_cross_entropy", 50),
+        ("task kernels", "not attention and not linear_cross_entropy", 40),
+    ):
+        # what torch.compile makes takes long to compile: it takes part in two cases only
+        kept = f"({chosen}) and (not (FlexAttention or compiled) or (768 and both))"
+        options = ["--sizes", "smoke", "--no-record"] if dry else ["--deadline", str(budget - 20)]
+        command = [*pytest, "benchmarks", "--benchmark-only", "--benchmark-disable-gc", "-k", kept, *options]
+        found.append(Part(name, [[*command, "--benchmark-columns=median,iqr,rounds"]], budget))
     if data:
         step = [sys.executable, "benchmarks/step.py", str(data), "--rounds", "1", "--seconds", "0.1" if dry else "3"]
         if dry:
-            found.append(Part("training steps", [*step, "--no-record", "--systems", "9 heads"], 100))
+            found.append(Part("training steps", [[*step, "--no-record", "--systems", "9 heads"]], 100))
         else:
             small = ["trunkline", "trunkline, compiled", "padded", "packed", "packed, compiled"]
-            found.append(Part("steps of small", [*step, "--shape", "small", "--systems", *small], 100))
+            found.append(Part("steps of small", [[*step, "--shape", "small", "--systems", *small]], 100))
             tiny = ["trunkline", "trunkline, compiled", "trunkline, CUDA graph", "packed"]
-            found.append(Part("steps of tiny", [*step, "--systems", *tiny], 80))
+            found.append(Part("steps of tiny", [[*step, "--systems", *tiny]], 80))
     return found
 
 
 def run(part: Part) -> tuple[str, float]:
-    """How a part ended, and its seconds. It writes what it has to say while it runs."""
-    print(f"\n=== {part.name}: {' '.join(part.command[1:])}", flush=True)
+    """How a part ended, and its seconds; prints what its processes wrote, one after the other."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "PYTHONUNBUFFERED": "1"}
-    began = time.monotonic()
+    began, end = time.monotonic(), time.monotonic() + part.budget
+    with ExitStack() as files:
+        outputs = [files.enter_context(tempfile.TemporaryFile()) for _ in part.commands]
+        running = [
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=output, stderr=subprocess.STDOUT)
+            for command, output in zip(part.commands, outputs, strict=True)
+        ]
+        stopped = not all(_ends(process, end - GRACE - time.monotonic()) for process in running)
+        for process in running:
+            process.send_signal(signal.SIGINT)  # pytest then says what it has done; nothing to one that has ended
+        for command, output, process in zip(part.commands, outputs, running, strict=True):
+            if not _ends(process, end - time.monotonic()):
+                process.kill()
+                process.wait()
+            print(f"\n=== {part.name}: {shlex.join(command[1:])}", flush=True)
+            output.seek(0)
+            print(output.read().decode(errors="replace"), end="", flush=True)
+    failed = sorted({process.returncode for process in running} - {0})
+    outcome = f"failed ({', '.join(map(str, failed))})" if failed else "passed"
+    return f"stopped after {part.budget - GRACE} s" if stopped else outcome, time.monotonic() - began
+
+
+def _ends(process: subprocess.Popen, seconds: float) -> bool:
     try:
-        code = subprocess.run(part.command, cwd=ROOT, env=environment, timeout=part.budget).returncode
-        outcome = "passed" if code == 0 else f"failed ({code})"
+        process.wait(max(0.0, seconds))
     except subprocess.TimeoutExpired:
-        outcome = f"stopped after {part.budget} s"
-    return outcome, time.monotonic() - began
+        return False
+    return True
 
 
 def main() -> int:

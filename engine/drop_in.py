@@ -227,7 +227,7 @@ def scaled_dot_product_attention(
         (B, H, S, D). A query that sees no key gets 0.
     """
     query, key, value = (as_under_autocast(x) for x in (query, key, value))
-    reason = _not_ours(query, key, value, enable_gqa, dropout_p)
+    reason = _not_ours(query, key, value, enable_gqa, dropout_p, scale)
     plan = None
     if reason is None:
         B, S, K = query.shape[0], query.shape[2], key.shape[2]
@@ -252,10 +252,14 @@ def scaled_dot_product_attention(
     return out.transpose(1, 2)
 
 
-def _not_ours(query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, dropout_p: float) -> str | None:
+def _not_ours(
+    query: Tensor, key: Tensor, value: Tensor, enable_gqa: bool, dropout_p: float, scale: float | None
+) -> str | None:
     """Why our kernels cannot take these inputs; inputs that nobody can take are PyTorch's to complain about."""
     if not 0 <= dropout_p < 1:
         return "dropout_p is not in [0, 1)"
+    if scale is not None and not scale > 0:
+        return "scale is not above 0"
     if query.is_nested or not query.ndim == key.ndim == value.ndim == 4:
         return "inputs are not 4-D"
     if key.shape != value.shape or key.shape[3] != query.shape[3] or query.shape[3] > MAX_WIDTH:

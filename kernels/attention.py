@@ -6,19 +6,20 @@ With a soft cap c the scores are c tanh(s / c), and dS is multiplied by 1 - tanh
 Z / (1 - p) where it meets V and dV, Z being 1 or 0, and so is dO V^T.
 Saved for backward: q, k, v, the output and the base-2 log-sum-exp of every query and head (4 bytes).
 
-Short sequences are worked on in tiles (attention_short.py), longer ones in blocks (attention_long.py); where there are
-no kernels, all of it in plain PyTorch (attention_torch.py).
+Short sequences are worked on in tiles (attention_short.py), longer ones in blocks (attention_long.py) or, where it is
+chosen, by flash-attn (attention_flash.py); where there are no kernels, all of it in plain PyTorch (attention_torch.py).
 
 T tokens, K keys (T for self-attention), H query heads, G key/value heads (H a multiple of G), D head width, S sequences
 Source: Dao, FlashAttention-2, arXiv:2307.08691, section 3.1; block-diagonal tiles as in Krell et al., arXiv:2107.02027.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from trunkline.kernels import attention_long, attention_short, attention_torch
+from trunkline.kernels import attention_flash, attention_long, attention_short, attention_torch
 from trunkline.kernels.attention_scores import kept_reference
 from trunkline.kernels.dispatch import INTERPRET, input_precision, register
 from trunkline.kernels.pack_plan import Layout, PackPlan
@@ -85,7 +86,7 @@ def _forward_triton(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if not _has_kernel(q.dtype):
+    if not _has_kernel(q, layout):
         return attention_torch.forward(q, k, v, layout, narrow_tiles, scale, left, right, softcap, dropout, seed)
     q, k, v = map(_with_dense_heads, (q, k, v))
     spans, tiles, blocks, cu_seqlens, _, cu_seqlens_k = Layout.of(layout)
@@ -115,7 +116,7 @@ def _backward_triton(
     seed: Tensor | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _has_kernel(q.dtype):
+    if not _has_kernel(q, layout):
         given = (scale, left, right, softcap, dropout, seed, deterministic)
         return attention_torch.backward(dout, q, k, v, out, lse, layout, narrow_tiles, *given)
     dout, (q, k, v) = dout.contiguous(), map(_with_dense_heads, (q, k, v))
@@ -130,10 +131,13 @@ def _backward_triton(
     return dq, dk, dv
 
 
-def _has_kernel(dtype: torch.dtype) -> bool:
-    """Products of float32 in its own precision have no matrix units, and its wide tiles no room in shared memory: the
-    reference takes them."""
-    return dtype in KERNEL_DTYPES or input_precision(dtype) == "tf32" or (INTERPRET and dtype == torch.float32)
+def _has_kernel(q: Tensor, layout: list[Tensor]) -> bool:
+    """The reference takes what a tile has no room for in shared memory, and float32 in its own precision, for which
+    there are no matrix units."""
+    width, has_tiles = q.shape[2], len(Layout.of(layout).tiles) > 0
+    if q.dtype in KERNEL_DTYPES:
+        return width <= (128 if has_tiles else MAX_WIDTH)
+    return width <= 64 and (input_precision(q.dtype) == "tf32" or (INTERPRET and q.dtype == torch.float32))
 
 
 def _with_dense_heads(x: Tensor) -> Tensor:
@@ -196,7 +200,7 @@ def attention(
         v: (K, G, D) values.
         plan: the batch's `PackPlan`, on the device of `q`.
         causal: a query sees the key at its own position and those before it; otherwise all keys of its sequence.
-        scale: factor of the scores; default 1 / sqrt(D).
+        scale: factor of the scores, above 0; default 1 / sqrt(D).
         window: (left, right), how many keys before and after its own position a query sees; -1: no bound.
         softcap: c; scaled scores s become c tanh(s / c).
         dropout: probability of leaving a key out, in [0, 1); what is kept is multiplied by 1 / (1 - dropout).
@@ -218,9 +222,15 @@ def attention(
         raise ValueError(f"attention: seed must be in [0, 2^63), got {seed}")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"attention: softcap must be above 0, got {softcap}; None is no soft cap")
+    if scale is not None and not scale > 0:
+        raise ValueError(f"attention: scale must be above 0, got {scale}; None is 1 / sqrt(D)")
     left, right = (-1, -1) if window is None else window
     if left < -1 or right < -1:
         raise ValueError(f"attention: window must be (left, right), each at least 0 or -1 for no bound, got {window}")
+    if attention_flash.serves(q, plan):
+        asked: dict[str, Any] = {"causal": causal, "scale": scale, "window": window, "softcap": softcap}
+        asked["deterministic"] = deterministic
+        return attention_flash.attention(q, k, v, plan, partial(attention, **asked), dropout=dropout, **asked)
     settings = (
         plan.narrow_tiles,
         q.shape[2] ** -0.5 if scale is None else float(scale),
@@ -266,6 +276,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan) -> None:
 
 
 _MANY = {"heads": 12, "head_dim": 64, "causal": False}
+_SHORT = {"lengths": [48] * 512 + [128] * 256, "causal": True}  # tiles of both widths
+_MIX = {"lengths": [48] * 512 + [128] * 256 + [768] * 32, "causal": True}  # and blocks
 SHAPES: dict[str, dict] = {
     "1024 x 32": {"lengths": [32] * 1024, **_MANY},
     "1024 x 64": {"lengths": [64] * 1024, **_MANY},
@@ -273,6 +285,17 @@ SHAPES: dict[str, dict] = {
     "1024 x 48 + 32 x 768": {"lengths": [48] * 1024 + [768] * 32, **_MANY},
     "64 x 1024 causal": {"lengths": [1024] * 64, "heads": 12, "head_dim": 64, "causal": True},
     "8 x 8192 causal": {"lengths": [8192] * 8, "heads": 16, "head_dim": 128, "causal": True},
+    "short causal, 12 heads on 4": {**_SHORT, "heads": 12, "kv_heads": 4, "head_dim": 64},
+    "short causal, 32 heads on 8": {**_SHORT, "heads": 32, "kv_heads": 8, "head_dim": 128},
+}
+# nothing to time, but code of its own: other widths of heads, and what is done to a score
+ALSO_CERTIFIED: dict[str, dict] = {
+    "mix, 12 heads on 4": {**_MIX, "heads": 12, "kv_heads": 4, "head_dim": 64},
+    "mix, 32 heads on 8": {**_MIX, "heads": 32, "kv_heads": 8, "head_dim": 128},
+    **{f"heads of {D}": {**_MIX, "heads": 4, "head_dim": D} for D in (32, 96, 128)},
+    "soft cap": {**_MIX, "heads": 4, "head_dim": 64, "softcap": 30.0},
+    "dropout": {**_MIX, "heads": 4, "head_dim": 64, "dropout": 0.1},
+    "long, heads of 256": {"lengths": [768], "heads": 4, "kv_heads": 2, "head_dim": 256, "causal": True},
 }
 
 
@@ -283,8 +306,8 @@ def example(
     lengths: list[int],
     heads: int,
     head_dim: int,
-    causal: bool,
     kv_heads: int | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
     """Arguments of `attention` for sequences of these lengths, random and always the same."""
     generator = torch.Generator().manual_seed(0)
@@ -294,4 +317,4 @@ def example(
 
     q, k, v = random(heads), random(kv_heads or heads), random(kv_heads or heads)
     bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
-    return {"q": q, "k": k, "v": v, "plan": PackPlan.of(bounds).to(device), "causal": causal}
+    return {"q": q, "k": k, "v": v, "plan": PackPlan.of(bounds).to(device), **settings}

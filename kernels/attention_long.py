@@ -19,11 +19,15 @@ import torch
 from torch import Tensor
 
 from trunkline.kernels.attention_scores import dropout_threshold, kept, tanh
-from trunkline.kernels.dispatch import input_precision, padded_width, tl, triton
+from trunkline.kernels.dispatch import compute_capability, input_precision, padded_width, tl, triton
 from trunkline.kernels.pack_plan import KEY_BLOCK, QUERY_BLOCK
 
 UNLIMITED = 2**30  # a window wider than any sequence
-_UNSPECIALIZED = ["statistics_stride", "left", "right", "seed", "threshold"]  # one compilation for all values
+# one compilation for all batches and settings: whatever the values of these, and however the lists of a plan lie
+_jit = triton.jit(
+    do_not_specialize=["statistics_stride", "left", "right", "seed", "threshold"],
+    do_not_specialize_on_alignment=["cu_seqlens_ptr", "cu_seqlens_k_ptr", "blocks_ptr"],
+)
 
 
 @triton.jit
@@ -70,7 +74,7 @@ def _store(ptr, x, first, last, stride, SIZE: tl.constexpr, D: tl.constexpr, BLO
     tl.store(at, x.to(ptr.dtype.element_ty), mask=(row < last - first) & (column < D))
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@_jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, blocks_ptr,
     q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h, statistics_stride,
@@ -127,7 +131,7 @@ def _forward_kernel(
     _store(_at(out_ptr, q_start, head, H * D, D), out * share[:, None], m, queries, H * D, BLOCK_M, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@_jit
 def _query_gradient_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, blocks_ptr,
     dout_stride_t, dout_stride_h, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
@@ -184,7 +188,7 @@ def _query_gradient_kernel(
     _store(_at(dq_ptr, q_start, head, H * D, D), dq * scale, m, queries, H * D, BLOCK_M, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=_UNSPECIALIZED)
+@_jit
 def _key_gradient_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, blocks_ptr,
     dout_stride_t, dout_stride_h, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
@@ -251,16 +255,23 @@ def _key_gradient_kernel(
 
 
 def tile_options(kernel: str, dtype: torch.dtype, D: int) -> dict[str, int]:
-    """Tiles, warps and stages of the loads' pipeline: large tiles, for wgmma, whose sums still stay in registers.
+    """Tiles, warps and stages of the loads' pipeline: the largest whose sums stay in registers, on every architecture.
 
-    kernel: "forward", "query gradient" or "key gradient". Products in float32 have no matrix units: small tiles.
+    kernel: "forward", "query gradient" or "key gradient". `trunkline certify` says what spills.
     """
+    capability = compute_capability()
     if dtype == torch.float32:
         M, N, warps, stages = (64, 32, 8, 1) if D <= 64 else (32, 32, 8, 1)
     elif D > 128:
         M, N, warps, stages = (32, 64, 8, 1) if kernel == "key gradient" else (64, 32, 4, 1)
+    elif kernel == "key gradient" and D <= 64:
+        M, N, warps, stages = 64, 128, 8, 2 if capability >= 90 else 1
+    elif kernel == "key gradient":
+        M, N, warps, stages = (64, 64, 8, 1) if capability >= 100 else (32, 128, 8, 1 if capability >= 90 else 2)
+    elif capability < 90 and D > 64:
+        M, N, warps, stages = 64, 64, 4, 2
     else:
-        M, N, warps, stages = (64 if D <= 64 else 32, 128, 8, 2) if kernel == "key gradient" else (128, 64, 8, 2)
+        M, N, warps, stages = 128, 64, 8, 1 if kernel == "query gradient" and capability >= 100 else 2
     return {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
 
 

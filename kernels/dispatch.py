@@ -22,7 +22,7 @@ except ImportError:  # macOS, CPU builds: the references serve there, and kernel
 
     triton, tl = SimpleNamespace(jit=_jit), SimpleNamespace(constexpr=object)
 
-__all__ = ["INTERPRET", "input_precision", "padded_width", "register", "tl", "triton"]
+__all__ = ["INTERPRET", "compute_capability", "input_precision", "padded_width", "register", "tl", "triton"]
 
 _LIBRARY = torch.library.Library("trunkline", "DEF")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read when a module is imported, as Triton does
@@ -38,12 +38,16 @@ def register(name: str, *, reference: Callable, fake: Callable, triton: Callable
         name: unique name of the op.
         reference: plain PyTorch on any device; its annotations are the op's schema. Its outputs never alias its inputs.
         fake: same arguments; returns empty, contiguous outputs of the right shape and dtype, for torch.compile.
-        triton: same arguments; used for CUDA tensors. None while an op has no kernel: the reference serves everywhere.
+        triton: same arguments, a tensor first; used for CUDA tensors. None while an op has no kernel: the reference
+            serves everywhere.
     """
     _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     if triton is not None and not _FORCE_REFERENCE:
-        _LIBRARY.impl(name, triton, "CPU" if INTERPRET else "CUDA")
+        if INTERPRET:
+            _LIBRARY.impl(name, triton, "CPU")
+        else:
+            _LIBRARY.impl(name, _on_device_of_tensors(triton), "CUDA")
     torch.library.register_fake(f"trunkline::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.trunkline, name).default
     if triton is not None:
@@ -51,6 +55,21 @@ def register(name: str, *, reference: Callable, fake: Callable, triton: Callable
     for device in ("cpu", "cuda"):
         _LIBRARY.impl(name, _without_autocast(op, device), f"Autocast{device.upper()}")
     return op
+
+
+def _on_device_of_tensors(triton: Callable) -> Callable:
+    """Triton launches on the current device, and tensors may be on another: a model can be spread over several."""
+
+    def call(x, *args):
+        with torch.cuda.device_of(x):
+            return triton(x, *args)
+
+    return call
+
+
+def compute_capability() -> int:
+    """Of the current GPU, times ten: 80, 90, 100. Some have fewer registers to spare than others."""
+    return 90 if INTERPRET else triton.runtime.driver.active.get_current_target().arch
 
 
 def input_precision(dtype: torch.dtype) -> str:

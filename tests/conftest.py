@@ -19,6 +19,16 @@ import torch
 torch.set_num_threads(2)  # the same order of summation, and so the same numbers, on a laptop and on a 64-core server
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--shard", default="1/1", help="2/8: the second of eight parts of the tests")
+
+
+@pytest.hookimpl(trylast=True)  # of what is left after -m and -k
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    shard, shards = map(int, config.getoption("--shard").split("/"))
+    items[:] = items[shard - 1 :: shards]
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs an NVIDIA GPU")

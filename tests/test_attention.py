@@ -184,6 +184,17 @@ def test_settings_match_definition(settings, device):
     assert_matches(*make(RAGGED, device=device), **settings, floor=1e-5)
 
 
+EVERY_LENGTH = [0, 1, 2, 63, 64, 65, 127, 128, 129, 500, 1025]  # around the tiles' sizes, and far beyond
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("settings", [{"causal": True}, {"causal": False}, *SETTINGS.values()], ids=str)
+def test_every_length_matches_definition(settings, device):
+    plan = PackPlan.of(bounds(EVERY_LENGTH)).to(device)
+    q, k, v = (torch.randn(plan.num_tokens, heads, 4, device=device) for heads in (2, 1, 1))
+    assert_matches(q, k, v, plan, **settings, floor=1e-5)
+
+
 CROSS = {  # queries and keys of every sequence
     "decoding": ([1, 1, 1, 1], [5, 1, 300, 129]),
     "chunks": ([20, 130, 7], [50, 400, 7]),
@@ -342,6 +353,8 @@ def test_plan_of_another_batch_is_named():
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
         ({"dropout": 0.1, "seed": -1}, r"seed must be in \[0, 2\^63\), got -1"),
+        ({"scale": 0.0}, "scale must be above 0, got 0.0"),
+        ({"scale": -0.1}, "scale must be above 0, got -0.1"),
         ({"softcap": 0.0}, "softcap must be above 0, got 0.0"),
         ({"window": (-2, 0)}, r"window must be \(left, right\).*got \(-2, 0\)"),
     ],
@@ -362,4 +375,4 @@ def test_example_is_what_the_function_takes():
     arguments = example("cpu", torch.bfloat16, **sizes)
     assert attention(**arguments).shape == (251, 4, 32)
     assert torch.equal(arguments["q"], example("cpu", torch.bfloat16, **sizes)["q"])
-    assert all({"lengths", "heads", "head_dim", "causal"} == set(sizes) for sizes in SHAPES.values())
+    assert set(SHAPES["1024 x 32"]) == set(sizes) - {"kv_heads"}

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from conftest import pytest_collection_modifyitems
 from trunkline import Task, Trunk
 from trunkline.benchmarks import gpu, record, scaling, step, training_systems
 from trunkline.benchmarks.examples import Kernel, map_tensors, scaled, shipped_kernels
@@ -237,14 +238,33 @@ def test_readme_says_how_fast_texts_are_written(results):
 
 def test_gpu_parts_fit_into_nine_minutes_and_go_on_after_a_failure(capfd):
     assert sum(part.budget for part in gpu.parts(Path("data"), dry=False)) <= 540
-    failing = gpu.Part("failing", [sys.executable, "-c", "print('said'); raise SystemExit(3)"], 60)
+    endings = [f"print('{said}'); raise SystemExit({code})" for said, code in (("one", 0), ("two", 3))]
+    failing = gpu.Part("failing", [[sys.executable, "-c", ending] for ending in endings], 60)
     outcome, _ = gpu.run(failing)
     assert outcome == "failed (3)"
-    assert "said" in capfd.readouterr().out
-    endless = gpu.Part("endless", [sys.executable, "-c", "import time; time.sleep(60)"], 1)
+    out = capfd.readouterr().out
+    assert out.index("one") < out.index("two")
+
+
+def test_gpu_part_that_is_too_slow_says_what_it_has_done(capfd, monkeypatch):
+    monkeypatch.setattr(gpu, "GRACE", 3)
+    patient = "import time\ntry: time.sleep(60)\nexcept KeyboardInterrupt: print('as far as that')"
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); time.sleep(60)"
+    endless = gpu.Part("endless", [[sys.executable, "-c", command] for command in (patient, deaf)], 9)
     outcome, seconds = gpu.run(endless)
-    assert outcome == "stopped after 1 s"
-    assert seconds < 50
+    assert outcome == "stopped after 6 s"
+    assert seconds < 30
+    assert "as far as that" in capfd.readouterr().out
+
+
+def test_shards_are_all_of_the_tests_and_none_twice():
+    found = []
+    for shard in ("1/3", "2/3", "3/3"):
+        items = list(range(10))
+        pytest_collection_modifyitems(SimpleNamespace(getoption=lambda name, shard=shard: shard), items)
+        assert len(items) in (3, 4)
+        found += items
+    assert sorted(found) == list(range(10))
 
 
 def test_a_training_step_is_measured_in_parts():

@@ -3,12 +3,15 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
+from trunkline.kernels import dispatch
 from trunkline.kernels.dispatch import register
 
 SOURCE = Path(__file__).resolve().parents[1] / "src"
@@ -70,6 +73,25 @@ def test_autocast_ends_at_the_op(device):
         assert (x @ x).dtype == torch.bfloat16
         product = op(x)
     assert torch.equal(product, x @ x)
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(monkeypatch):
+    entered = []
+
+    @contextmanager
+    def device_of(x: Tensor) -> Iterator[None]:
+        entered.append(x)
+        yield
+        entered.append("left")
+
+    monkeypatch.setattr(torch.cuda, "device_of", device_of)
+    x = torch.ones(2)
+    launch = dispatch._on_device_of_tensors(lambda x, factor: (x * factor, list(entered)))
+    product, during = launch(x, 3)
+    assert product.tolist() == [3.0, 3.0]
+    assert during[0] is x
+    assert len(during) == 1
+    assert entered[1] == "left"
 
 
 WITHOUT_TRITON = """

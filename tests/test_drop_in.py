@@ -171,6 +171,7 @@ LEFT_TO_TORCH = {
     "3-D": ((4, 7, 8), (4, 7, 8), {}, "inputs are not 4-D"),
     "broadcast": ((2, 4, 7, 8), (1, 4, 7, 8), {}, "the batch is broadcast or empty"),
     "wide": ((2, 4, 7, 300), (2, 4, 7, 300), {}, "wider than 256"),
+    "negative scale": ((2, 4, 7, 8), (2, 4, 7, 8), {"scale": -0.5}, "scale is not above 0"),
 }
 
 

@@ -210,10 +210,24 @@ def test_compiled_without_a_graph_break(family, inputs, model_of):
     assert trunkline.attention_counts() == {"patch": 4}  # a compiled call counts when it is compiled
 
 
-def results_of_compiled(model: Any, inputs: dict[str, Tensor], of_use: Tensor) -> dict[str, Tensor]:
+@pytest.mark.filterwarnings("ignore:.*script_method. is deprecated:DeprecationWarning")  # Inductor's own doing
+def test_compiled_by_inductor(model_of):
+    """As users compile: with code generated around our kernels; against the model as it was."""
+    model, mask = model_of("gpt2"), mask_of([(0, 9), (0, 6)], 9)
+    inputs, of_use = {"input_ids": ids(2, 9), **mask, "use_cache": False}, mask["attention_mask"].bool()
+    expected = results(model, inputs, of_use)
+    compiled = results_of_compiled(trunkline.patch(model), inputs, of_use, backend="inductor")
+    for name in expected:
+        torch.testing.assert_close(compiled[name], expected[name], msg=lambda text, name=name: f"{name}: {text}")
+    assert trunkline.attention_counts() == {"patch": 2}
+
+
+def results_of_compiled(
+    model: Any, inputs: dict[str, Tensor], of_use: Tensor, backend: str = "aot_eager"
+) -> dict[str, Tensor]:
     torch.compiler.reset()
     forward = model.forward
-    model.forward = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    model.forward = torch.compile(forward, fullgraph=True, backend=backend)
     try:
         return results(model, inputs, of_use)
     finally:

@@ -1,11 +1,14 @@
 """Tiles and blocks together: what one kernel leaves out, the other fills in."""
 
+from dataclasses import replace
 from itertools import accumulate
 
 import pytest
 import torch
+from torch import Tensor
 
 from parity import assert_as_accurate
+from trunkline.engine.plans import _most_narrow_tiles, _stream_plan
 from trunkline.kernels.attention import attention, attention_reference
 from trunkline.kernels.pack_plan import PackPlan
 
@@ -13,7 +16,7 @@ MIXED = [5, 200, 64, 0, 131, 128]
 CACHED = [5, 260, 64, 0, 131, 1]  # keys, where they are not as many as queries
 
 
-def bounds(lengths: list[int]) -> torch.Tensor:
+def bounds(lengths: list[int]) -> Tensor:
     return torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32)
 
 
@@ -39,3 +42,32 @@ def test_mixed_lengths_match_the_definition(keys, settings, device):
         (q, k, v),
         floor=1e-5,
     )
+
+
+def results(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan) -> tuple[Tensor, ...]:
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves, plan, causal=True)
+    return out.detach(), *torch.autograd.grad(out, leaves, q + 1)
+
+
+@pytest.mark.parametrize("keys", [[70, 3, 130], [70, 200, 5]], ids=["tiles and blocks", "cached"])
+def test_empty_tiles_and_blocks_do_nothing(keys, device):
+    """A plan that is made inside a compiled graph has room for the worst case, and most of it is empty."""
+    cu_seqlens, cu_seqlens_k = bounds([70, 3, 130]), bounds(keys)
+    queries, keys, cross = 203, sum(keys), keys != [70, 3, 130]
+    plan = PackPlan.of(cu_seqlens, cu_seqlens_k)
+    spans, tiles, blocks, key_blocks = _stream_plan(cu_seqlens, cu_seqlens_k, queries, keys, cross)
+    assert min(len(tiles) - len(plan.tiles), len(blocks) - len(plan.blocks)) > 1
+    roomy = replace(
+        plan,
+        spans=spans,
+        tiles=tiles,
+        narrow_tiles=_most_narrow_tiles(queries),
+        blocks=blocks,
+        key_blocks=key_blocks if cross else blocks,
+    )
+    q = torch.randn(queries, 2, 16, device=device)
+    k, v = torch.randn(2, keys, 1, 16, device=device)
+    tight = results(q, k, v, plan.to(device))
+    for got, expected in zip(results(q, k, v, roomy.to(device)), tight, strict=True):
+        assert torch.equal(got, expected)

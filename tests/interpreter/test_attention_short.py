@@ -52,6 +52,10 @@ def test_heads(heads, width, device):
     assert_matches(*make(device, heads=heads, width=width), causal=True)
 
 
+def test_heads_wider_than_64(device):
+    assert_matches(*make(device, torch.float16, heads=(1, 1), width=72), causal=True, softcap=5.0)
+
+
 @pytest.mark.parametrize(
     "settings",
     [
