@@ -29,11 +29,11 @@ from trunkline.engine.model import MultiTaskModel
 from trunkline.engine.packing import Example, pack
 from trunkline.engine.trunk import Trunk, preset
 
-TOKENS, LENGTH, TASKS, WIDTH = 4096, 64, 9, 256  # where they are not varied
+TOKENS, LENGTH, TASKS, WIDTH = 2048, 64, 9, 256  # where they are not varied
 BATCH, STEPS = 2048, 1900  # tokens and steps of the run whose batches are made from data of some size
 CURVES: dict[str, dict[str, list[int]]] = {
     "tokens a step": {"cpu": [512, 1024, 2048, 4096, 8192], "cuda": [2048, 8192, 32768, 131072]},
-    "tokens a sequence": {"cpu": [32, 128, 512, 2048, 4096], "cuda": [32, 128, 512, 2048, 8192, 16384]},
+    "tokens a sequence": {"cpu": [32, 128, 512, 2048, 8192], "cuda": [32, 128, 512, 2048, 8192, 16384]},
     "tasks": {"cpu": [1, 10, 100, 1000], "cuda": [1, 10, 100, 1000]},
     "width": {"cpu": [128, 256, 512, 1024], "cuda": [256, 512, 1024, 2048]},
     "examples, per batch": {"cpu": [10**n for n in range(3, 8)], "cuda": [10**n for n in range(3, 8)]},

@@ -230,8 +230,10 @@ def _compiled(engine: "Engine", packer: Packer, mixer: Mixer) -> CompiledModel |
     starts = (0, batches // 2, max(0, batches - LOOKED_AT))
     numbers = sorted({number for start in starts for number in range(start, min(start + LOOKED_AT, batches))})
     examples = [packer.pack(mixer.batch(number), engine.config.batch.tokens) for number in numbers]
-    model = engine.model.train()
-    compiled = CompiledModel(model, FixedShapes.of(examples, model.groups))
+    model, held = engine.model.train(), engine.config.balancing.method != "fixed" and engine.config.batch.accumulate > 1
+    # a CUDA graph has memory for one batch; where weights come from losses, those of a step are held until the last
+    cuda_graphs = False if held else None
+    compiled = CompiledModel(model, FixedShapes.of(examples, model.groups), cuda_graphs)
     with engine.autocast():
         compiled.warm_up(examples[0].to(engine.device))
     print(f"compiled the model in {compiled.seconds:.0f} s")
