@@ -40,7 +40,7 @@ FULL = Config(
     tokenizer="toks",
     vocab_size=300,
     lowercase=True,
-    steps=7,
+    steps=9,
     batch=Batch(tokens=4096, accumulate=2, max_length=256),
     mixing=Mixing("fixed", 3.0, {"sst2": 1.0, "mine": 2.5, "notes": 0.1}, patience=4),
     optimizer=Optimizer(learning_rate=3e-5, warmup=0.1, clip=0.5),
@@ -48,6 +48,7 @@ FULL = Config(
     search=Search(max_new_tokens=32, beams=4, length_penalty=0.8, min_new_tokens=2, no_repeat_ngram=3),
     seed=11,
     device="cpu",
+    profile=True,
     compile=True,
     checkpointing="block",
 )

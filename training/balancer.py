@@ -55,10 +55,11 @@ class Balancer:
         """Whether the graphs of all batches of a step are held until `finish`."""
         return self.settings.method != "fixed" or self.looks(step)
 
-    def start(self) -> None:
-        """Begins a step, also where the last one was broken off."""
+    def start(self, step: int) -> None:
+        """Begins a step, also where an attempt at it was broken off."""
         self.losses.clear()
-        self.parts.passes.clear()
+        if self.looks(step):
+            self.parts.passes.clear()
 
     def forward(self, batch: PackedBatch, factor: Tensor, step: int) -> LossSums:
         """What the model returns for a batch.

@@ -205,7 +205,7 @@ def estimate(config: Config, tell: Callable[[str], None]) -> dict[str, Memory]:
         seconds = flops / (UTILISATION[device] * rate)
         fits = memory[device].peak < room
         tell(
-            f"{name:24} {rate / 1e12:8.3g} {UTILISATION[device]:8.0%} {1e3 * seconds:10.3g} "
+            f"{name:24} {rate / 1e12:8.4g} {UTILISATION[device]:8.0%} {1e3 * seconds:10.3g} "
             f"{_duration(seconds * config.steps):>12}{'' if fits else '   does not fit'}"
         )
     tell("rates: of a GPU as its maker states, of this CPU as just measured; the share that is reached is assumed")

@@ -115,7 +115,7 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
         torch.manual_seed(config.seed * 1_000_003 + step)  # dropout
         model.train()
         zero_grad()  # of an attempt that ran out of memory
-        balancer.start()
+        balancer.start(step)
         # loss_t = sum w l / sum w over the whole step; a task that is absent contributes nothing
         factor = torch.where(total_weight > 0, weights / total_weight, 0.0)
         loss, weight = torch.zeros(2, len(names), device=engine.device)
