@@ -1,10 +1,11 @@
 """What the ordinary Hugging Face loop learns in the time that a Trunkline run took.
 
-    python benchmarks/learning.py RUN [--way grouped] [--data DIR]
+    python benchmarks/learning.py RUN [--way grouped] [--data DIR] [--seconds S]
 
 RUN is a finished run. The loop gets its trunk's shape, data, tokenizer, mix, loss and class weights, learning rate,
-dropout, search and seed, and as many seconds of training as the run spent on steps; then it is scored on the same
-validation examples. Its learning rate follows the clock, since how many steps it will take is not known before.
+dropout, search and seed, and as many seconds of training as the run spent on steps, or as it is told; then it is scored
+on the same validation examples. Its learning rate follows the clock, since how many steps it will take is not known
+before.
 """
 
 import argparse
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("run", type=Path)
     parser.add_argument("--way", choices=WAYS, default="grouped", help="the fastest of the three, see step.py")
     parser.add_argument("--data", help="default: as in the run")
+    parser.add_argument("--seconds", type=float, help="of training; default: as many as the run's steps took")
     options = parser.parse_args()
 
     engine = Engine.load(options.run)
@@ -41,7 +43,8 @@ def main() -> None:
     corpus = load_corpus(config, engine.tokenizer)
     torch.manual_seed(config.seed)
     model = HuggingFaceModel(config.trunk, corpus.train, config.class_weights)
-    steps = train(model, corpus, config, options.way, summary["training_seconds"])
+    seconds = options.seconds or summary["training_seconds"]
+    steps = train(model, corpus, config, options.way, seconds)
     scores = evaluate(model, corpus, config)
 
     names = {task.name: metric_names(task)[0] for task in corpus.tasks}
@@ -52,11 +55,12 @@ def main() -> None:
     for name, metric in names.items():
         print(f"{name:12} {metric:10} {ours[name]:10.3f} {theirs[name]:10.3f}")
     print(f"{'mean':23} {mean['trunkline']:10.3f} {mean['hugging_face']:10.3f}")
-    print(f"{summary['steps']} steps against {steps} in {summary['training_seconds']:.0f} seconds of training")
+    print(f"{summary['steps']} steps in {summary['training_seconds']:.0f} seconds of training, {steps} in {seconds:.0f}")
     content = {
-        "command": f"python benchmarks/learning.py RUN --way {options.way}",
+        "command": f"python benchmarks/learning.py RUN --way {options.way} --seconds {seconds:.0f}",
         "way": options.way,
         "steps": steps,
+        "seconds": seconds,
         "mean": mean,
         "hugging_face": scores,
         "run": {key: value for key, value in summary.items() if key != "environment"},

@@ -183,9 +183,10 @@ def _learning(learning: dict[str, Any]) -> str:
 {run["wall_time_seconds"] / 60:.1f} minutes in all, {run["steps"]:,} steps, {run["real_tokens"] / 1e6:.1f} M tokens,
 padding {run["padding_waste"]:.1%}, peak memory {run["peak_memory_bytes"] / 2**30:.1f} GiB. Scores on the whole
 validation splits of the data at hand, in which QNLI, QQP and MNLI are subsets: none of this is a GLUE score. Beside it
-a Hugging Face loop with the same data, mix, shape and learning rate and as many seconds of training
-(`{learning["command"]}`): {learning["steps"]:,} steps, batches {learning["way"]}{one_task}. Its GPT-2 has learned
-positions and nothing like `exact_match`, which shows our trunk what two texts have in common.
+a Hugging Face loop with the same data, mix, shape and learning rate: {learning["seconds"]:.0f} seconds of training
+against {run["training_seconds"]:.0f} of ours (`{learning["command"]}`), {learning["steps"]:,} steps, batches
+{learning["way"]}{one_task}. Its GPT-2 has learned positions and nothing like `exact_match`, which shows our trunk what
+two texts have in common.
 
 | task | metric | trunkline | trivial baseline | Hugging Face loop | loss |
 |---|---|---|---|---|---|
