@@ -55,7 +55,7 @@ def main() -> None:
     for name, metric in names.items():
         print(f"{name:12} {metric:10} {ours[name]:10.3f} {theirs[name]:10.3f}")
     print(f"{'mean':23} {mean['trunkline']:10.3f} {mean['hugging_face']:10.3f}")
-    print(f"{summary['steps']} steps in {summary['training_seconds']:.0f} seconds of training, {steps} in {seconds:.0f}")
+    print(f"{summary['steps']} steps in {summary['training_seconds']:.0f} seconds; {steps} in {seconds:.0f}")
     content = {
         "command": f"python benchmarks/learning.py RUN --way {options.way} --seconds {seconds:.0f}",
         "way": options.way,
