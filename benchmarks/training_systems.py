@@ -80,11 +80,9 @@ class Amount:
 
     def operations(self, trunk: TrunkConfig) -> float:
         """Of the products that forward and backward cannot do without; after the last attention rows are enough."""
-        D, H, G, E = trunk.hidden_size, trunk.num_heads, trunk.kv_heads, trunk.head_width
-        qkv, rest = D * (H + 2 * G) * E, H * E * D + (3 if trunk.activation == "swiglu" else 2) * D * trunk.mlp_width
-        layers = trunk.num_layers
-        weights = self.tokens * (layers * qkv + (layers - 1) * rest) + self.rows * rest
-        return 6.0 * (weights + self.targets * trunk.vocab_size * D) + 12.0 * layers * H * E * self.pairs
+        from trunkline.training.flops import BACKWARD, trunk_flops
+
+        return (1 + BACKWARD) * trunk_flops(trunk, self.tokens, self.rows, self.targets, self.pairs)
 
 
 @dataclass(frozen=True)

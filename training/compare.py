@@ -132,13 +132,13 @@ def _check_folder(comparison: Comparison, run: Path) -> None:
 
 def _basis(comparison: Comparison, run: Path) -> Basis:
     """Reads and checks all data, and makes the tokenizer that all systems use."""
-    corpus = load_corpus(comparison, tell=print)
     if not (run / "comparison.yaml").exists():
+        tokenizer = load_corpus(comparison, tell=print).tokenizer
         if "bert" in comparison.systems:
-            corpus.tokenizer.mask()
-        corpus.tokenizer.save(run)
+            tokenizer.mask()
+        tokenizer.save(run)
     config = replace(ordinary(comparison), tokenizer=str(run))
-    return Basis(config, load_corpus(config), comparison.match, comparison.warm_up)
+    return Basis(config, load_corpus(config, tell=print), comparison.match, comparison.warm_up)
 
 
 def train_system(parts: Sequence[Part], folder: Path) -> bool:

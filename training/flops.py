@@ -19,18 +19,29 @@ def training_flops(model: Model, batch: PackedBatch) -> float:
     return (1 + BACKWARD) * (_bilstm(model, batch) if isinstance(model, BiLSTM) else _trunk(model, batch))
 
 
-def _trunk(model: MultiTaskModel, batch: PackedBatch) -> float:
-    config, tokens, rows = model.trunk.config, batch.real_tokens, len(batch.rows.token)
+def trunk_flops(config: TrunkConfig, tokens: float, rows: float, written: float, pairs: float) -> float:
+    """Operations of a forward pass through a trunk.
+
+    Args:
+        config: its shape.
+        tokens: that carry an example.
+        rows: labelled tokens; the last block goes on with them alone.
+        written: of these, such that predict a token.
+        pairs: of a token and one that it sees.
+    """
     D, E, H, G = config.hidden_size, config.head_width, config.num_heads, config.kv_heads
     gate = 2 if config.activation == "swiglu" else 1
     qkv, rest = D * (H + 2 * G) * E, D * H * E + (gate + 1) * D * config.mlp_width
-    pairs = _pairs(batch, config)
     blocks = config.num_layers * (qkv * tokens + 2 * H * E * pairs)
-    # the last block goes on with the labelled rows alone
     blocks += rest * ((config.num_layers - 1) * tokens + rows)
-    projections = D * D * rows if model.activation else 0
+    return 2.0 * (blocks + D * config.vocab_size * written)
+
+
+def _trunk(model: MultiTaskModel, batch: PackedBatch) -> float:
+    config, rows = model.trunk.config, len(batch.rows.token)
     written = sum(batch.rows.counts[model.num_small + model.num_spans :])
-    return 2.0 * (blocks + projections + D * config.vocab_size * written)
+    projections = config.hidden_size**2 * rows if model.activation else 0
+    return trunk_flops(config, batch.real_tokens, rows, written, _pairs(batch, config)) + 2.0 * projections
 
 
 def _pairs(batch: PackedBatch, config: TrunkConfig) -> float:
