@@ -29,7 +29,7 @@ def prepared(config: Config):
 
 def test_memory_of_a_step_on_a_cpu(tiny_config: Path, tmp_path):
     corpus, config, batches = prepared(load_config(tiny_config, WIDE))
-    estimated = step_memory(config, corpus.tasks, batches, "cpu")
+    estimated = step_memory(config, batches, "cpu")
     model = Engine.from_config(config).build(corpus.tokenizer).train()
     optimizer = make_optimizer(model, config.optimizer)
     batch = max(batches, key=lambda batch: len(batch.rows.token))
@@ -65,7 +65,7 @@ def most_allocated(work, folder) -> int:
 @pytest.mark.parametrize("values", [WIDE, ["trunk.hidden_size=512", "trunk.num_layers=6", "batch.tokens=8192"]])
 def test_memory_of_a_step_on_a_gpu(tiny_config, values):
     corpus, config, batches = prepared(load_config(tiny_config, [*values, "device=cuda", "batch.accumulate=1"]))
-    estimated = step_memory(config, corpus.tasks, batches, "cuda")
+    estimated = step_memory(config, batches, "cuda")
     engine = Engine.from_config(config)
     model = engine.build(corpus.tokenizer).train()
     optimizer = make_optimizer(model, config.optimizer)
@@ -83,7 +83,7 @@ def test_memory_of_a_step_on_a_gpu(tiny_config, values):
 def test_more_tokens_take_more_activations_and_the_same_weights(tiny_config):
     def memory(*values: str) -> Memory:
         corpus, config, batches = prepared(load_config(tiny_config, values))
-        return step_memory(config, corpus.tasks, batches, "cpu")
+        return step_memory(config, batches, "cpu")
 
     small, large = memory("batch.tokens=256"), memory("batch.tokens=1024")
     assert (small.weights, small.gradients, small.optimizer) == (large.weights, large.gradients, large.optimizer)

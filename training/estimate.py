@@ -20,9 +20,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from trunkline.engine.engine import make_model
 from trunkline.engine.model import MultiTaskModel
 from trunkline.engine.packing import PackedBatch
-from trunkline.engine.trunk import Trunk
 from trunkline.kernels.linear_cross_entropy import CHUNKS
 from trunkline.kernels.pack_plan import QUERY_BLOCK, TILE_SIZES
 from trunkline.training.batches import Packer
@@ -30,7 +30,6 @@ from trunkline.training.config import Config
 from trunkline.training.corpus import load_corpus, with_vocabulary
 from trunkline.training.flops import training_flops
 from trunkline.training.loop import make_mixer
-from trunkline.training.tasks import Task
 
 LOOKED_AT, GONE_THROUGH = 32, 2  # batches of the run; and of these, those with the most labelled rows
 CUBLAS = 32 << 20  # bytes that cuBLAS works in, on H100 and later
@@ -107,7 +106,7 @@ def saved_tensors(model: nn.Module) -> Iterator[dict[int, int]]:
         yield sizes
 
 
-def step_memory(config: Config, tasks: Sequence[Task], batches: Sequence[PackedBatch], device: str) -> Memory:
+def step_memory(config: Config, batches: Sequence[PackedBatch], device: str) -> Memory:
     """The memory of a step on the largest of these batches.
 
     Args:
@@ -118,7 +117,8 @@ def step_memory(config: Config, tasks: Sequence[Task], batches: Sequence[PackedB
     written = sorted(batches, key=lambda batch: len(batch.rows.token))[-GONE_THROUGH:]
     activations = made = 0
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = MultiTaskModel(Trunk(config.trunk), tasks, config.projection, config.label_smoothing).train()
+        model = make_model(config).train()
+        assert isinstance(model, MultiTaskModel)
         model.trunk.checkpointing = config.checkpointing
         for batch in written:
             model.zero_grad()
@@ -181,9 +181,10 @@ def estimate(config: Config, tell: Callable[[str], None]) -> dict[str, Memory]:
     mixer, packer = make_mixer(config, corpus), Packer(corpus.train, config)
     numbers = range(min(LOOKED_AT, config.steps * config.batch.accumulate))
     batches = [packer.pack(mixer.batch(number), config.batch.tokens) for number in numbers]
-    memory = {device: step_memory(config, corpus.tasks, batches, device) for device in ("cpu", "cuda")}
+    memory = {device: step_memory(config, batches, device) for device in ("cpu", "cuda")}
     with FakeTensorMode():
-        model = MultiTaskModel(Trunk(config.trunk), corpus.tasks, config.projection, config.label_smoothing)
+        model = make_model(config)
+        assert isinstance(model, MultiTaskModel)
     total, trunk = (sum(p.numel() for p in part.parameters()) for part in (model, model.trunk))
     flops = config.batch.accumulate * fmean(training_flops(model, batch) for batch in batches)
 
