@@ -8,7 +8,6 @@ one as in training, the other with nine backward passes through the whole model.
 """
 
 import argparse
-import time
 from collections.abc import Callable
 from statistics import median
 
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trunkline.benchmarks.measure import in_turns
 from trunkline.benchmarks.record import record
 from trunkline.engine.balanced_backward import linear_layers
 from trunkline.engine.memory import keep_freed_memory
@@ -39,21 +39,13 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     keep_freed_memory()
+    batches = [batch_of(number).to(device) for number in range(WARM_UP + options.rounds)]
     systems = {
-        "fixed weights": _steps(balanced("fixed"), device),
-        "weights from gradients": _steps(balanced("pcgrad"), device),
-        "a backward pass per task": _steps(one_pass_per_task(), device),
+        "fixed weights": _steps(balanced("fixed"), batches, device),
+        "weights from gradients": _steps(balanced("pcgrad"), batches, device),
+        "a backward pass per task": _steps(one_pass_per_task(), batches, device),
     }
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
-    for number in range(WARM_UP + options.rounds):
-        batch = batch_of(number).to(device)
-        for name, step in systems.items():
-            began = time.perf_counter()
-            step(batch, number)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            if number >= WARM_UP:
-                seconds[name].append(time.perf_counter() - began)
+    seconds = in_turns(systems, options.rounds, warm_up=WARM_UP)
     # the machine's speed changes from round to round; the times of one round belong together
     fixed = seconds["fixed weights"]
     ratio = {name: median(t / f for t, f in zip(times, fixed, strict=True)) for name, times in seconds.items()}
@@ -111,19 +103,24 @@ def one_pass_per_task() -> Callable[[MultiTaskModel], Backward]:
     return make
 
 
-def _steps(make: Callable[[MultiTaskModel], Backward], device: torch.device) -> Callable[[PackedBatch, int], None]:
+def _steps(
+    make: Callable[[MultiTaskModel], Backward], batches: list[PackedBatch], device: torch.device
+) -> Callable[[int], None]:
     torch.manual_seed(0)
     tasks = [Task(f"task-{t}", "classify", ("text",), "label", ("no", "yes")) for t in range(TASKS - 1)]
     tasks.append(Task("summary", "generate", ("text",), "label"))
     model = MultiTaskModel(Trunk(preset("tiny", vocab_size=VOCABULARY)), tasks).to(device)
     optimizer, backward = torch.optim.AdamW(model.parameters(), 3e-4, fused=True), make(model)
 
-    def step(batch: PackedBatch, number: int) -> None:
+    def step(number: int) -> None:
+        batch = batches[number]
         count = torch.zeros(TASKS, device=device).index_add_(0, batch.rows.task, batch.rows.weight)
         backward(model, batch, count, number)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
 
     return step
 

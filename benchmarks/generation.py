@@ -13,7 +13,6 @@ The second setting has the end token forbidden, so that every text has the full 
 
 import argparse
 import tempfile
-import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -24,6 +23,7 @@ import torch
 from transformers import PreTrainedModel
 
 from trunkline.benchmarks.hugging_face import write_texts
+from trunkline.benchmarks.measure import in_turns
 from trunkline.benchmarks.record import record
 from trunkline.engine.engine import Engine
 from trunkline.engine.generate import Search, generate
@@ -99,18 +99,12 @@ def measure(
     """Times both in turns, once they are found to write the same."""
     model = engine.model.eval()
     systems = {
-        "trunkline": lambda: generate(model.trunk, partial(model.logits, task=0), prompts, end, search),
-        "hugging_face": lambda: write_texts(theirs, prompts, end, search),
+        "trunkline": lambda _: generate(model.trunk, partial(model.logits, task=0), prompts, end, search),
+        "hugging_face": lambda _: write_texts(theirs, prompts, end, search),
     }
-    texts = {name: write() for name, write in systems.items()}
+    texts = {name: write(0) for name, write in systems.items()}
     assert texts["trunkline"] == texts["hugging_face"], "they write different texts"
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
-    for number in range(WARM_UP + rounds):
-        for name, write in systems.items():
-            began = time.perf_counter()
-            write()
-            if number >= WARM_UP:
-                seconds[name].append(time.perf_counter() - began)
+    seconds = in_turns(systems, rounds, warm_up=WARM_UP)
     lengths = [len(text) + (len(text) < search.max_new_tokens) for text in texts["trunkline"]]  # with the end token
     pairs = zip(*seconds.values(), strict=True)  # the machine's speed changes; the times of one round belong together
     return {

@@ -12,7 +12,6 @@ import argparse
 import ctypes
 import multiprocessing
 import re
-import time
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -21,7 +20,7 @@ import torch
 from torch import Tensor
 
 from trunkline.benchmarks.examples import kernel_of
-from trunkline.benchmarks.measure import OURS, check
+from trunkline.benchmarks.measure import OURS, check, in_turns
 from trunkline.benchmarks.peers import PEERS, System, trunkline
 from trunkline.benchmarks.record import record
 from trunkline.engine.memory import keep_freed_memory
@@ -30,7 +29,7 @@ from trunkline.training.environment import environment
 
 VOCABULARY = {"rows": 1024, "width": 256, "vocabulary": 8192}
 WARM_UP = 3  # rounds
-Call = Callable[[], object]
+Call = Callable[[int], object]
 
 
 def main() -> None:
@@ -43,12 +42,12 @@ def main() -> None:
         "9 tasks, loop over tasks": _call(_task_loss(9, "loop over tasks")),
         "10 tasks": _call(_task_loss(10, OURS)),
         "1000 tasks": _call(_task_loss(1000, OURS)),
-        "1000 tasks, zeros": lambda: torch.zeros(2000, 768),
+        "1000 tasks, zeros": lambda _: torch.zeros(2000, 768),
     }
     vocabulary = {name: _call(_vocabulary(name)) for name in (OURS, "eager")}
     seconds = {
-        "task_loss": _in_turns(small, options.rounds, calls_a_turn=20),
-        "linear_cross_entropy": _in_turns(vocabulary, options.rounds, calls_a_turn=1),
+        "task_loss": in_turns(small, options.rounds, warm_up=WARM_UP, calls_a_turn=20),
+        "linear_cross_entropy": in_turns(vocabulary, options.rounds, warm_up=WARM_UP),
     }
     times = {name: median(rounds) for of_one in seconds.values() for name, rounds in of_one.items()}
     memory = {name: peak_memory(name) for name in vocabulary}
@@ -94,24 +93,11 @@ def _vocabulary(name: str) -> System:
 def _call(system: System) -> Call:
     inputs = list(system.inputs.values())
 
-    def call() -> tuple[Tensor, ...]:
+    def call(_: int = 0) -> tuple[Tensor, ...]:
         loss = system.forward()
         return torch.autograd.grad(loss, inputs, torch.ones_like(loss))
 
     return call
-
-
-def _in_turns(calls: dict[str, Call], rounds: int, *, calls_a_turn: int) -> dict[str, list[float]]:
-    """Seconds a call of everyone in every round: what slows the machine down slows all of them."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for number in range(WARM_UP + rounds):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            for _ in range(calls_a_turn):
-                call()
-            if number >= WARM_UP:
-                seconds[name].append((time.perf_counter() - began) / calls_a_turn)
-    return seconds
 
 
 def peak_memory(name: str) -> int:

@@ -77,6 +77,28 @@ def contest(
     return {name: results.get(name) or times[name] for name in systems}
 
 
+def in_turns(
+    calls: dict[str, Callable[[int], Any]], rounds: int, *, warm_up: int, calls_a_turn: int = 1
+) -> dict[str, list[float]]:
+    """Wall-clock seconds a call of everyone in every round: what slows the machine down slows all of them.
+
+    Args:
+        calls: by name; each is given the number of the round.
+        rounds: that are timed.
+        warm_up: rounds before these.
+        calls_a_turn: of everyone, one after the other.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(warm_up + rounds):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            for _ in range(calls_a_turn):
+                call(number)
+            if number >= warm_up:
+                seconds[name].append((time.perf_counter() - began) / calls_a_turn)
+    return seconds
+
+
 def has_gradient(kernel: Kernel, sizes: dict[str, Any], dtype: torch.dtype) -> bool:
     arguments = kernel.example(torch.device("cpu"), dtype, **scaled(sizes, 32, 16))
     return trunkline(kernel, arguments, dtype).forward().requires_grad
