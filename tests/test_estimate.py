@@ -24,11 +24,12 @@ def prepared(config: Config):
     corpus = load_corpus(config)
     config = with_vocabulary(config, corpus.tokenizer)
     mixer, packer = make_mixer(config, corpus), Packer(corpus.train, config)
-    return corpus, config, [packer.pack(mixer.batch(number), config.batch.tokens) for number in range(4)]
+    return corpus, config, packer.batches(mixer, range(4))
 
 
-def test_memory_of_a_step_on_a_cpu(tiny_config: Path, tmp_path):
-    corpus, config, batches = prepared(load_config(tiny_config, WIDE))
+@pytest.mark.parametrize("width", [32, 128])  # of the narrow one half is inside attention
+def test_memory_of_a_step_on_a_cpu(tiny_config: Path, tmp_path, width):
+    corpus, config, batches = prepared(load_config(tiny_config, [*WIDE, f"trunk.hidden_size={width}"]))
     estimated = step_memory(config, batches, "cpu")
     model = Engine.from_config(config).build(corpus.tokenizer).train()
     optimizer = make_optimizer(model, config.optimizer)
@@ -38,7 +39,7 @@ def test_memory_of_a_step_on_a_cpu(tiny_config: Path, tmp_path):
         loss = model(batch).loss.sum()
     loss.backward()
     optimizer.step()
-    assert estimated.activations == pytest.approx(sum(saved.values()), rel=0.15)
+    assert estimated.activations == pytest.approx(sum(saved.values()), rel=0.02)
     parameters = list(model.parameters())
     assert estimated.weights == sum(p.nbytes for p in parameters) + sum(b.nbytes for b in model.buffers())
     assert estimated.gradients == sum(p.grad.nbytes for p in parameters)
@@ -47,7 +48,7 @@ def test_memory_of_a_step_on_a_cpu(tiny_config: Path, tmp_path):
 
     optimizer.zero_grad()
     made = most_allocated(lambda: model(batch).loss.sum().backward(), tmp_path)
-    assert estimated.peak == pytest.approx(estimated.weights + estimated.optimizer + made, rel=0.15)
+    assert estimated.peak == pytest.approx(estimated.weights + estimated.optimizer + made, rel=0.05)
 
 
 def most_allocated(work, folder) -> int:
@@ -97,7 +98,7 @@ def test_the_command_prints_everything(finished: Finished, trunkline):
     assert f"parameters: {summary['parameters']:,}; trunk" in output
     for part in ("a CPU, float32: weights", "a GPU, products in bfloat16: weights", "TFLOP a step", "in 500 steps"):
         assert part in output
-    rows = dict(re.findall(r"^(\S.+?) +[\d.e-]+ +\d+% +[\d.e+-]+ +([\d.]+ (?:s|min|h))$", output, re.MULTILINE))
+    rows = dict(re.findall(r"^(\S.+?) +[\d.e-]+ +\d+% +[\d.e+-]+ +((?:\d+ (?:h|min|s) ?)+)$", output, re.MULTILINE))
     assert [*rows][1:] == [*DEVICES]
     assert "this CPU" in [*rows][0]
 

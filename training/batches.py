@@ -30,6 +30,10 @@ class Packer:
         examples = [splits[t].example(i, t, prompt, of_class.get(splits[t].task.name)) for t, i in members]
         return pack(examples, len(splits), budget)
 
+    def batches(self, mixer: Mixer, numbers: Iterable[int]) -> list[PackedBatch]:
+        """Batches of the run, by number, as training will make them."""
+        return [self.pack(mixer.batch(number), self.config.batch.tokens) for number in numbers]
+
     def tokens(self, members: Members) -> int:
         """Tokens of these examples."""
         return sum(int(self.train[task].lengths[i]) for task, i in members)

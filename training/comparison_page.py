@@ -11,7 +11,8 @@ from typing import Any
 
 from trunkline.training import figures
 from trunkline.training.metrics import higher_is_better
-from trunkline.training.report import columns_of, duration, page_of, quantity
+from trunkline.training.report import columns_of, page_of
+from trunkline.training.units import duration, quantity
 
 SAMPLES = 3  # of each task, with what every system made of them
 BOLD = "bold where the best is ahead of the next by more than the larger of their standard deviations"

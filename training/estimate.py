@@ -8,7 +8,7 @@ that hold several batches, compiled graphs, and what the allocator rounds up.
 
 import time
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from math import inf
@@ -30,6 +30,7 @@ from trunkline.training.config import Config
 from trunkline.training.corpus import load_corpus, with_vocabulary
 from trunkline.training.flops import training_flops
 from trunkline.training.loop import make_mixer
+from trunkline.training.units import duration, quantity
 
 LOOKED_AT, GONE_THROUGH = 32, 2  # batches of the run; and of these, those with the most labelled rows
 CUBLAS = 32 << 20  # bytes that cuBLAS works in, on H100 and later
@@ -62,16 +63,19 @@ class Allocations(TorchDispatchMode):
 
     Args:
         model: whose tensors are there already; views of them are no new ones.
+        inside: bytes that an op needs while it runs, beside its inputs and outputs, by its name.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: nn.Module, inside: Mapping[str, int]):
         super().__init__()
+        self.inside = inside
         self.now = self.peak = 0
         self.known = weakref.WeakSet(tensor.untyped_storage() for tensor in (*model.parameters(), *model.buffers()))
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         outputs = func(*args, **(kwargs or {}))
         tree_map_only(Tensor, self._count, outputs)
+        self.peak = max(self.peak, self.now + self.inside.get(func.name(), 0))
         return outputs
 
     def _count(self, tensor: Tensor) -> None:
@@ -79,7 +83,6 @@ class Allocations(TorchDispatchMode):
         if storage not in self.known:
             self.known.add(storage)
             self.now += storage.nbytes()
-            self.peak = max(self.peak, self.now)
             weakref.finalize(storage, self._let_go, storage.nbytes())
 
     def _let_go(self, size: int) -> None:
@@ -122,7 +125,7 @@ def step_memory(config: Config, batches: Sequence[PackedBatch], device: str) -> 
         model.trunk.checkpointing = config.checkpointing
         for batch in written:
             model.zero_grad()
-            with Allocations(model) as allocations:
+            with Allocations(model, _inside_kernels(model, batch, device)) as allocations:
                 for _ in range(min(config.batch.accumulate, 2)):  # from the second on, the gradients are there
                     with saved_tensors(model) as saved, _products(device):
                         loss = model(batch).loss.sum()
@@ -131,7 +134,7 @@ def step_memory(config: Config, batches: Sequence[PackedBatch], device: str) -> 
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     gradients = sum(parameter.nbytes for parameter in model.parameters())
     optimizer = sum(2 * parameter.nbytes + 4 for parameter in model.parameters())  # two means and the step
-    peak = weights + optimizer + max(made, gradients) + _inside_kernels(model, written, device)
+    peak = weights + optimizer + max(made, gradients) + (CUBLAS if device == "cuda" else 0)
     return Memory(weights, gradients, optimizer, activations, peak)
 
 
@@ -140,21 +143,25 @@ def _products(device: str) -> AbstractContextManager:
     return torch.autocast("cpu", torch.bfloat16) if device == "cuda" else nullcontext()
 
 
-def _inside_kernels(model: MultiTaskModel, batches: Sequence[PackedBatch], device: str) -> int:
-    """Bytes of the logits of a chunk of rows; of cuBLAS, or of attention on a CPU, which has its scores in memory."""
-    rows = max(sum(batch.rows.counts[model.num_small + model.num_spans :]) for batch in batches)
+def _inside_kernels(model: MultiTaskModel, batch: PackedBatch, device: str) -> dict[str, int]:
+    """Bytes by op: logits of a chunk of rows; and on a CPU attention's scores, which a GPU never has in memory."""
+    rows = sum(batch.rows.counts[model.num_small + model.num_spans :])
     at_least, most_bytes = CHUNKS[device]
     row = model.trunk.config.vocab_size * (2 if device == "cuda" else 4)
-    logits = min(rows, max(at_least, most_bytes // row)) * row
-    return logits + (CUBLAS if device == "cuda" else max(_attention_on_cpu(model, batch) for batch in batches))
+    inside = {"trunkline::linear_cross_entropy": min(rows, max(at_least, most_bytes // row)) * row}
+    if device == "cpu":
+        inside["trunkline::attention_backward"] = _attention_on_cpu(model, batch)
+    return inside
 
 
 def _attention_on_cpu(model: MultiTaskModel, batch: PackedBatch) -> int:
-    """Bytes at most: scores, probabilities and their gradient, of all heads; copies of q, k, v, out and gradients."""
+    """Bytes of the backward pass: probabilities and their gradient, of all heads; q, k, v, out and four gradients by
+    head, and three of them once more as the slots of the tiles."""
     config, plan = model.trunk.config, batch.plan
     narrow, wide = plan.narrow_tiles, len(plan.tiles) - plan.narrow_tiles  # all of one width are worked on at once
+    slots = max(narrow * TILE_SIZES[0], wide * TILE_SIZES[1])
     scores = max(narrow * TILE_SIZES[0] ** 2, wide * TILE_SIZES[1] ** 2, QUERY_BLOCK * plan.max_seqlen)
-    return 4 * (3 * config.num_heads * scores + 8 * plan.num_tokens * config.num_heads * config.head_width)
+    return 4 * config.num_heads * (2 * scores + (8 * plan.num_tokens + 3 * slots) * config.head_width)
 
 
 def matrix_rate(seconds: float = 1.0) -> float:
@@ -180,7 +187,7 @@ def estimate(config: Config, tell: Callable[[str], None]) -> dict[str, Memory]:
     config = with_vocabulary(config, corpus.tokenizer)
     mixer, packer = make_mixer(config, corpus), Packer(corpus.train, config)
     numbers = range(min(LOOKED_AT, config.steps * config.batch.accumulate))
-    batches = [packer.pack(mixer.batch(number), config.batch.tokens) for number in numbers]
+    batches = packer.batches(mixer, numbers)
     memory = {device: step_memory(config, batches, device) for device in ("cpu", "cuda")}
     with FakeTensorMode():
         model = make_model(config)
@@ -193,7 +200,7 @@ def estimate(config: Config, tell: Callable[[str], None]) -> dict[str, Memory]:
         f"arithmetic: {flops / 1e12:.3g} TFLOP a step, {flops * config.steps / 1e15:.3g} PFLOP in {config.steps} steps"
     )
     for device, title in (("cpu", "a CPU, float32"), ("cuda", "a GPU, products in bfloat16")):
-        parts = ", ".join(f"{name} {_size(value)}" for name, value in vars(memory[device]).items())
+        parts = ", ".join(f"{name} {quantity(value, 'B')}" for name, value in vars(memory[device]).items())
         tell(f"memory on {title}: {parts}")
     if config.balancing.method != "fixed":
         tell(f"balancing.method {config.balancing.method} takes more memory than that, and some more time")
@@ -207,16 +214,7 @@ def estimate(config: Config, tell: Callable[[str], None]) -> dict[str, Memory]:
         fits = memory[device].peak < room
         tell(
             f"{name:24} {rate / 1e12:8.4g} {UTILISATION[device]:8.0%} {1e3 * seconds:10.3g} "
-            f"{_duration(seconds * config.steps):>12}{'' if fits else '   does not fit'}"
+            f"{duration(seconds * config.steps):>12}{'' if fits else '   does not fit'}"
         )
     tell("rates: of a GPU as its maker states, of this CPU as just measured; the share that is reached is assumed")
     return memory
-
-
-def _size(number: float) -> str:
-    return f"{number / 1e9:.2f} GB" if number >= 1e9 else f"{number / 1e6:.1f} MB"
-
-
-def _duration(seconds: float) -> str:
-    minutes = seconds / 60
-    return f"{minutes / 60:.1f} h" if minutes > 90 else f"{minutes:.1f} min" if minutes > 1.5 else f"{seconds:.1f} s"

@@ -229,7 +229,7 @@ def _compiled(engine: "Engine", packer: Packer, mixer: Mixer) -> CompiledModel |
     batches = engine.config.steps * engine.config.batch.accumulate
     starts = (0, batches // 2, max(0, batches - LOOKED_AT))
     numbers = sorted({number for start in starts for number in range(start, min(start + LOOKED_AT, batches))})
-    examples = [packer.pack(mixer.batch(number), engine.config.batch.tokens) for number in numbers]
+    examples = packer.batches(mixer, numbers)
     model, held = engine.model.train(), engine.config.balancing.method != "fixed" and engine.config.batch.accumulate > 1
     # a CUDA graph has memory for one batch; where weights come from losses, those of a step are held until the last
     cuda_graphs = False if held else None

@@ -12,6 +12,7 @@ from typing import Any
 
 from trunkline.training import figures
 from trunkline.training.metrics import higher_is_better
+from trunkline.training.units import duration, quantity
 
 SAMPLES = 6
 """Samples shown per task."""
@@ -224,25 +225,6 @@ def _number(value: float | None) -> str:
 def _interval(bounds: list[float] | None) -> str:
     """A 95 % confidence interval beside its score."""
     return f"{_number(bounds[0])} to {_number(bounds[1])}" if bounds else ""
-
-
-def quantity(value: float | None, unit: str = "") -> str:
-    """1234567 as '1.23 M', with the unit after the prefix."""
-    if value is None:
-        return "–"
-    prefix, size = next(((prefix, size) for prefix, size in _PREFIXES if value >= size), ("", 1))
-    number = value / size
-    decimals = 0 if size == 1 or number >= 100 else 1 if number >= 10 else 2
-    return f"{number:.{decimals}f} {prefix}{unit}".strip()
-
-
-_PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3))
-
-
-def duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
 
 
 def _plain(value: Any) -> str:

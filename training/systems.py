@@ -210,8 +210,7 @@ def flops_per_token(parts: Sequence[Part], corpus_of: Callable[[Config], Corpus]
             model = make_model(with_vocabulary(part.config, corpus.tokenizer))
         mixer = make_mixer(part.config, corpus)
         count = min(WINDOW, part.config.steps)
-        packer = Packer(corpus.train, part.config)
-        batches = [packer.pack(mixer.batch(number), part.config.batch.tokens) for number in range(count)]
+        batches = Packer(corpus.train, part.config).batches(mixer, range(count))
         total += part.config.steps / count * sum(training_flops(model, batch) for batch in batches)
         tokens += part.config.steps / count * sum(batch.real_tokens for batch in batches)
     return total / tokens
