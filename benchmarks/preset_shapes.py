@@ -18,7 +18,7 @@ def preset_shapes(kernel: str) -> dict[str, dict[str, int]]:
             shapes[name] = {"rows": ROWS, "tasks": TASKS, "width": D, "columns": D}
         elif kernel == "task_loss":
             shapes[name] = {"rows": ROWS, "tasks": TASKS, "width": D, "classes": CLASSES}
-        elif kernel == "linear_cross_entropy" and config.causal:
+        elif kernel == "linear_cross_entropy":
             shapes[name] = {"rows": ROWS, "width": D, "vocabulary": config.vocab_size, "tasks": 2}
         elif kernel == "task_gram":
             with torch.device("meta"):
