@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from test_balanced_backward import CAUSAL, TASKS, batch, make_model
 from trunkline import Engine
@@ -23,8 +24,9 @@ from trunkline.training import loop
 from trunkline.training.balancer import Balancer
 from trunkline.training.balancing import Balancing
 from trunkline.training.config import Optimizer, load_config
+from trunkline.training.faults import Guard
 from trunkline.training.loop import make_optimizer, weight_sums
-from trunkline.training.progress import Interval
+from trunkline.training.progress import Interval, Progress
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread"),
@@ -143,7 +145,8 @@ def train(
     """Steps as in the loop: the losses of each, and the weights in the end."""
     balancer = Balancer(balancing, model, 0, compiled)
     optimizer, losses = make_optimizer(model, Optimizer(learning_rate=1e-3)), []
-    interval = Interval([task.name for task in model.tasks], model.device)
+    names = [task.name for task in model.tasks]
+    interval, guard = Interval(names, model.device), Guard(optimizer, names, 1, Progress())
     for step, packed in enumerate(batches):
         packed = compiled.shapes.pad(packed) if compiled else packed
         model.train()
@@ -155,13 +158,15 @@ def train(
             balancer.backward(sums.loss * factor, step)
             interval.add([packed], sums.loss, sums.weight)
             balancer.finish(weight, step)
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            guard.judge(step, sums.loss, norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=not (compiled and compiled.cuda_graphs))
         losses.append(sums.loss.detach().clone())
         model.eval()
         with torch.inference_mode():
             model.losses(model.hidden(packed), packed)
+    assert guard.look() == []
     return losses, dict(model.state_dict())
 
 
@@ -186,6 +191,7 @@ def test_a_run_compiles(finished, tmp_path, monkeypatch, capsys):
     """With accumulation, evaluation and a projection; what it learns is what a run learns that does not."""
     monkeypatch.setattr(loop, "CompiledModel", partial(CompiledModel, backend="aot_eager"))
     torch._dynamo.reset()
+    counters.clear()
     config = load_config(finished.config)
     config = replace(config, steps=6, trunk=replace(config.trunk, dropout=0.0))
     runs = []
@@ -199,32 +205,56 @@ def test_a_run_compiles(finished, tmp_path, monkeypatch, capsys):
     seconds = [summary["compile_seconds"] for summary, _ in runs]
     assert seconds[0] == 0 < seconds[1] < runs[1][0]["wall_time_seconds"]
     assert f"compiled the model in {seconds[1]:.0f} s" in capsys.readouterr().out
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
 
 
 class Looks(TorchDispatchMode):
     """Notes the operations that bring a value, or a size that depends on values, to the host. Those inside an op of
     ours are its own business: each has an implementation for the CPU."""
 
-    WAIT = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2"}
+    WAIT = {"_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select", "_unique2", "bincount"}
+    BY_INDEX = {"index", "index_put", "index_put_"}
 
     def __init__(self):
         super().__init__()
         self.found: list[str] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if func.overloadpacket.__name__ in self.WAIT:
+        kwargs, name = kwargs or {}, func.overloadpacket.__name__
+        by_mask = name in self.BY_INDEX and any(x.dtype == torch.bool for x in tree_leaves(args[1]) if x is not None)
+        unsized = name == "repeat_interleave" and kwargs.get("output_size") is None
+        if name in self.WAIT or by_mask or unsized:
             self.found.append(str(func))
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
 
 
-def test_no_step_asks_for_a_value(monkeypatch):
+@pytest.mark.parametrize("fixed", [False, True], ids=["as they are", "fixed shapes"])
+@pytest.mark.parametrize("balancing", METHODS[:2], ids=["fixed", "from losses, watched"])
+def test_no_step_asks_for_a_value(monkeypatch, balancing, fixed):
+    """What is compiled is gone through operation by operation."""
     monkeypatch.setattr(linear_cross_entropy, "can_look", lambda x: False)  # as on a GPU
     model, looks = make_model(CAUSAL).float(), Looks()
-    train(model, Balancing(), None, [*BATCHES.values()], lambda: looks)
+    compiled = CompiledModel(model, shapes_for(model)) if fixed else None
+    with torch.compiler.set_stance("force_eager"):
+        train(model, balancing, compiled, [*BATCHES.values()], lambda: looks)
     assert looks.found == []
-    with looks:
-        float(torch.ones(1).sum())
-    assert looks.found  # it would have been seen
+    assert compiled is None or compiled.uncompiled == 0
+
+
+LOOKS = {
+    "a number": lambda x: float(x.sum()),
+    "rows of a mask": lambda x: x[x > 0],
+    "a size": lambda x: x.repeat_interleave(x.long()),
+    "a condition": lambda x: bool((x > 0).all()),
+}
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+def test_asking_for_a_value_is_seen(look):
+    with Looks() as looks:
+        look(torch.ones(3))
+    assert looks.found
 
 
 @contextmanager
