@@ -9,7 +9,8 @@ tools in the Triton wheel. What cannot be seen this way: time, races, deadlocks.
 
 A finding makes the command fail: code that does not compile, registers spilled to local memory, more shared memory than
 a block can have, and a matrix product that Hopper's warpgroup instructions (wgmma) could do but do not.
-A kernel may spill if its file says how many instructions and why: SPILLS = {"_backward_kernel": (12, "the reason")}.
+A kernel may spill on an architecture if its file says how many instructions and why:
+SPILLS = {("_backward_kernel", 80): (12, "the reason")}.
 
 Compiled kernels and their measures stay in Triton's cache, so the next run takes seconds.
 """
@@ -163,7 +164,7 @@ def record_launches(kernels: Iterable[Kernel], archs: Sequence[int], quick: bool
         warmup: bool,
     ) -> None:
         kernel, shape, dtype = current
-        allowed, _ = function.fn.__globals__.get("SPILLS", {}).get(function.__name__, (0, ""))
+        allowed, _ = function.fn.__globals__.get("SPILLS", {}).get((function.__name__, DRIVER.arch), (0, ""))
         names = kernel.name, shape, str(dtype).removeprefix("torch.")
         found.setdefault(
             (DRIVER.arch, function, key),

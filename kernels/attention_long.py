@@ -51,16 +51,17 @@ def _cut(first, full_first, full_last, last, SIZE: tl.constexpr):
 
 @triton.jit
 def _at(ptr, token, head, stride_t, stride_h):
+    """Of a tile, and so anew for every tile: that of a sequence, kept for all its tiles, would take registers."""
     return ptr + token.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h  # passes 2^31 in long streams
 
 
 @triton.jit
-def _load(ptr, first, last, stride, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """Rows from `first` on as (SIZE, BLOCK_D); zeros beyond column D and, if MASKED, from row `last` on."""
+def _load(ptr, rows, stride, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
+    """The rows at `ptr` as (SIZE, BLOCK_D); zeros beyond column D and, if MASKED, beyond as many `rows`."""
     row, column = tl.arange(0, SIZE)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    at = ptr + first.to(tl.int64) * stride + (row * stride + column)
+    at = ptr + (row * stride + column)
     if MASKED:
-        return tl.load(at, mask=(row < last - first) & (column < D), other=0.0)
+        return tl.load(at, mask=(row < rows) & (column < D), other=0.0)
     elif D < BLOCK_D:
         return tl.load(at, mask=(row < SIZE) & (column < D), other=0.0)
     else:
@@ -68,10 +69,10 @@ def _load(ptr, first, last, stride, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D
 
 
 @triton.jit
-def _store(ptr, x, first, last, stride, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def _store(ptr, x, rows, stride, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
     row, column = tl.arange(0, SIZE)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    at = ptr + first.to(tl.int64) * stride + (row * stride + column)
-    tl.store(at, x.to(ptr.dtype.element_ty), mask=(row < last - first) & (column < D))
+    at = ptr + (row * stride + column)
+    tl.store(at, x.to(ptr.dtype.element_ty), mask=(row < rows) & (column < D))
 
 
 @_jit
@@ -87,10 +88,8 @@ def _forward_kernel(
     m, q_start, queries, k_start, keys = _work(blocks_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, program, PARTS, BLOCK_M)
     if m >= queries:
         return
-    q_ptr = _at(q_ptr, q_start, head, q_stride_t, q_stride_h)
-    k_ptr = _at(k_ptr, k_start, head // group, k_stride_t, k_stride_h)
-    v_ptr = _at(v_ptr, k_start, head // group, v_stride_t, v_stride_h)
-    q = _load(q_ptr, m, queries, q_stride_t, BLOCK_M, D, BLOCK_D, True)
+    q_at = _at(q_ptr, q_start + m, head, q_stride_t, q_stride_h)
+    q = _load(q_at, queries - m, q_stride_t, BLOCK_M, D, BLOCK_D, True)
     factor = (softcap if SOFTCAP else scale) * 1.4426950408889634  # log2(e): exp2 is the cheaper exponential
     row = m + tl.arange(0, BLOCK_M)
     position = (row + keys - queries)[:, None]
@@ -105,7 +104,8 @@ def _forward_kernel(
         for tile in range(edges if MASKED else full):
             n = first + (tile + (tl.where(tile < before, 0, full) if MASKED else before)) * BLOCK_N
             key = n + tl.arange(0, BLOCK_N)[None, :]
-            k = _load(k_ptr, n, keys, k_stride_t, BLOCK_N, D, BLOCK_D, MASKED)
+            k_at = _at(k_ptr, k_start + n, head // group, k_stride_t, k_stride_h)
+            k = _load(k_at, keys - n, k_stride_t, BLOCK_N, D, BLOCK_D, MASKED)
             scores = tl.dot(q, k.T, input_precision=PRECISION)  # (M, D) @ (D, N) -> (M, N)
             if SOFTCAP:
                 scores = tanh(scores * (scale / softcap))
@@ -119,7 +119,8 @@ def _forward_kernel(
             top = higher
             if DROPOUT:
                 weights = tl.where(kept(seed, (q_start + row)[:, None], k_start + key, head, threshold), weights, 0.0)
-            v = _load(v_ptr, n, keys, v_stride_t, BLOCK_N, D, BLOCK_D, MASKED)
+            v_at = _at(v_ptr, k_start + n, head // group, v_stride_t, v_stride_h)
+            v = _load(v_at, keys - n, v_stride_t, BLOCK_N, D, BLOCK_D, MASKED)
             out = out * decay[:, None]
             out = tl.dot(weights.to(v.dtype), v, out, input_precision=PRECISION)  # (M, N) @ (N, D) -> (M, D)
 
@@ -128,7 +129,8 @@ def _forward_kernel(
     lse = tl.where(seeing, top + tl.math.log2(total), 0.0)
     tl.store(lse_ptr + head.to(tl.int64) * statistics_stride + q_start + row, lse, mask=row < queries)
     share = (kept_scale if DROPOUT else 1.0) / total
-    _store(_at(out_ptr, q_start, head, H * D, D), out * share[:, None], m, queries, H * D, BLOCK_M, D, BLOCK_D)
+    out_at = _at(out_ptr, q_start + m, head, H * D, D)
+    _store(out_at, out * share[:, None], queries - m, H * D, BLOCK_M, D, BLOCK_D)
 
 
 @_jit
@@ -144,13 +146,11 @@ def _query_gradient_kernel(
     m, q_start, queries, k_start, keys = _work(blocks_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, program, PARTS, BLOCK_M)
     if m >= queries:
         return
-    dout_ptr = _at(dout_ptr, q_start, head, dout_stride_t, dout_stride_h)
-    q_ptr = _at(q_ptr, q_start, head, q_stride_t, q_stride_h)
-    k_ptr = _at(k_ptr, k_start, head // group, k_stride_t, k_stride_h)
-    v_ptr = _at(v_ptr, k_start, head // group, v_stride_t, v_stride_h)
-    q = _load(q_ptr, m, queries, q_stride_t, BLOCK_M, D, BLOCK_D, True)
-    dout = _load(dout_ptr, m, queries, dout_stride_t, BLOCK_M, D, BLOCK_D, True)
-    out = _load(_at(out_ptr, q_start, head, H * D, D), m, queries, H * D, BLOCK_M, D, BLOCK_D, True)
+    q_at = _at(q_ptr, q_start + m, head, q_stride_t, q_stride_h)
+    q = _load(q_at, queries - m, q_stride_t, BLOCK_M, D, BLOCK_D, True)
+    dout_at = _at(dout_ptr, q_start + m, head, dout_stride_t, dout_stride_h)
+    dout = _load(dout_at, queries - m, dout_stride_t, BLOCK_M, D, BLOCK_D, True)
+    out = _load(_at(out_ptr, q_start + m, head, H * D, D), queries - m, H * D, BLOCK_M, D, BLOCK_D, True)
     row = m + tl.arange(0, BLOCK_M)
     statistics = head.to(tl.int64) * statistics_stride + q_start + row
     lse = tl.load(lse_ptr + statistics, mask=row < queries, other=0.0)
@@ -167,7 +167,8 @@ def _query_gradient_kernel(
         for tile in range(edges if MASKED else full):
             n = first + (tile + (tl.where(tile < before, 0, full) if MASKED else before)) * BLOCK_N
             key = n + tl.arange(0, BLOCK_N)[None, :]
-            k = _load(k_ptr, n, keys, k_stride_t, BLOCK_N, D, BLOCK_D, MASKED)
+            k_at = _at(k_ptr, k_start + n, head // group, k_stride_t, k_stride_h)
+            k = _load(k_at, keys - n, k_stride_t, BLOCK_N, D, BLOCK_D, MASKED)
             scores = tl.dot(q, k.T, input_precision=PRECISION)  # (M, D) @ (D, N) -> (M, N)
             if SOFTCAP:
                 scores = tanh(scores * (scale / softcap))
@@ -175,7 +176,8 @@ def _query_gradient_kernel(
             if MASKED:
                 visible = (key >= position - left) & (key <= position + right) & (key < keys)
                 weights = tl.where(visible, weights, 0.0)
-            v = _load(v_ptr, n, keys, v_stride_t, BLOCK_N, D, BLOCK_D, MASKED)
+            v_at = _at(v_ptr, k_start + n, head // group, v_stride_t, v_stride_h)
+            v = _load(v_at, keys - n, v_stride_t, BLOCK_N, D, BLOCK_D, MASKED)
             dweights = tl.dot(dout, v.T, input_precision=PRECISION)
             if DROPOUT:
                 keep = kept(seed, (q_start + row)[:, None], k_start + key, head, threshold)
@@ -185,7 +187,7 @@ def _query_gradient_kernel(
                 dscores *= 1 - scores * scores
             dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)  # (M, N) @ (N, D) -> (M, D)
 
-    _store(_at(dq_ptr, q_start, head, H * D, D), dq * scale, m, queries, H * D, BLOCK_M, D, BLOCK_D)
+    _store(_at(dq_ptr, q_start + m, head, H * D, D), dq * scale, queries - m, H * D, BLOCK_M, D, BLOCK_D)
 
 
 @_jit
@@ -204,10 +206,10 @@ def _key_gradient_kernel(
     n, q_start, queries, k_start, keys = _work(blocks_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, program, PARTS, BLOCK_N)
     if n >= keys:
         return
-    k_ptr = _at(k_ptr, k_start, key_head, k_stride_t, k_stride_h)
-    v_ptr = _at(v_ptr, k_start, key_head, v_stride_t, v_stride_h)
-    k = _load(k_ptr, n, keys, k_stride_t, BLOCK_N, D, BLOCK_D, True)
-    v = _load(v_ptr, n, keys, v_stride_t, BLOCK_N, D, BLOCK_D, True)
+    k_at = _at(k_ptr, k_start + n, key_head, k_stride_t, k_stride_h)
+    k = _load(k_at, keys - n, k_stride_t, BLOCK_N, D, BLOCK_D, True)
+    v_at = _at(v_ptr, k_start + n, key_head, v_stride_t, v_stride_h)
+    v = _load(v_at, keys - n, v_stride_t, BLOCK_N, D, BLOCK_D, True)
     factor = (softcap if SOFTCAP else scale) * 1.4426950408889634
     key = (n + tl.arange(0, BLOCK_N))[:, None]
     nearest, farthest = n + queries - keys, tl.minimum(n + BLOCK_N, keys) - 1 + queries - keys  # as queries
@@ -216,60 +218,64 @@ def _key_gradient_kernel(
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    for member in range(group):
-        head = key_head * group + member
-        q_head_ptr = _at(q_ptr, q_start, head, q_stride_t, q_stride_h)
-        dout_head_ptr = _at(dout_ptr, q_start, head, dout_stride_t, dout_stride_h)
-        statistics = head.to(tl.int64) * statistics_stride + q_start
-        for MASKED in tl.static_range(2):
-            for tile in range(edges if MASKED else full):
-                m = first + (tile + (tl.where(tile < before, 0, full) if MASKED else before)) * BLOCK_M
-                row = m + tl.arange(0, BLOCK_M)  # those beyond the last query are zeros and add nothing
-                q = _load(q_head_ptr, m, queries, q_stride_t, BLOCK_M, D, BLOCK_D, MASKED)
-                dout = _load(dout_head_ptr, m, queries, dout_stride_t, BLOCK_M, D, BLOCK_D, MASKED)
-                lse = tl.load(lse_ptr + statistics + row, mask=row < queries, other=0.0)
-                delta = tl.load(delta_ptr + statistics + row, mask=row < queries, other=0.0)
-                scores = tl.dot(k, q.T, input_precision=PRECISION)  # (N, D) @ (D, M) -> (N, M)
-                if SOFTCAP:
-                    scores = tanh(scores * (scale / softcap))
-                weights = tl.math.exp2(scores * factor - lse[None, :])
-                if MASKED:
-                    position = (row + keys - queries)[None, :]
-                    weights = tl.where((key >= position - left) & (key <= position + right), weights, 0.0)
-                dweights = tl.dot(v, dout.T, input_precision=PRECISION)
-                kept_weights = weights
-                if DROPOUT:
-                    keep = kept(seed, (q_start + row)[None, :], k_start + key, head, threshold)
-                    kept_weights = tl.where(keep, weights, 0.0)
-                    dweights = tl.where(keep, dweights * kept_scale, 0.0)
-                dv = tl.dot(kept_weights.to(dout.dtype), dout, dv, input_precision=PRECISION)  # (N, M) @ (M, D)
-                dscores = weights * (dweights - delta[None, :])
-                if SOFTCAP:
-                    dscores *= 1 - scores * scores
-                dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)  # (N, M) @ (M, D) -> (N, D)
+    for MASKED in tl.static_range(2):
+        for step in range(group * (edges if MASKED else full)):  # a loop inside a loop would take more registers
+            head, tile = key_head * group + step % group, step // group
+            m = first + (tile + (tl.where(tile < before, 0, full) if MASKED else before)) * BLOCK_M
+            row = m + tl.arange(0, BLOCK_M)  # those beyond the last query are zeros and add nothing
+            q_at = _at(q_ptr, q_start + m, head, q_stride_t, q_stride_h)
+            q = _load(q_at, queries - m, q_stride_t, BLOCK_M, D, BLOCK_D, MASKED)
+            dout_at = _at(dout_ptr, q_start + m, head, dout_stride_t, dout_stride_h)
+            dout = _load(dout_at, queries - m, dout_stride_t, BLOCK_M, D, BLOCK_D, MASKED)
+            statistics = head.to(tl.int64) * statistics_stride + (q_start + m) + tl.arange(0, BLOCK_M)
+            lse = tl.load(lse_ptr + statistics, mask=row < queries, other=0.0)
+            delta = tl.load(delta_ptr + statistics, mask=row < queries, other=0.0)
+            scores = tl.dot(k, q.T, input_precision=PRECISION)  # (N, D) @ (D, M) -> (N, M)
+            if SOFTCAP:
+                scores = tanh(scores * (scale / softcap))
+            weights = tl.math.exp2(scores * factor - lse[None, :])
+            if MASKED:
+                position = (row + keys - queries)[None, :]
+                weights = tl.where((key >= position - left) & (key <= position + right), weights, 0.0)
+            dweights = tl.dot(v, dout.T, input_precision=PRECISION)
+            kept_weights = weights
+            if DROPOUT:
+                keep = kept(seed, (q_start + row)[None, :], k_start + key, head, threshold)
+                kept_weights = tl.where(keep, weights, 0.0)
+                dweights = tl.where(keep, dweights * kept_scale, 0.0)
+            dv = tl.dot(kept_weights.to(dout.dtype), dout, dv, input_precision=PRECISION)  # (N, M) @ (M, D)
+            dscores = weights * (dweights - delta[None, :])
+            if SOFTCAP:
+                dscores *= 1 - scores * scores
+            dk = tl.dot(dscores.to(q.dtype), q, dk, input_precision=PRECISION)  # (N, M) @ (M, D) -> (N, D)
 
     if DROPOUT:
         dv *= kept_scale
-    _store(_at(dk_ptr, k_start, key_head, G * D, D), dk * scale, n, keys, G * D, BLOCK_N, D, BLOCK_D)
-    _store(_at(dv_ptr, k_start, key_head, G * D, D), dv, n, keys, G * D, BLOCK_N, D, BLOCK_D)
+    _store(_at(dk_ptr, k_start + n, key_head, G * D, D), dk * scale, keys - n, G * D, BLOCK_N, D, BLOCK_D)
+    _store(_at(dv_ptr, k_start + n, key_head, G * D, D), dv, keys - n, G * D, BLOCK_N, D, BLOCK_D)
 
 
-def tile_options(kernel: str, dtype: torch.dtype, D: int) -> dict[str, int]:
+def tile_options(kernel: str, dtype: torch.dtype, D: int, plain: bool) -> dict[str, int]:
     """Tiles, warps and stages of the loads' pipeline: the largest whose sums stay in registers, on every architecture.
 
-    kernel: "forward", "query gradient" or "key gradient". `trunkline certify` says what spills.
+    kernel: "forward", "query gradient" or "key gradient". plain: neither soft cap nor dropout, which take registers of
+    their own. Found by `trunkline certify`, which says what spills: nothing here does, in Triton 3.6.0 and in 3.9.0.
     """
     capability = compute_capability()
     if dtype == torch.float32:
         M, N, warps, stages = (64, 32, 8, 1) if D <= 64 else (32, 32, 8, 1)
-    elif D > 128:
-        M, N, warps, stages = (32, 64, 8, 1) if kernel == "key gradient" else (64, 32, 4, 1)
-    elif kernel == "key gradient" and D <= 64:
-        M, N, warps, stages = 64, 128, 8, 2 if capability >= 90 else 1
+    elif kernel == "key gradient" and D > 128:
+        M, N, warps, stages = 64, 32, 8, 1  # 64 keys would be wgmma's, by 4 warps: dK and dV fill all their registers
+    elif kernel == "key gradient" and D > 64:
+        M, N, warps, stages = (32 if plain else 16, 128, 8, 1) if capability == 90 else (64, 64, 8, 1)
     elif kernel == "key gradient":
-        M, N, warps, stages = (64, 64, 8, 1) if capability >= 100 else (32, 128, 8, 1 if capability >= 90 else 2)
+        M, N, warps, stages = 64 if plain and capability >= 90 else 32, 128, 8, 2
+    elif D > 128:
+        M, N, warps, stages = (128, 32, 8, 1) if kernel == "forward" and capability >= 90 else (32, 64, 8, 1)
     elif capability < 90 and D > 64:
-        M, N, warps, stages = 64, 64, 4, 2
+        M, N, warps, stages = 64, 64 if kernel == "forward" else 32, 4, 2
+    elif capability >= 100 and kernel == "forward" and not plain:
+        M, N, warps, stages = 64, 64, 4, 1
     else:
         M, N, warps, stages = 128, 64, 8, 1 if kernel == "query gradient" and capability >= 100 else 2
     return {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
@@ -339,7 +345,7 @@ def forward(
     if not len(blocks):
         return
     H, G = q.shape[1], k.shape[1]
-    tile = tile_options("forward", q.dtype, q.shape[2])
+    tile = tile_options("forward", q.dtype, q.shape[2], not (softcap or dropout))
     parts = QUERY_BLOCK // tile["BLOCK_M"]  # programs that share a block
     settings = _settings(q, scale, window_left, window_right, softcap, dropout, seed)
     _forward_kernel[(len(blocks) * parts * H,)](
@@ -387,14 +393,14 @@ def backward(
     settings = _settings(q, scale, window_left, window_right, softcap, dropout, seed)
     delta = torch.empty_like(lse)
     if len(blocks):
-        tile = tile_options("query gradient", q.dtype, q.shape[2])
+        tile = tile_options("query gradient", q.dtype, q.shape[2], not (softcap or dropout))
         parts = QUERY_BLOCK // tile["BLOCK_M"]  # programs that share a block
         _query_gradient_kernel[(len(blocks) * parts * H,)](
             dout, q, k, v, out, lse, delta, dq, cu_seqlens, cu_seqlens_k, blocks, *strides,
             lse.shape[1], H, H // G, PARTS=parts, **settings, **tile,
         )  # fmt: skip
     if len(key_blocks):
-        tile = tile_options("key gradient", q.dtype, q.shape[2])
+        tile = tile_options("key gradient", q.dtype, q.shape[2], not (softcap or dropout))
         parts = KEY_BLOCK // tile["BLOCK_N"]
         _key_gradient_kernel[(len(key_blocks) * parts * G,)](
             dout, q, k, v, lse, delta, dk, dv, cu_seqlens, cu_seqlens_k, key_blocks, *strides,

@@ -24,6 +24,9 @@ from trunkline.kernels.attention_scores import dropout_threshold, kept, tanh
 from trunkline.kernels.dispatch import compute_capability, input_precision, padded_width, tl, triton
 from trunkline.kernels.pack_plan import SHORT, TILE_SIZES
 
+_WHY = "operands lie in registers on an A100: too much of 128 tokens beside heads wider than 64, or dropout"
+SPILLS = {("_forward_kernel", 80): (180, _WHY), ("_backward_in_steps_kernel", 80): (40, _WHY)}
+
 
 @triton.jit
 def _queries(spans_ptr, start, end, left, right, ROWS: tl.constexpr):
@@ -237,10 +240,12 @@ def backward(
         grid, options = _launch(part, q, k, block, softcap, dropout)
         tensors = (dout, q, k, v, dq, dk, dv, part, spans)
         capability = compute_capability()
-        if group == 1 and D <= 64 and (block == 64 or capability >= 90):
+        if group == 1 and D <= 64 and (block == 64 or (capability >= 90 and not dropout)):
             _backward_kernel[grid](*tensors, *arguments, **options)
         else:
             rows = 32 if D <= 64 and capability >= 90 else 16
+            if D > 64 and capability < 90:
+                options["num_warps"] = 8  # two for every 16 keys, each with half of the columns of dK and dV
             _backward_in_steps_kernel[grid](*tensors, *arguments, GROUP=group, ROWS=rows, **options)
 
 
