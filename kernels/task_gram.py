@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from trunkline.kernels.dispatch import register, tl, triton
+from trunkline.kernels.task_tiles import can_look
 
 KEPT = 1 << 28  # elements of all dW_t together, up to which they are kept: 1 GiB of float32
 PRODUCTS_PER_ELEMENT = 40  # multiplications that take as long as one element of a dW_t more; measured on a CPU
@@ -114,7 +115,8 @@ def task_gradients(x: Tensor, dy: Tensor, offsets: Tensor) -> Tensor:
         (N, C, D), summed in float32 at least; 0 for a task without tokens. Carries no gradients itself.
 
     Raises:
-        ValueError: shapes that do not fit one another.
+        ValueError: shapes that do not fit one another; and, looked at on the CPU and on a GPU with TRUNKLINE_CHECK=1,
+            offsets that do not rise from 0 or lead beyond the tokens.
     """
     _check(x, dy, offsets)
     return _gradients(x.detach(), dy.detach(), offsets)
@@ -126,6 +128,10 @@ def _check(x: Tensor, dy: Tensor, offsets: Tensor) -> None:
             f"task_gradients: x must be (R, D), dy (R, C) and offsets (N + 1,), "
             f"got {list(x.shape)}, {list(dy.shape)} and {list(offsets.shape)}"
         )
+    if can_look(offsets):
+        bounds = offsets.tolist()
+        if bounds[0] != 0 or bounds[-1] > len(x) or bounds != sorted(bounds):
+            raise ValueError(f"task_gradients: offsets must rise from 0 to at most R = {len(x)}, got {bounds}")
 
 
 def task_gram(x: Tensor, dy: Tensor, offsets: Tensor) -> TaskGradients:
@@ -138,7 +144,8 @@ def task_gram(x: Tensor, dy: Tensor, offsets: Tensor) -> TaskGradients:
         `TaskGradients`; their `gradients` only where the Gram matrix was cheapest to have from them.
 
     Raises:
-        ValueError: shapes that do not fit one another.
+        ValueError: shapes that do not fit one another; and, looked at on the CPU and on a GPU with TRUNKLINE_CHECK=1,
+            offsets that do not rise from 0 or lead beyond the tokens.
     """
     _check(x, dy, offsets)
     (R, D), C, N = x.shape, dy.shape[1], len(offsets) - 1

@@ -1,5 +1,7 @@
 """The tasks' own weight gradients and their Gram matrix, on the reference."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
@@ -77,3 +79,11 @@ def test_shapes_that_do_not_fit(x, dy):
     for function in (task_gradients, task_gram):
         with pytest.raises(ValueError, match=r"x must be \(R, D\), dy \(R, C\)"):
             function(torch.ones(x), torch.ones(dy), torch.tensor([0, 4]))
+
+
+@pytest.mark.parametrize("offsets", [[0, 5], [1, 4], [0, 3, 2]], ids=["too far", "not from 0", "falling"])
+def test_offsets_that_do_not_fit_the_rows_are_named(offsets):
+    message = re.escape(f"offsets must rise from 0 to at most R = 4, got {offsets}")
+    for function in (task_gradients, task_gram):
+        with pytest.raises(ValueError, match=message):
+            function(torch.ones(4, 2), torch.ones(4, 3), torch.tensor(offsets))
