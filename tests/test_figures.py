@@ -47,6 +47,12 @@ def test_conflicts():
     assert not ids[0] & ids[1]
 
 
+@pytest.mark.parametrize("cosines", [[[1.0]], [[1.0, None], [None, None]]], ids=["one task", "never together"])
+def test_no_conflicts_without_two_tasks_in_a_step(cosines):
+    event = {"step": 1, "examples": dict.fromkeys("ab"[: len(cosines)], 1), "cosines": cosines}
+    assert figures.conflicts([event]) is None
+
+
 def test_more_pairs_than_can_be_shown():
     charts = figures.conflicts(steps(10))
     assert charts is not None

@@ -304,6 +304,18 @@ def test_every_task_counts_by_the_mean_over_its_own_rows(tiny_config, tmp_path, 
     torch.testing.assert_close(together, expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("method", ["fixed", "uncertainty", "pcgrad"])
+def test_a_step_without_a_task_is_a_step(tiny_config, tmp_path, monkeypatch, method):
+    """Not even the only vocabulary head, whose gradient is formed before its factor is known, is 0 times infinity."""
+    monkeypatch.setattr(Mixer, "batch", lambda mixer, number: [(0, 0), (0, 1)])
+    config = load_config(tiny_config, [f"run={tmp_path / 'run'}", "steps=1", f"balancing={method}"])
+    tasks = tuple(task for task in config.all_tasks if task.name in ("colour", "prose"))
+    gradients = first_gradients(replace(config, tasks=tasks, batch=Batch(512, 1, 128)))
+    assert gradients["trunk.tokens.weight.exp_avg"].any()
+    assert all(gradient.isfinite().all() for gradient in gradients.values())
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps_left_out"] == 0
+
+
 def test_the_weight_of_a_task_is_a_factor_of_its_loss(tmp_path):
     write_jsonl(tmp_path / "rows.jsonl", tiny_rows("colour", 20, seed=0))
     free = Optimizer(clip=1e9)

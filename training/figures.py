@@ -164,9 +164,12 @@ def weights(steps: Steps, columns: int) -> dict[str, "Markup"]:
 
 
 def conflicts(steps: Steps) -> dict[str, Any] | None:
-    """Cosines between the gradients of every two tasks: their means as a matrix, and those of the pairs over time."""
+    """Cosines between the gradients of every two tasks: their means as a matrix, and those of the pairs over time.
+
+    None where no two tasks were ever seen together.
+    """
     looks = [event for event in steps if "cosines" in event]
-    if not looks or len(looks[0]["cosines"]) < 2:
+    if not looks:
         return None
     names = list(looks[0]["examples"])  # in the order of the matrix
     pairs = [(i, j) for i in range(len(names)) for j in range(i)]
@@ -177,6 +180,8 @@ def conflicts(steps: Steps) -> dict[str, Any] | None:
 
     overall = {pair: mean(looks, *pair) for pair in pairs}
     known = sorted((pair for pair in pairs if not math.isnan(overall[pair])), key=lambda pair: overall[pair])
+    if not known:
+        return None
     half = PAIRS // 2
     shown = known if len(known) <= PAIRS else known[:half] + known[-half:]
     count = min(40, len(looks))
