@@ -100,15 +100,28 @@ def test_ignored_rows_do_not_count(ignore_index):
         torch.testing.assert_close(got, expected)
 
 
+def without(rows: Tensor, reason: str, inputs: Inputs) -> Inputs:
+    if reason == "ignored":
+        return inputs._replace(target=inputs.target.masked_fill(rows, -100))
+    return inputs._replace(row_weight=inputs.row_weight.masked_fill(rows, 0.0))
+
+
 @pytest.mark.parametrize("reason", ["ignored", "weight"])
 def test_nothing_counts(reason):
-    inputs = make(300)
-    if reason == "ignored":
-        inputs = inputs._replace(target=torch.full_like(inputs.target, -100))
-    else:
-        inputs = inputs._replace(row_weight=torch.zeros_like(inputs.row_weight))
+    inputs = without(torch.ones(300, dtype=torch.bool), reason, make(300))
     for total in results(inputs, torch.randn(N), **OPTIONS["everything"]):
         assert not total.any()
+
+
+@pytest.mark.parametrize("reason", ["ignored", "weight"])
+def test_task_none_of_whose_rows_counts_is_as_good_as_absent(reason):
+    inputs, dloss, options = make(300), torch.randn(N), OPTIONS["everything"]
+    own = inputs.task == 1
+    *sums, dx, dweight, dbias = results(without(own, reason, inputs), dloss, **options)
+    assert not any(total[1] for total in sums)
+    assert not dx[own].any()
+    others = Inputs(*(t if name in ("weight", "bias") else t[~own] for name, t in inputs._asdict().items()))
+    torch.testing.assert_close((*sums, dx[~own], dweight, dbias), results(others, dloss, **options))
 
 
 def test_task_without_rows_has_zeros():

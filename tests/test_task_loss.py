@@ -164,6 +164,17 @@ def test_rows_of_weight_zero_do_not_count():
         torch.testing.assert_close(got, expected)
 
 
+def test_task_none_of_whose_rows_counts_is_as_good_as_absent():
+    inputs, dloss, ignored = make(ROWS["mixed"]), torch.randn(len(CLASSES)), 2
+    own_rows = torch.tensor(ROWS["mixed"]) == ignored
+    own_columns = torch.arange(len(CLASSES)).repeat_interleave(torch.tensor(CLASSES)) == ignored
+    owns = [*[torch.arange(len(CLASSES)) == ignored] * 4, own_rows, own_columns, own_columns]
+    without = results(inputs._replace(row_weight=inputs.row_weight.masked_fill(own_rows, 0.0)), dloss)
+    for got, expected, own in zip(without, results(inputs, dloss), owns, strict=True):
+        assert not got[own].any()
+        torch.testing.assert_close(got[~own], expected[~own])
+
+
 def test_only_loss_carries_gradients():
     x, *rest = make(ROWS["mixed"])
     sums = task_loss(x.requires_grad_(), *rest, width=max(CLASSES))

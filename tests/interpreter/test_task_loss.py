@@ -77,12 +77,14 @@ def test_long_tasks_are_shared_out(device, monkeypatch):
 def test_sums(device):
     *tensors, target, value, row_weight, class_offsets, regression = make(COUNTS, torch.float32, device)
     row_weight[::3] = 0
+    row_weight[52:55] = 0  # all of the fifth task
     inputs = (*tensors, target, value, row_weight, class_offsets, regression)
     got = task_loss(*inputs, width=max(CLASSES))
     expected = _forward_reference(*inputs, max(CLASSES), 0.0)
     for total, wanted in zip(got, expected[0], strict=True):
         torch.testing.assert_close(total, wanted)
     assert got.count.sum() == (row_weight > 0).sum()
+    assert_matches(inputs, 0.0)
 
 
 @pytest.mark.parametrize("offset", [1e3, -1e3])
