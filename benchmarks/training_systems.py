@@ -6,8 +6,9 @@ packed, compiled; packed, Liger     the last with its trunk compiled, or (GPU) w
 9 heads, 300 heads                  packed batches of generated texts with so many classification tasks
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +30,7 @@ MAX_LENGTH, VOCABULARY, EXAMPLES = 512, 8192, 2000  # longest example, entries o
 TASKS = ("cola", "sst2", "mrpc", "stsb", "rte", "qqp", "qnli", "mnli", "dialogsum")
 STEPS = 100_000  # more than anybody waits for
 FITTED_TO = 32  # batches to which a compiled graph is fitted
+PASS = 256  # batches of one task each that have the tasks in nearly the proportions of the mix
 
 
 @dataclass(frozen=True)
@@ -203,7 +205,8 @@ def _hugging_face(way: str, kind: str, shape: Shape, data: Path, device: torch.d
     probabilities = shares(config.mixing, [len(split) for split in splits], [], 0.0).tolist()
 
     def batches() -> Iterator[tuple[Any, Amount]]:
-        for members, one_row in made(way, splits, probabilities, shape.tokens, seed=0):
+        several = list(islice(made(way, splits, probabilities, shape.tokens, seed=0), PASS))
+        for members, one_row in cycle(several if way == "packed" else _spread(several)):
             lengths = np.array([splits[t].lengths[i] for t, i in members])
             padding = 0 if one_row else int(lengths.max() * len(lengths) - lengths.sum())
             texts = [(t, i) for t, i in members if splits[t].task.head == "generate"]
@@ -215,26 +218,22 @@ def _hugging_face(way: str, kind: str, shape: Shape, data: Path, device: torch.d
     return System(model, batches(), lambda batch: model(batch, device))
 
 
-def _llama(kind: str, shape: Shape, device: torch.device) -> System:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _spread(batches: Sequence[tuple[list[tuple[int, int]], bool]]) -> list[tuple[list[tuple[int, int]], bool]]:
+    """Batches of one task each, every task's evenly over the whole, so that any few in a row have nearly the mix."""
+    of_task: dict[int, list[Any]] = {}
+    for batch in batches:
+        of_task.setdefault(batch[0][0][0], []).append(batch)
+    placed = [((i + 0.5) / len(own), batch) for own in of_task.values() for i, batch in enumerate(own)]
+    return [batch for _, batch in sorted(placed, key=lambda pair: pair[0])]
 
-    trunk = shape.trunk
+
+def _llama(kind: str, shape: Shape, device: torch.device) -> System:
     if kind == "Liger":
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
         apply_liger_kernel_to_llama()
-    config = LlamaConfig(
-        vocab_size=trunk.vocab_size,
-        hidden_size=trunk.hidden_size,
-        intermediate_size=trunk.mlp_width,
-        num_hidden_layers=trunk.num_layers,
-        num_attention_heads=trunk.num_heads,
-        num_key_value_heads=trunk.kv_heads,
-        max_position_embeddings=trunk.max_positions,
-        tie_word_embeddings=True,
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config).to(device)
+    model = Trunk(shape.trunk).to_hugging_face().to(device)
+    model.config.use_cache = False
     if kind == "compiled":
         model.compile()
 

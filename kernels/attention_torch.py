@@ -1,12 +1,14 @@
 """Packed attention in plain PyTorch: the reference that serves where no kernel does, fast on a CPU.
 
-A packed batch is split into dense problems. All tiles of one width are one batched problem; a block of a longer
-sequence is one of its own, with only the keys that some of its queries see. Every problem is a handful of operations.
+A packed batch is split into dense problems, each a call of PyTorch's own attention for CPUs: all tiles of one width are
+one batched problem, a longer sequence is one of its own. With a window or other positions of the keys, it is cut into
+blocks, each with only the keys that some of its queries see. What PyTorch's attention cannot do (dropout that does not
+depend on the tiling, soft-capping, a GPU) is done here block by block.
 
-T tokens, K keys, S sequences, H query heads, G key/value heads, D head width, M queries and N keys of a problem
+T tokens, K keys, S sequences, H query heads, G key/value heads, D head width
+n problems of one shape, of M queries and N keys
 """
 
-import math
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import NamedTuple
@@ -17,34 +19,54 @@ from torch import Tensor
 from trunkline.kernels.attention_scores import kept_reference
 from trunkline.kernels.pack_plan import QUERY_BLOCK, Layout
 
-LOG2_E = math.log2(math.e)  # scores are kept in units of log 2: exp2 is the cheaper exponential everywhere
+# PyTorch's public attention keeps nothing that a backward pass of our own could start from
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Tiles(NamedTuple):
+    """Where the tokens of tiles of one width are, and where they go."""
+
+    token: Tensor  # (n, M) the token in every slot; slots beyond a tile's end repeat its last token
+    filler: Tensor  # (n, M) those slots
+    slots: Tensor  # which slots, of all, hold a token of their own
+    tokens: Tensor  # these tokens
 
 
 class Problem(NamedTuple):
     """n small attention problems of one shape."""
 
-    queries: Tensor | slice  # by token: (n, M), or a slice where n is 1
-    keys: Tensor | slice  # (n, N)
-    bias: Tensor | None  # (n, M, last keys): 0 where a query sees a key, -inf where it does not; keys before are seen
-    filler: Tensor | None = None  # (n, M) slots beyond a tile's end: they repeat its last token and do not count
+    queries: Tiles | slice  # by token; a slice where n is 1
+    keys: Tiles | slice
+    bias: Tensor | None = None  # (n, M, N): 0 where a query sees a key, -inf where it does not; None: all are seen
+    causal: bool = False  # instead of a bias: a query sees the keys up to its own
 
 
-def _problems(layout: list[Tensor], narrow_tiles: int, left: int, right: int, dtype: torch.dtype) -> Iterator[Problem]:
+def _problems(
+    layout: list[Tensor], narrow_tiles: int, left: int, right: int, dtype: torch.dtype, in_blocks: bool
+) -> Iterator[Problem]:
+    """Those of a packed batch; `in_blocks` of at most 128 queries."""
     spans, tiles, blocks, cu_seqlens, _, cu_seqlens_k = Layout.of(layout)
     if len(tiles):
         versions = [-1 if x.is_inference() else x._version for x in (spans, tiles)]  # counts changes in place
         yield from _tile_problems(spans, tiles, narrow_tiles, *versions, left, right, dtype)
     bounds, bounds_k = cu_seqlens.tolist(), cu_seqlens_k.tolist()
     for s, block in blocks.tolist():
-        first = bounds[s] + block * QUERY_BLOCK
-        last = min(first + QUERY_BLOCK, bounds[s + 1])
-        stands = first + bounds_k[s + 1] - bounds[s + 1]  # at which key; the last query stands at the last key
-        if right >= 0 and stands + right < bounds_k[s]:  # queries before all keys see nothing: their output stays 0
-            first, stands = first + bounds_k[s] - right - stands, bounds_k[s] - right
-        first_k = max(stands - left, bounds_k[s]) if left >= 0 else bounds_k[s]
-        last_k = min(stands + last - first + right, bounds_k[s + 1]) if right >= 0 else bounds_k[s + 1]
+        queries, keys = slice(bounds[s], bounds[s + 1]), slice(bounds_k[s], bounds_k[s + 1])
+        size, size_k = queries.stop - queries.start, keys.stop - keys.start
+        if not in_blocks and left < 0 and (right < 0 or (right == 0 and size == size_k)):
+            if block == 0 and size and size_k:
+                yield Problem(queries, keys, causal=right == 0)
+            continue
+        first = queries.start + block * QUERY_BLOCK
+        last = min(first + QUERY_BLOCK, queries.stop)
+        stands = first + keys.stop - queries.stop  # at which key; the last query stands at the last key
+        if right >= 0 and stands + right < keys.start:  # queries before all keys see nothing: their output stays 0
+            first, stands = first + keys.start - right - stands, keys.start - right
+        first_k = max(stands - left, keys.start) if left >= 0 else keys.start
+        last_k = min(stands + last - first + right, keys.stop) if right >= 0 else keys.stop
         if last > first and last_k > first_k:
-            bias = _edge(last - first, last_k - first_k, stands - first_k, left, right, dtype, tiles.device)
+            bias = _bias(last - first, last_k - first_k, stands - first_k, left, right, dtype, tiles.device)
             yield Problem(slice(first, last), slice(first_k, last_k), bias)
 
 
@@ -65,31 +87,23 @@ def _tile_problems(
         of_width = of_width[of_width[:, 0] < of_width[:, 1]]  # empty ones fill a plan up to a fixed shape
         if len(of_width):
             start, end = of_width.long().unbind(1)
-            slot = start[:, None] + torch.arange(width, device=device)  # (n, M)
-            filler = slot >= end[:, None]
-            index = slot.minimum(end[:, None] - 1)
+            token = start[:, None] + torch.arange(width, device=device)  # (n, M)
+            filler = token >= end[:, None]
+            index = token.minimum(end[:, None] - 1)
             sequence = spans[index, 0]  # named by its first token
             hidden = (sequence[:, :, None] != sequence[:, None]) | filler[:, None]  # (n, M, M)
             hidden |= _outside(index[:, :, None], index[:, None], left, right)
             bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
-            problems.append(Problem(index, index, bias, filler))
+            where = Tiles(index, filler, (~filler).flatten().nonzero()[:, 0], token[~filler])
+            problems.append(Problem(where, where, bias))
     return problems
-
-
-def _edge(
-    queries: int, keys: int, stands: int, left: int, right: int, dtype: torch.dtype, device: torch.device
-) -> Tensor | None:
-    """The bias (1, queries, last keys) of a block whose first query stands at key `stands`; None where all are seen."""
-    seen_by_all = 0 if left >= 0 else keys if right < 0 else min(max(stands + right + 1, 0), keys)
-    if seen_by_all == keys:
-        return None
-    return _bias(queries, keys - seen_by_all, stands - seen_by_all, left, right, dtype, device)
 
 
 @lru_cache(maxsize=64)  # most blocks of a batch have the same
 def _bias(
     queries: int, keys: int, stands: int, left: int, right: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
+    """(1, queries, keys) of a block whose first query stands at key `stands`."""
     query, key = stands + torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)
     hidden = _outside(query, key, left, right)
     return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))[None]
@@ -105,50 +119,41 @@ def _outside(query: Tensor, key: Tensor, left: int, right: int) -> Tensor:
     return hidden
 
 
-def _by_head(x: Tensor, heads: int) -> Tensor:
-    """(T, G, D) -> (H, T, D), in float32 at least; key heads are repeated for the query heads that share them."""
-    x = x.transpose(0, 1).to(torch.promote_types(x.dtype, torch.float32))
-    return x.repeat_interleave(heads // len(x), 0) if len(x) < heads else x.contiguous()
+def _precise(x: Tensor, heads: int) -> Tensor:
+    """(T, G, D) -> (T, H, D), in float32 at least; key heads are repeated for the query heads that share them."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.repeat_interleave(heads // x.shape[1], 1) if x.shape[1] < heads else x
 
 
-def _take(x: Tensor, where: Tensor | slice) -> Tensor:
-    """(H, T, D) -> (H * n, M, D)"""
+def _take(x: Tensor, where: Tiles | slice) -> Tensor:
+    """(T, H, ...) -> (n, H, M, ...)"""
     if isinstance(where, slice):
-        return x[:, where]
-    return x.index_select(1, where.flatten()).view(-1, where.shape[1], x.shape[2])
+        return x[None, where].transpose(1, 2)
+    return x.index_select(0, where.token.flatten()).unflatten(0, where.token.shape).transpose(1, 2)
 
 
-def _add(total: Tensor, where: Tensor | slice, x: Tensor) -> None:
-    """Adds (H * n, M, D) to `total` (H, T, D)."""
+def _add(total: Tensor, where: Tiles | slice, x: Tensor) -> None:
+    """Adds (n, H, M, ...) to `total` (T, H, ...)."""
+    x = x.transpose(1, 2).flatten(0, 1)
     if isinstance(where, slice):
-        total[:, where] += x
+        total[where] += x
     else:
-        total.index_add_(1, where.flatten(), x.view(len(total), -1, x.shape[2]))
-
-
-def _hide(scores: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is not None:
-        n, M, edge = bias.shape
-        scores.view(-1, n, M, scores.shape[2])[..., -edge:].add_(bias)
-    return scores
-
-
-def _clear(x: Tensor, filler: Tensor | None) -> Tensor:
-    """Zeros the rows of (H * n, M, D) that are filler."""
-    if filler is not None:
-        x.view(-1, *filler.shape, x.shape[2]).masked_fill_(filler[:, :, None], 0.0)
-    return x
+        total.index_copy_(0, where.tokens, x.index_select(0, where.slots))  # they are in no other problem
 
 
 def _kept(problem: Problem, heads: int, dropout: float, seed: Tensor, device: torch.device) -> Tensor:
-    """(H * n, M, N): 1 / (1 - dropout) for the weights that dropout keeps, 0 for the others."""
+    """(n, H, M, N): 1 / (1 - dropout) for the weights that dropout keeps, 0 for the others."""
     query, key = (
-        torch.arange(x.start, x.stop, device=device)[None] if isinstance(x, slice) else x
+        torch.arange(x.start, x.stop, device=device)[None] if isinstance(x, slice) else x.token
         for x in (problem.queries, problem.keys)
     )
-    head = torch.arange(heads, device=device)[:, None, None, None]
-    kept = kept_reference(int(seed), query[:, :, None], key[:, None], head, dropout)
-    return kept.flatten(0, 1) / (1 - dropout)
+    head = torch.arange(heads, device=device)[:, None, None]
+    return kept_reference(int(seed), query[:, None, :, None], key[:, None, None], head, dropout) / (1 - dropout)
+
+
+def _is_plain(q: Tensor, softcap: float, seed: Tensor | None) -> bool:
+    """Whether PyTorch's attention for CPUs does it."""
+    return q.device.type == "cpu" and not softcap and seed is None
 
 
 def forward(
@@ -164,23 +169,39 @@ def forward(
     dropout: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    dtype, H = q.dtype, q.shape[1]
-    q, k, v = _by_head(q, H) * (scale / softcap if softcap else scale * LOG2_E), _by_head(k, H), _by_head(v, H)
-    out, lse = torch.zeros_like(q), torch.zeros_like(q[..., :1])
-    for problem in _problems(layout, narrow_tiles, left, right, q.dtype):
-        queries, keys, bias, filler = problem
-        scores = _take(q, queries) @ _take(k, keys).transpose(1, 2)  # (H * n, M, D) @ (H * n, D, N) -> (H * n, M, N)
-        if softcap:
-            scores.tanh_().mul_(softcap * LOG2_E)
-        scores = _hide(scores, bias)
-        top = scores.amax(-1, keepdim=True)
-        weights = scores.sub_(top).exp2_()
-        total = weights.sum(-1, keepdim=True)
-        if seed is not None:
-            weights.mul_(_kept(problem, H, dropout, seed, q.device))
-        _add(out, queries, _clear((weights @ _take(v, keys)).div_(total), filler))
-        _add(lse, queries, _clear(top + total.log2(), filler))
-    return out.transpose(0, 1).to(dtype).contiguous(), lse.squeeze(-1)
+    dtype, H, plain = q.dtype, q.shape[1], _is_plain(q, softcap, seed)
+    q, k, v = (_precise(x, H) for x in (q, k, v))
+    out, lse = torch.zeros_like(q, memory_format=torch.contiguous_format), q.new_zeros(q.shape[:2])
+    for problem in _problems(layout, narrow_tiles, left, right, q.dtype, in_blocks=not plain):
+        queries, keys, bias, causal = problem
+        block = _take(q, queries), _take(k, keys), _take(v, keys)
+        if plain:
+            mask = None if bias is None else bias[:, None]
+            block_out, block_lse = _flash(*block, 0.0, causal, attn_mask=mask, scale=scale)
+        else:
+            kept = None if seed is None else _kept(problem, H, dropout, seed, q.device)
+            block_out, block_lse = _forward_block(*block, bias, scale, softcap, kept)
+        _add(out, queries, block_out)
+        _add(lse, queries, block_lse)
+    return out.to(dtype), lse.T.contiguous()
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
+    """(n, H, M, N)"""
+    scores = (q @ k.transpose(2, 3)).mul_(scale)
+    if softcap:
+        scores.div_(softcap).tanh_().mul_(softcap)
+    return scores if bias is None else scores.add_(bias[:, None])
+
+
+def _forward_block(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float, softcap: float, kept: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What `_flash` returns: out (n, H, M, D) and the logarithm of every query's sum of exponentials, (n, H, M)."""
+    scores = _scores(q, k, bias, scale, softcap)
+    lse = scores.logsumexp(-1)
+    weights = scores.sub_(lse[..., None]).exp_()
+    return (weights if kept is None else weights.mul_(kept)) @ v, lse
 
 
 def backward(
@@ -200,35 +221,50 @@ def backward(
     seed: Tensor | None,
     deterministic: bool,  # it always is
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, H, G = q.dtype, q.shape[1], k.shape[1]
-    q, k, v, dout, out = (_by_head(x, H) for x in (q, k, v, dout, out))
-    factor = scale / softcap if softcap else scale * LOG2_E
-    q = q * factor
-    delta, lse = (dout * out).sum(-1, keepdim=True), lse[..., None]  # (H, T, 1)
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for problem in _problems(layout, narrow_tiles, left, right, q.dtype):
-        queries, keys, bias, filler = problem
-        block_q, block_k = _take(q, queries), _take(k, keys)
-        scores = block_q @ block_k.transpose(1, 2)
-        if softcap:
-            slope = 1 - scores.tanh_().square()
-            scores.mul_(softcap * LOG2_E)
-        probabilities = _hide(scores, bias).sub_(_take(lse, queries)).exp2_()
-        block_dout, block_delta = _clear(_take(dout, queries), filler), _clear(_take(delta, queries), filler)
-        dweights = block_dout @ _take(v, keys).transpose(1, 2)
-        if seed is None:
-            weights = probabilities
+    dtype, H, G, plain = q.dtype, q.shape[1], k.shape[1], _is_plain(q, softcap, seed)
+    q, k, v, dout, out = (_precise(x, H) for x in (q, k, v, dout, out))
+    lse = lse.T  # (T, H)
+    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    for problem in _problems(layout, narrow_tiles, left, right, q.dtype, in_blocks=not plain):
+        queries, keys, bias, causal = problem
+        block_lse = _take(lse, queries)
+        if isinstance(queries, Tiles):  # of weights that are 0 come gradients of 0
+            block_lse = block_lse.masked_fill(queries.filler[:, None], float("inf"))
+        block = _take(dout, queries), _take(q, queries), _take(k, keys), _take(v, keys), _take(out, queries), block_lse
+        if plain:
+            mask = None if bias is None else bias[:, None]
+            gradients = _flash_backward(*block, 0.0, causal, attn_mask=mask, scale=scale)
         else:
-            kept = _kept(problem, H, dropout, seed, q.device)
-            weights = probabilities * kept
-            dweights.mul_(kept)
-        _add(dv, keys, weights.transpose(1, 2) @ block_dout)
-        dscores = dweights.sub_(block_delta).mul_(probabilities)
-        if softcap:
-            dscores.mul_(slope)
-        _add(dq, queries, dscores @ block_k)
-        _add(dk, keys, dscores.transpose(1, 2) @ block_q)
-    dq.mul_(scale)
-    dk, dv = (x.unflatten(0, (G, H // G)).sum(1) for x in (dk.mul_(scale / factor), dv))
-    dq, dk, dv = (x.transpose(0, 1).to(dtype).contiguous() for x in (dq, dk, dv))
-    return dq, dk, dv
+            kept = None if seed is None else _kept(problem, H, dropout, seed, q.device)
+            gradients = _backward_block(*block, bias, scale, softcap, kept)
+        for total, where, gradient in zip((dq, dk, dv), (queries, keys, keys), gradients, strict=True):
+            _add(total, where, gradient)
+    dk, dv = (x.unflatten(1, (G, H // G)).sum(2) if G < H else x for x in (dk, dv))
+    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+
+
+def _backward_block(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    kept: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What `_flash_backward` returns: dq, dk, dv."""
+    scores = _scores(q, k, bias, scale, softcap)
+    weights = (scores - lse[..., None]).exp_()
+    dweights = dout @ v.transpose(2, 3)
+    if kept is None:
+        dv = weights.transpose(2, 3) @ dout
+    else:
+        dv = (weights * kept).transpose(2, 3) @ dout
+        dweights.mul_(kept)
+    dscores = dweights.sub_((dout * out).sum(-1, keepdim=True)).mul_(weights).mul_(scale)
+    if softcap:  # the derivative of softcap * tanh(x / softcap) is 1 - tanh^2; a hidden score has a weight of 0
+        dscores.mul_(1 - scores.div_(softcap).nan_to_num_(neginf=0.0).square_())
+    return dscores @ k, dscores.transpose(2, 3) @ q, dv

@@ -24,7 +24,7 @@ from trunkline.engine.engine import make_model
 from trunkline.engine.model import MultiTaskModel
 from trunkline.engine.packing import PackedBatch
 from trunkline.kernels.linear_cross_entropy import CHUNKS
-from trunkline.kernels.pack_plan import QUERY_BLOCK, TILE_SIZES
+from trunkline.kernels.pack_plan import TILE_SIZES
 from trunkline.training.batches import Packer
 from trunkline.training.config import Config
 from trunkline.training.corpus import load_corpus, with_vocabulary
@@ -144,7 +144,7 @@ def _products(device: str) -> AbstractContextManager:
 
 
 def _inside_kernels(model: MultiTaskModel, batch: PackedBatch, device: str) -> dict[str, int]:
-    """Bytes by op: logits of a chunk of rows; and on a CPU attention's scores, which a GPU never has in memory."""
+    """Bytes by op: logits of a chunk of rows; and on a CPU attention's tiles, which a GPU never has in memory."""
     rows = sum(batch.rows.counts[model.num_small + model.num_spans :])
     at_least, most_bytes = CHUNKS[device]
     row = model.trunk.config.vocab_size * (2 if device == "cuda" else 4)
@@ -155,13 +155,12 @@ def _inside_kernels(model: MultiTaskModel, batch: PackedBatch, device: str) -> d
 
 
 def _attention_on_cpu(model: MultiTaskModel, batch: PackedBatch) -> int:
-    """Bytes of the backward pass: probabilities and their gradient, of all heads; q, k, v, out and four gradients by
-    head, and three of them once more as the slots of the tiles."""
+    """Bytes of the backward pass: in tiles of one width q, k, v, out, four gradients and one of these as tokens again;
+    of two long sequences that follow one another three gradients each."""
     config, plan = model.trunk.config, batch.plan
     narrow, wide = plan.narrow_tiles, len(plan.tiles) - plan.narrow_tiles  # all of one width are worked on at once
     slots = max(narrow * TILE_SIZES[0], wide * TILE_SIZES[1])
-    scores = max(narrow * TILE_SIZES[0] ** 2, wide * TILE_SIZES[1] ** 2, QUERY_BLOCK * plan.max_seqlen)
-    return 4 * config.num_heads * (2 * scores + (8 * plan.num_tokens + 3 * slots) * config.head_width)
+    return 4 * config.num_heads * config.head_width * max(9 * slots, 6 * plan.max_seqlen)
 
 
 def matrix_rate(seconds: float = 1.0) -> float:
