@@ -10,7 +10,7 @@ import torch
 from conftest import Finished, tiny_rows, write_jsonl
 from trunkline import Engine, Task, TrunkConfig
 from trunkline.training.config import Batch, Evaluation
-from trunkline.training.environment import environment
+from trunkline.training.environment import command, environment
 from trunkline.training.summary import peak_memory
 
 TASKS = {
@@ -154,3 +154,9 @@ def test_peak_memory_is_in_bytes():
     held = torch.ones(2**24)
     peaks = [line.split() for line in status.read_text().splitlines() if line.startswith("VmHWM")]
     assert peak_memory(torch.device("cpu")) == pytest.approx(int(peaks[0][1]) * 1024, rel=0.02), len(held)
+
+
+@pytest.mark.parametrize("program", ["/somewhere/bin/trunkline", "/somewhere/training/cli.py"])
+def test_command_of_a_run_can_be_given_again(monkeypatch, program):
+    monkeypatch.setattr("sys.argv", [program, "train", "demo.yaml", "mixing.shares={sst2: 1}"])
+    assert command() == "trunkline train demo.yaml 'mixing.shares={sst2: 1}'"

@@ -24,7 +24,7 @@ from trunkline.engine.engine import Engine
 from trunkline.training import checkpoint
 from trunkline.training.config import Config, load_config, save_config
 from trunkline.training.corpus import load_corpus
-from trunkline.training.environment import environment
+from trunkline.training.environment import command, environment
 from trunkline.training.metrics import higher_is_better, metric_names
 from trunkline.training.systems import SYSTEMS, Basis, Match, Part, ordinary
 from trunkline.training.tasks import LANGUAGE
@@ -193,7 +193,7 @@ def collect(comparison: Comparison, basis: Basis, plan: dict[tuple[str, int], li
     table = {name: _row(name, about["metric"], systems, trivial) for name, about in tasks.items()}
     return {
         "name": Path(comparison.run).name,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "match": comparison.match,
         "warm_up": comparison.warm_up,
         "seeds": list(comparison.seeds),

@@ -1,12 +1,21 @@
-"""What a number depends on besides the settings: versions, processor, GPU."""
+"""What a number depends on besides the settings: command, versions, processor, GPU."""
 
 import os
 import platform
+import shlex
+import sys
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
+
+
+def command() -> str:
+    """The line that this process was started with, without folders of the program."""
+    program = Path(sys.argv[0])
+    is_cli = program.stem in ("cli", "__main__")  # python -m trunkline
+    return shlex.join(["trunkline" if is_cli else program.name, *sys.argv[1:]])
 
 
 def environment() -> dict[str, Any]:

@@ -10,7 +10,7 @@ import torch
 
 from trunkline.training.corpus import Corpus
 from trunkline.training.data import Encoded
-from trunkline.training.environment import environment
+from trunkline.training.environment import command, environment
 from trunkline.training.evaluation import Scored, spaced
 from trunkline.training.metrics import metric_names, score_task, trivial_baselines
 from trunkline.training.progress import Progress
@@ -30,7 +30,7 @@ def summarise(engine: "Engine", corpus: Corpus, progress: Progress, final: dict[
     }
     summary = {
         "name": run.name,
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": command(),
         "device": str(engine.device),
         "steps": progress.step,
         "steps_left_out": progress.left_out,
