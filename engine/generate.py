@@ -49,7 +49,7 @@ class Cache:
     """
 
     def __init__(self, config: TrunkConfig, lengths: np.ndarray, slots: int, like: Tensor):
-        shape = (config.num_layers, len(lengths), slots, config.kv_heads, config.head_width)
+        shape = (config.num_layers, len(lengths), config.kv_heads, slots, config.head_width)  # by head: read in one go
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
         self.lengths = lengths  # on the host, so that no step has to wait for the device to know its shapes
         vocabulary = config.vocab_size if config.exact_match else 0
@@ -60,7 +60,7 @@ class Cache:
         texts, device = len(self.lengths), self.keys.device
         self.texts = torch.arange(texts, device=device)
         places = torch.from_numpy(self.lengths).to(device)
-        self.newest = self.texts * self.keys.shape[2] + places  # (S,) among the slots of all texts
+        self.newest = self.slots(self.texts, places)
         self.lengths = self.lengths + 1
         self.parts: list[tuple[slice, int, Tensor | None]] = []  # texts, longest of them, what each sees of that
         size = max(-(-texts // PARTS), PARTS)
@@ -72,11 +72,17 @@ class Cache:
             self.parts.append((part, longest, None if self.lengths[part].min() == longest else mask[:, None, None]))
         return places
 
+    def slots(self, texts: Tensor, places: Tensor) -> Tensor:
+        """Of tokens (T,) at these places of these texts: (T * G,), counted over the slots of all heads and texts."""
+        _, _, G, slots, _ = self.keys.shape
+        heads = torch.arange(G, device=texts.device)
+        return ((texts[:, None] * G + heads) * slots + places[:, None]).flatten()
+
     def put(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Stores keys and values (T, G, E) in slots (T,), counted over all texts; returns the layer's, (S, L, G, E)."""
+        """Stores keys and values (T, G, E) in `slots` of theirs; returns all of the layer, (S, G, L, E)."""
         keys, values = self.keys[layer], self.values[layer]
-        keys.flatten(0, 1).index_copy_(0, slots, k)
-        values.flatten(0, 1).index_copy_(0, slots, v)
+        keys.flatten(0, 2).index_copy_(0, slots, k.flatten(0, 1))
+        values.flatten(0, 2).index_copy_(0, slots, v.flatten(0, 1))
         return keys, values
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -85,8 +91,8 @@ class Cache:
         out = [
             F.scaled_dot_product_attention(
                 q[part, :, None],  # (texts of the part, H, 1, E)
-                keys[part, :longest].transpose(1, 2),
-                values[part, :longest].transpose(1, 2),
+                keys[part, :, :longest],
+                values[part, :, :longest],
                 attn_mask=mask,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
@@ -113,7 +119,7 @@ class Cache:
             to, source = (torch.from_numpy(places).to(self.keys.device) for places in (moved, texts[moved]))
             longest = int(self.lengths[texts[moved]].max())
             for store in (self.keys, self.values):
-                store[:, to, :longest] = store[:, source, :longest]
+                store[:, to, :, :longest] = store[:, source, :, :longest]
         self.lengths = self.lengths[texts]
 
 
@@ -174,7 +180,7 @@ def _prefill(trunk: Trunk, prompts: Sequence[np.ndarray], slots: int) -> tuple[T
     cache = Cache(trunk.config, np.array([len(prompt) for prompt in prompts]), slots, weight)
     order = torch.tensor(batch.order, device=batch.tokens.device)
     text = order.repeat_interleave(batch.plan.cu_seqlens.diff())  # (T,) the prompt that each token belongs to
-    filled = text * slots + batch.positions  # (T,)
+    filled = cache.slots(text, batch.positions)
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         cache.put(layer, filled, k, v)
