@@ -4,8 +4,9 @@
 
 Forward and backward, float32. Small heads: 512 rows, width 768, of 9, 10 and 1,000 tasks, and a Python loop over the 9.
 The gradient of 1,000 tasks' weights is 6 MB that have to be written whatever the rows: what filling it with zeros takes
-is measured, too. A vocabulary head: 1,024 rows, width 256, 8,192 words, beside `F.cross_entropy(F.linear())`; of both
-also the peak memory beyond the inputs, each in a process of its own, by the kernel's account of it (Linux).
+is measured, too, in the cache; in a step it takes longer. A vocabulary head: 1,024 rows, width 256, 8,192 words, beside
+`F.cross_entropy(F.linear())`; of both also the peak memory beyond the inputs, each in a process of its own, by the
+kernel's account of it (Linux).
 """
 
 import argparse

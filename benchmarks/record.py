@@ -76,6 +76,7 @@ def tables(folder: Path) -> str:
         "step-small": _speed,
         "step-llama-1b": _speed,
         "scaling": _scaling,
+        "losses": _losses,
         "balancing": _balancing,
         "generation": _generation,
         "learning": _learning,
@@ -148,6 +149,24 @@ def _balancing(balancing: dict[str, Any]) -> str:
 task's exact gradient a step of nine tasks takes {times["weights from gradients"]:.3f}x the time of one with fixed
 weights; with one backward pass per task it takes {times["a backward pass per task"]:.1f}x (`{balancing["command"]}`,
 median of {len(balancing["seconds"]["fixed weights"])} turns).
+"""
+
+
+def _losses(losses: dict[str, Any]) -> str:
+    meanings = {
+        "loop over 9 tasks / task_loss": "512 rows of nine tasks: a loop over the tasks, against one call",
+        "1000 tasks / 10 tasks": "512 rows: 1,000 tasks, against 10",
+        "eager / linear_cross_entropy": "1,024 rows, 8,192 words: `F.cross_entropy(F.linear())`, against ours",
+        "memory, linear_cross_entropy / eager": "the same: our memory, against its",
+    }
+    rows = [f"| {meaning} | {losses['ratios'][name]:.2f}x |" for name, meaning in meanings.items()]
+    return f"""
+**Losses** of the heads, forward and backward, on {_measured_on(losses["environment"])}
+(`{losses["command"]}`).
+
+| what | times |
+|---|---|
+{chr(10).join(rows)}
 """
 
 

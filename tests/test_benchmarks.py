@@ -217,6 +217,15 @@ def test_readme_says_what_balancing_costs(results):
     assert "one backward pass per task it takes 6.2x (`measure it`, median of 7 turns)" in text
 
 
+def test_readme_says_what_losses_cost(results):
+    ratios = {"loop over 9 tasks / task_loss": 2.56, "1000 tasks / 10 tasks": 1.284}
+    ratios |= {"eager / linear_cross_entropy": 2.05, "memory, linear_cross_entropy / eager": 0.12}
+    record.record("losses", {"command": "measure it", "ratios": ratios}, record.environment())
+    text = record.tables(results / "nvidia-h200")
+    found = [line.split("|")[-2].strip() for line in text.splitlines() if line.endswith("x |")]
+    assert found == ["2.56x", "1.28x", "2.05x", "0.12x"]
+
+
 def test_readme_says_how_fast_texts_are_written(results):
     seconds = {"trunkline": [1.0, 2.0, 4.0], "hugging_face": [4.0, 7.0, 13.0]}
     rates = {"trunkline": 400.0, "hugging_face": 114.2857}
