@@ -4,7 +4,8 @@ Backward, with P the probabilities, O the output and delta_i = sum_d dO_id O_id:
     dV = P^T dO,   dS = P * (dO V^T - delta),   dQ = scale * dS K,   dK = scale * dS^T Q.
 With a soft cap c the scores are c tanh(s / c), and dS is multiplied by 1 - tanh^2; with dropout P is multiplied by
 Z / (1 - p) where it meets V and dV, Z being 1 or 0, and so is dO V^T.
-Saved for backward: q, k, v, the output and the base-2 log-sum-exp of every query and head (4 bytes).
+Saved for backward: q, k, v, the output and, 4 bytes a query and head, the log-sum-exp (of base 2 in the kernels, which
+need it in blocks alone: in tiles it is room that nobody fills).
 
 Short sequences are worked on in tiles (attention_short.py), longer ones in blocks (attention_long.py) or, where it is
 chosen, by flash-attn (attention_flash.py); where there are no kernels, all of it in plain PyTorch (attention_torch.py).
