@@ -127,7 +127,7 @@ product.
 def _scaling(scaling: dict[str, Any]) -> str:
     rows = [
         f"| {curve} | {points[0]['x']:,} … {points[-1]['x']:,} | "
-        f"{points[0]['seconds'] * 1e6:,.3g} … {points[-1]['seconds'] * 1e6:,.3g} | "
+        f"{_microseconds(points[0]['seconds'])} … {_microseconds(points[-1]['seconds'])} | "
         f"{points[0]['memory'] / 2**20:,.0f} … {points[-1]['memory'] / 2**20:,.0f} |"
         for curve, points in scaling["curves"].items()
     ]
@@ -150,6 +150,11 @@ task's exact gradient a step of nine tasks takes {times["weights from gradients"
 weights; with one backward pass per task it takes {times["a backward pass per task"]:.1f}x (`{balancing["command"]}`,
 median of {len(balancing["seconds"]["fixed weights"])} turns).
 """
+
+
+def _microseconds(seconds: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{seconds * 1e6:,.0f}" if seconds >= 1e-4 else f"{seconds * 1e6:.3g}"
 
 
 def _losses(losses: dict[str, Any]) -> str:
