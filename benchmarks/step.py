@@ -26,6 +26,7 @@ import torch
 from trunkline.benchmarks.plots import plot_step
 from trunkline.benchmarks.record import record
 from trunkline.benchmarks.training_systems import SHAPES, Amount, Shape, System, autocast, make
+from trunkline.training.profiling import between, moment
 
 PARTS = ("batching", "forward", "backward", "optimizer")
 OURS = ["trunkline", "trunkline, compiled"]
@@ -163,19 +164,6 @@ def steps(
         "operations_per_second": amount.operations(shape.trunk) / wall,
         "memory": memory,
     }
-
-
-def moment(device: torch.device) -> Any:
-    if device.type == "cpu":
-        return time.perf_counter()
-    event = torch.cuda.Event(enable_timing=True)
-    event.record()
-    return event
-
-
-def between(first: Any, second: Any) -> float:
-    """Seconds."""
-    return second - first if isinstance(first, float) else first.elapsed_time(second) / 1000
 
 
 def resident() -> int:

@@ -17,6 +17,20 @@ WARM_UP, RECORDED = 5, 3  # steps
 OPERATIONS = 20  # rows of the table
 
 
+def moment(device: torch.device) -> Any:
+    """Now: by the clock, or on a GPU the event of everything before being done."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def between(first: Any, second: Any) -> float:
+    """Seconds from one moment to the other; on a GPU once both have come."""
+    return second - first if isinstance(first, float) else first.elapsed_time(second) / 1000
+
+
 class Profile:
     """Writes RUN/profile/trace.json and RUN/profile/table.txt; a context around a run's steps.
 
@@ -48,10 +62,10 @@ class Profile:
 
     @contextmanager
     def _timed(self, name: str) -> Iterator[None]:
-        begin = self._now()
+        begin = moment(self.device)
         with record_function(name):
             yield
-        self.parts.append((name, begin, self._now()))
+        self.parts.append((name, begin, moment(self.device)))
 
     def step(self) -> None:
         """Is called after every step."""
@@ -66,13 +80,6 @@ class Profile:
         elif self.recorder and self.steps == WARM_UP + RECORDED:
             self._write()
             self.on = False
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def _write(self) -> None:
         if self.device.type == "cuda":
@@ -92,8 +99,7 @@ class Profile:
         """Milliseconds of a step in each of its parts, and the rest: logging, evaluation, waiting."""
         totals: dict[str, float] = {}
         for name, begin, end in self.parts:
-            took = begin.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - begin
-            totals[name] = totals.get(name, 0.0) + took
+            totals[name] = totals.get(name, 0.0) + between(begin, end)
         totals["rest"] = seconds - sum(totals.values())
         lines = [f"{name:12}{1e3 * took / RECORDED:10.2f} ms{took / seconds:8.1%}" for name, took in totals.items()]
         return "\n".join([f"of a step's {1e3 * seconds / RECORDED:.2f} ms, mean of {RECORDED} steps:", *lines])
