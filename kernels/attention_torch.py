@@ -38,7 +38,7 @@ class Problem(NamedTuple):
 
     queries: Tiles | slice  # by token; a slice where n is 1
     keys: Tiles | slice
-    bias: Tensor | None = None  # (n, M, N): 0 where a query sees a key, -inf where it does not; None: all are seen
+    bias: Tensor | None = None  # (n, 1, M, N): 0 where a query sees a key, -inf where it does not; None: all are seen
     causal: bool = False  # instead of a bias: a query sees the keys up to its own
 
 
@@ -66,7 +66,7 @@ def _problems(
         first_k = max(stands - left, keys.start) if left >= 0 else keys.start
         last_k = min(stands + last - first + right, keys.stop) if right >= 0 else keys.stop
         if last > first and last_k > first_k:
-            bias = _bias(last - first, last_k - first_k, stands - first_k, left, right, dtype, tiles.device)
+            bias = _block_bias(last - first, last_k - first_k, stands - first_k, left, right, dtype, tiles.device)
             yield Problem(slice(first, last), slice(first_k, last_k), bias)
 
 
@@ -93,20 +93,23 @@ def _tile_problems(
             sequence = spans[index, 0]  # named by its first token
             hidden = (sequence[:, :, None] != sequence[:, None]) | filler[:, None]  # (n, M, M)
             hidden |= _outside(index[:, :, None], index[:, None], left, right)
-            bias = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))
             where = Tiles(index, filler, (~filler).flatten().nonzero()[:, 0], token[~filler])
-            problems.append(Problem(where, where, bias))
+            problems.append(Problem(where, where, _bias(hidden, dtype)))
     return problems
 
 
 @lru_cache(maxsize=64)  # most blocks of a batch have the same
-def _bias(
+def _block_bias(
     queries: int, keys: int, stands: int, left: int, right: int, dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """(1, queries, keys) of a block whose first query stands at key `stands`."""
+    """(1, 1, queries, keys) of a block whose first query stands at key `stands`."""
     query, key = stands + torch.arange(queries, device=device)[:, None], torch.arange(keys, device=device)
-    hidden = _outside(query, key, left, right)
-    return torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, float("-inf"))[None]
+    return _bias(_outside(query, key, left, right)[None], dtype)
+
+
+def _bias(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    """(n, M, N) -> (n, 1, M, N), for all heads"""
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, float("-inf"))[:, None]
 
 
 def _outside(query: Tensor, key: Tensor, left: int, right: int) -> Tensor:
@@ -176,8 +179,7 @@ def forward(
         queries, keys, bias, causal = problem
         block = _take(q, queries), _take(k, keys), _take(v, keys)
         if plain:
-            mask = None if bias is None else bias[:, None]
-            block_out, block_lse = _flash(*block, 0.0, causal, attn_mask=mask, scale=scale)
+            block_out, block_lse = _flash(*block, 0.0, causal, attn_mask=bias, scale=scale)
         else:
             kept = None if seed is None else _kept(problem, H, dropout, seed, q.device)
             block_out, block_lse = _forward_block(*block, bias, scale, softcap, kept)
@@ -191,7 +193,7 @@ def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, softcap: fl
     scores = (q @ k.transpose(2, 3)).mul_(scale)
     if softcap:
         scores.div_(softcap).tanh_().mul_(softcap)
-    return scores if bias is None else scores.add_(bias[:, None])
+    return scores if bias is None else scores.add_(bias)
 
 
 def _forward_block(
@@ -232,8 +234,7 @@ def backward(
             block_lse = block_lse.masked_fill(queries.filler[:, None], float("inf"))
         block = _take(dout, queries), _take(q, queries), _take(k, keys), _take(v, keys), _take(out, queries), block_lse
         if plain:
-            mask = None if bias is None else bias[:, None]
-            gradients = _flash_backward(*block, 0.0, causal, attn_mask=mask, scale=scale)
+            gradients = _flash_backward(*block, 0.0, causal, attn_mask=bias, scale=scale)
         else:
             kept = None if seed is None else _kept(problem, H, dropout, seed, q.device)
             gradients = _backward_block(*block, bias, scale, softcap, kept)
