@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 LOOKED_AT = 16  # batches at the beginning, in the middle and at the end of a run, to which a compiled graph is fitted
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
 CHECKPOINTS = 2  # of the newest that are kept: one to fall back to
-FIRST_LOOK = 64  # validation examples of each task before the first step: their loss is near that of a uniform guess
+FIRST_LOOK = 32  # validation examples of each task before the first step: their loss is near that of a uniform guess
 
 
 def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
