@@ -72,6 +72,7 @@ class Amount:
     tokens: int = 0  # that carry an example
     padding: int = 0
     pairs: float = 0.0  # a token and one that it sees
+    row_pairs: float = 0.0  # of these, the pairs of labelled tokens
     rows: int = 0  # labelled tokens
     targets: int = 0  # of these, such that predict a token
 
@@ -81,10 +82,10 @@ class Amount:
         return self
 
     def operations(self, trunk: TrunkConfig) -> float:
-        """Of the products that forward and backward cannot do without; after the last attention rows are enough."""
+        """Of the products that forward and backward cannot do without: in the last block labelled tokens are enough."""
         from trunkline.training.flops import BACKWARD, trunk_flops
 
-        return (1 + BACKWARD) * trunk_flops(trunk, self.tokens, self.rows, self.targets, self.pairs)
+        return (1 + BACKWARD) * trunk_flops(trunk, self.tokens, self.rows, self.targets, self.pairs, self.row_pairs)
 
 
 @dataclass(frozen=True)
@@ -138,10 +139,16 @@ def _ours(model: MultiTaskModel, kind: str, next_batch: Callable[[], PackedBatch
 
 
 def _amount_of(batch: PackedBatch, model: MultiTaskModel) -> Amount:
-    lengths = batch.plan.cu_seqlens.diff().double()[: len(batch.order)]  # without the tail
+    seen = batch.positions + 1
     rows, small = len(batch.rows.token), sum(batch.rows.counts[: len(model.tasks) - model.num_vocabulary])
-    pairs = float(lengths.square().sum()) / 2
-    return Amount(batch.real_tokens, len(batch.tokens) - batch.real_tokens, pairs, rows, rows - small)
+    return Amount(
+        tokens=batch.real_tokens,
+        padding=len(batch.tokens) - batch.real_tokens,
+        pairs=float(seen[: batch.real_tokens].sum()),
+        row_pairs=float(seen[batch.rows.token].sum()),
+        rows=rows,
+        targets=rows - small,
+    )
 
 
 def _trunkline(kind: str, shape: Shape, data: Path | None, device: torch.device) -> System:
@@ -209,13 +216,27 @@ def _hugging_face(way: str, kind: str, shape: Shape, data: Path, device: torch.d
         for members, one_row in cycle(several if way == "packed" else _spread(several)):
             lengths = np.array([splits[t].lengths[i] for t, i in members])
             padding = 0 if one_row else int(lengths.max() * len(lengths) - lengths.sum())
-            texts = [(t, i) for t, i in members if splits[t].task.head == "generate"]
-            targets = int(sum(splits[t].lengths[i] - splits[t].label_of(i)[0] for t, i in texts))
-            pairs = float((lengths.astype(float) ** 2).sum()) / 2
-            rows = targets + len(members) - len(texts)
-            yield (members, one_row), Amount(int(lengths.sum()), padding, pairs, rows, targets)
+            written = [splits[t].task.head == "generate" for t, _ in members]
+            asked = [
+                n - splits[t].label_of(i)[0] if w else 1 for (t, i), n, w in zip(members, lengths, written, strict=True)
+            ]
+            amount = Amount(
+                tokens=int(lengths.sum()),
+                padding=padding,
+                pairs=_seen(lengths, lengths),
+                row_pairs=_seen(lengths, np.array(asked)),
+                rows=int(sum(asked)),
+                targets=int(sum(n for n, w in zip(asked, written, strict=True) if w)),
+            )
+            yield (members, one_row), amount
 
     return System(model, batches(), lambda batch: model(batch, device))
+
+
+def _seen(lengths: np.ndarray, last: np.ndarray) -> float:
+    """What the last so many tokens of texts of these lengths see: themselves and all before them."""
+    before = lengths - last
+    return float((lengths * (lengths + 1) - before * (before + 1)).sum()) / 2
 
 
 def _spread(batches: Sequence[tuple[list[tuple[int, int]], bool]]) -> list[tuple[list[tuple[int, int]], bool]]:
@@ -240,9 +261,11 @@ def _llama(kind: str, shape: Shape, device: torch.device) -> System:
     def batches() -> Iterator[tuple[Tensor, Amount]]:
         while True:
             tokens = torch.from_numpy(np.stack([text.tokens for text in _texts(shape)]))
-            targets = tokens.numel() - len(tokens)
-            pairs = tokens.shape[0] * tokens.shape[1] ** 2 / 2
-            yield tokens.to(device, non_blocking=True), Amount(tokens.numel(), 0, pairs, targets, targets)
+            texts, length = tokens.shape
+            targets = texts * (length - 1)
+            pairs, last = texts * length * (length + 1) / 2, texts * length  # the last token of a text has no label
+            amount = Amount(tokens.numel(), 0, pairs, pairs - last, targets, targets)
+            yield tokens.to(device, non_blocking=True), amount
 
     return System(model, batches(), lambda tokens: model(input_ids=tokens, labels=tokens).loss)
 

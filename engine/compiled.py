@@ -96,8 +96,9 @@ class FixedShapes:
         """Every group's padding follows its last task's rows and belongs to that task."""
         added = [most - count for most, count in zip(self.rows, counts, strict=True)]
         last = [sum(self.groups[: g + 1]) - 1 for g in range(len(self.groups))]  # task of every group
-        # any tokens will do, different ones so that their gradients do not wait for each other
-        places = [torch.arange(n) % self.tokens for n in added]
+        # any tokens will do: different ones, so that their gradients do not wait for each other, from all over the
+        # stream, so that no tile has many
+        places = [torch.arange(n) * self.tokens // n for n in added]
         places[1] = torch.full_like(places[1], self.tokens - 1)
 
         def padded(values: Tensor, padding: Sequence[Tensor | int]) -> Tensor:

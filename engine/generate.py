@@ -85,7 +85,7 @@ class Cache:
         values.flatten(0, 2).index_copy_(0, slots, v.flatten(0, 1))
         return keys, values
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: None) -> Tensor:
         """One token of each text, q (S, H, E) and k, v (S, G, E): stores key and value, attends to all so far."""
         keys, values = self.put(layer, self.newest, k, v)
         out = [
@@ -182,9 +182,9 @@ def _prefill(trunk: Trunk, prompts: Sequence[np.ndarray], slots: int) -> tuple[T
     text = order.repeat_interleave(batch.plan.cu_seqlens.diff())  # (T,) the prompt that each token belongs to
     filled = cache.slots(text, batch.positions)
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         cache.put(layer, filled, k, v)
-        return attention(q, k, v, batch.plan, causal=True)
+        return attention(q, k, v, batch.plan, causal=True, rows=rows)
 
     x = trunk(batch.tokens, batch.positions, attend, batch.rows.token)
     if trunk.config.exact_match:

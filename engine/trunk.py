@@ -1,7 +1,8 @@
 """The shared trunk: a transformer over a packed stream of tokens.
 
 One config covers the GPT-2, Llama / Qwen and BERT shapes. The trunk knows nothing of tasks; `attend`, a function
-(layer, q, k, v) -> output, decides what a token sees: a packed batch in training, a key/value cache in generation.
+(layer, q, k, v, rows) -> output of those rows, decides what a token sees: a packed batch in training, a key/value cache
+in generation.
 
 T tokens, D width, H query heads, G key/value heads, E head width, R rows asked for
 """
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 
     from trunkline.engine.pretrained import Origin
 
-Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Checkpointing = Literal["none", "block", "selective"]
 
 
@@ -176,8 +177,8 @@ def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
 class Block(nn.Module):
     """Attention and MLP with their residual connections.
 
-    With `rows`, everything after attention is computed for those tokens only: in the last block, where nothing but the
-    labelled rows is used, that saves three quarters of the block's arithmetic.
+    With `rows`, everything after the projection to queries, keys and values is computed for those tokens only: in the
+    last block, where nothing but the labelled rows is used, that saves most of the block's arithmetic.
     """
 
     def __init__(self, config: TrunkConfig, layer: int):
@@ -196,7 +197,7 @@ class Block(nn.Module):
             self.query_norm, self.key_norm = Norm(config, E, "rms"), Norm(config, E, "rms")
         self.dropout = nn.Dropout(config.dropout)
 
-    def attend(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend) -> Tensor:
+    def attend(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend, rows: Tensor | None) -> Tensor:
         H, G, E = self.config.num_heads, self.config.kv_heads, self.config.head_width
         qk, v = self.qkv(x).view(len(x), H + 2 * G, E).split([H + G, G], 1)
         if self.config.qk_norm:
@@ -204,7 +205,7 @@ class Block(nn.Module):
         if angles is not None:
             qk = rotate(qk, angles)
         q, k = qk.split([H, G], 1)
-        return attend(self.layer, q, k, v).flatten(1)  # (T, H * E)
+        return attend(self.layer, q, k, v, rows).flatten(1)  # (T, H * E), or (R, H * E)
 
     def mlp(self, x: Tensor) -> Tensor:
         hidden = self.mlp_in(x)
@@ -217,9 +218,8 @@ class Block(nn.Module):
         self, x: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend, rows: Tensor | None = None
     ) -> Tensor:
         pre = self.config.norm_position == "pre"
-        attended = self.attend(self.attention_norm(x) if pre else x, angles, attend)
-        if rows is not None:
-            x, attended = x[rows], attended[rows]
+        attended = self.attend(self.attention_norm(x) if pre else x, angles, attend, rows)
+        x = x if rows is None else x[rows]
         x = x + self.dropout(self.attention_out(attended))
         if pre:
             return x + self.dropout(self.mlp(self.mlp_norm(x)))
@@ -314,7 +314,7 @@ class Trunk(nn.Module):
         """
         x, angles = self.embed(tokens, positions, repeated), self.angles(positions)
         if isinstance(plan, PackPlan):
-            attend = lambda layer, q, k, v: attention(q, k, v, plan, causal=self.config.causal)  # noqa: E731
+            attend = lambda layer, q, k, v, rows: attention(q, k, v, plan, causal=self.config.causal, rows=rows)  # noqa: E731
         else:
             attend = plan
         for block in self.blocks:

@@ -86,9 +86,10 @@ def _forward_triton(
     softcap: float,
     dropout: float,
     seed: Tensor | None,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if not _has_kernel(q, layout):
-        return attention_torch.forward(q, k, v, layout, narrow_tiles, scale, left, right, softcap, dropout, seed)
+    if not _has_kernel(q, layout, rows):
+        return attention_torch.forward(q, k, v, layout, narrow_tiles, scale, left, right, softcap, dropout, seed, rows)
     q, k, v = map(_with_dense_heads, (q, k, v))
     spans, tiles, blocks, cu_seqlens, _, cu_seqlens_k = Layout.of(layout)
     out, lse = _forward_fake(q)  # every token is in a tile or a block; for those in tiles nothing is kept
@@ -115,10 +116,11 @@ def _backward_triton(
     softcap: float,
     dropout: float,
     seed: Tensor | None,
+    rows: Tensor | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _has_kernel(q, layout):
-        given = (scale, left, right, softcap, dropout, seed, deterministic)
+    if not _has_kernel(q, layout, rows):
+        given = (scale, left, right, softcap, dropout, seed, rows, deterministic)
         return attention_torch.backward(dout, q, k, v, out, lse, layout, narrow_tiles, *given)
     dout, (q, k, v) = dout.contiguous(), map(_with_dense_heads, (q, k, v))
     spans, tiles, blocks, cu_seqlens, key_blocks, cu_seqlens_k = Layout.of(layout)
@@ -132,9 +134,11 @@ def _backward_triton(
     return dq, dk, dv
 
 
-def _has_kernel(q: Tensor, layout: list[Tensor]) -> bool:
-    """The reference takes what a tile has no room for in shared memory, and float32 in its own precision, for which
-    there are no matrix units."""
+def _has_kernel(q: Tensor, layout: list[Tensor], rows: Tensor | None) -> bool:
+    """The reference takes what a tile has no room for in shared memory, float32 in its own precision, for which there
+    are no matrix units, and queries of some tokens alone."""
+    if rows is not None:
+        return False
     width, has_tiles = q.shape[2], len(Layout.of(layout).tiles) > 0
     if q.dtype in KERNEL_DTYPES:
         return width <= (128 if has_tiles else MAX_WIDTH)
@@ -163,17 +167,17 @@ _backward = register(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, seed, deterministic, settings, *layout):
-        out, lse = _forward(q, k, v, layout, *settings, seed)
-        ctx.save_for_backward(q, k, v, out, lse, seed, *layout)
+    def forward(ctx, q, k, v, seed, rows, deterministic, settings, *layout):
+        out, lse = _forward(q, k, v, layout, *settings, seed, rows)
+        ctx.save_for_backward(q, k, v, out, lse, seed, rows, *layout)
         ctx.settings, ctx.deterministic = settings, deterministic
         return out
 
     @staticmethod
     def backward(ctx, dout):
-        q, k, v, out, lse, seed, *layout = ctx.saved_tensors
-        dq, dk, dv = _backward(dout, q, k, v, out, lse, layout, *ctx.settings, seed, ctx.deterministic)
-        return dq, dk, dv, *[None] * (3 + len(layout))
+        q, k, v, out, lse, seed, rows, *layout = ctx.saved_tensors
+        dq, dk, dv = _backward(dout, q, k, v, out, lse, layout, *ctx.settings, seed, rows, ctx.deterministic)
+        return dq, dk, dv, *[None] * (4 + len(layout))
 
 
 def attention(
@@ -189,6 +193,7 @@ def attention(
     dropout: float = 0.0,
     seed: int | None = None,
     deterministic: bool = False,
+    rows: Tensor | None = None,
 ) -> Tensor:
     """Attention inside every sequence of a packed batch; nothing passes from one sequence to another.
 
@@ -208,15 +213,17 @@ def attention(
         seed: of dropout, in [0, 2^63); the same seed leaves out the same keys, however the stream is tiled. None draws
             one from torch's default generator.
         deterministic: the same bits in every run; costs some time in the backward pass of long sequences.
+        rows: (R,) int64, the tokens whose output is wanted, in any order; None: all. Saves time on a CPU.
 
     Returns:
-        (T, H, D), contiguous, the dtype of `q`. Sums are taken in float32 at least; float32 is multiplied in full
-        precision unless `torch.backends.cuda.matmul.fp32_precision` is "tf32". Gradients flow to q, k and v.
+        (T, H, D), or with `rows` (R, H, D); contiguous, the dtype of `q`. Sums are taken in float32 at least; float32
+        is multiplied in full precision unless `torch.backends.cuda.matmul.fp32_precision` is "tf32". Gradients flow to
+        q, k and v.
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit one another or the plan; settings out of their range.
     """
-    _check(q, k, v, plan)
+    _check(q, k, v, plan, rows)
     if not 0 <= dropout < 1:
         raise ValueError(f"attention: dropout must be in [0, 1), got {dropout}")
     if seed is not None and not 0 <= seed < 2**63:
@@ -231,7 +238,8 @@ def attention(
     if attention_flash.serves(q, plan):
         asked: dict[str, Any] = {"causal": causal, "scale": scale, "window": window, "softcap": softcap}
         asked["deterministic"] = deterministic
-        return attention_flash.attention(q, k, v, plan, partial(attention, **asked), dropout=dropout, **asked)
+        out = attention_flash.attention(q, k, v, plan, partial(attention, **asked), dropout=dropout, **asked)
+        return out if rows is None else out[rows]
     settings = (
         plan.narrow_tiles,
         q.shape[2] ** -0.5 if scale is None else float(scale),
@@ -240,7 +248,11 @@ def attention(
         float(softcap or 0.0),
         float(dropout),
     )
-    return _Attention.apply(q, k, v, _seed(seed) if dropout else None, deterministic, settings, *plan.layout)
+    counter = _seed(seed) if dropout else None
+    if rows is not None and q.device.type == "cpu" and not INTERPRET:
+        return _Attention.apply(q[rows], k, v, counter, rows, deterministic, settings, *plan.layout)
+    out = _Attention.apply(q, k, v, counter, None, deterministic, settings, *plan.layout)
+    return out if rows is None else out[rows]
 
 
 def _seed(seed: int | None) -> Tensor:
@@ -250,7 +262,7 @@ def _seed(seed: int | None) -> Tensor:
     return torch.tensor(seed, dtype=torch.int64, device="cpu")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan) -> None:
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan, rows: Tensor | None) -> None:
     fits = q.ndim == k.ndim == 3 and k.shape == v.shape and k.shape[2] == q.shape[2]
     if not fits or not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -268,6 +280,11 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan) -> None:
         raise ValueError(
             "attention: q, k, v and the plan must be on one device, "
             f"got {q.device}, {k.device}, {v.device}, {plan.cu_seqlens.device}"
+        )
+    if rows is not None and (rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != q.device):
+        raise ValueError(
+            f"attention: rows must be (R,) int64 on {q.device}, "
+            f"got {rows.dtype} of shape {list(rows.shape)} on {rows.device}"
         )
     if (len(q), len(k)) != (plan.num_tokens, plan.num_keys):
         raise ValueError(

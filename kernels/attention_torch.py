@@ -2,16 +2,17 @@
 
 A packed batch is split into dense problems, each a call of PyTorch's own attention for CPUs: all tiles of one width are
 one batched problem, a longer sequence is one of its own. With a window or other positions of the keys, it is cut into
-blocks, each with only the keys that some of its queries see. What PyTorch's attention cannot do (dropout that does not
-depend on the tiling, soft-capping, a GPU) is done here block by block.
+blocks, each with only the keys that some of its queries see. Where the queries of some tokens only, `rows`, are asked
+for, every problem has those alone. What PyTorch's attention cannot do (dropout that does not depend on the tiling,
+soft-capping, a GPU) is done here block by block.
 
-T tokens, K keys, S sequences, H query heads, G key/value heads, D head width
+T queries (of all tokens, or of `rows`), K keys, S sequences, H query heads, G key/value heads, D head width
 n problems of one shape, of M queries and N keys
 """
 
 from collections.abc import Iterator
 from functools import lru_cache
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -32,20 +33,66 @@ class Tiles(NamedTuple):
     slots: Tensor  # which slots, of all, hold a token of their own
     tokens: Tensor  # these tokens
 
+    @classmethod
+    def of(cls, token: Tensor, filler: Tensor) -> Self:
+        return cls(token, filler, (~filler).flatten().nonzero()[:, 0], token[~filler])
+
 
 class Problem(NamedTuple):
     """n small attention problems of one shape."""
 
-    queries: Tiles | slice  # by token; a slice where n is 1
-    keys: Tiles | slice
+    queries: Tiles | slice  # by token, or by place in `rows`; a slice where n is 1
+    keys: Tiles | slice  # by token
     bias: Tensor | None = None  # (n, 1, M, N): 0 where a query sees a key, -inf where it does not; None: all are seen
     causal: bool = False  # instead of a bias: a query sees the keys up to its own
 
 
 def _problems(
-    layout: list[Tensor], narrow_tiles: int, left: int, right: int, dtype: torch.dtype, in_blocks: bool
+    layout: list[Tensor],
+    narrow_tiles: int,
+    left: int,
+    right: int,
+    rows: Tensor | None,
+    dtype: torch.dtype,
+    in_blocks: bool,
 ) -> Iterator[Problem]:
     """Those of a packed batch; `in_blocks` of at most 128 queries."""
+    problems = _all_problems(layout, narrow_tiles, left, right, dtype, in_blocks)
+    if rows is None:
+        yield from problems
+        return
+    tokens, places = rows.sort(stable=True)
+    for problem in problems:
+        if (of_rows := _of_rows(problem, tokens, places, dtype)) is not None:
+            yield of_rows
+
+
+def _of_rows(problem: Problem, tokens: Tensor, places: Tensor, dtype: torch.dtype) -> Problem | None:
+    """The problem with the queries of `tokens` (R,) alone, which ascend; `places` is where in `rows` they stand."""
+    queries, keys, bias, causal = problem
+    if isinstance(queries, slice):
+        start, end = tokens.new_tensor([[queries.start], [queries.stop]])
+    else:
+        start = queries.token[:, 0]
+        end = start + (~queries.filler).sum(1)
+    first, last = torch.searchsorted(tokens, torch.stack([start, end]))  # (n,) each
+    count = (last - first)[:, None]
+    slot = torch.arange(int(count.max()), device=tokens.device)  # (M,)
+    if not len(slot):
+        return None
+    chosen = first[:, None] + slot.minimum(count - 1)  # (n, M)
+    query = tokens[chosen] - start[:, None]
+    if causal:  # nobody sees a key after the last of them
+        keys = slice(keys.start, keys.start + int(query.max()) + 1)
+        bias = _bias(torch.arange(keys.stop - keys.start, device=tokens.device) > query[:, :, None], dtype)
+    elif bias is not None:  # fillers of a tile without rows may have any query of it
+        bias = bias.take_along_dim(query.clamp(0, bias.shape[2] - 1)[:, None, :, None], 2)
+    return Problem(Tiles.of(places[chosen], slot >= count), keys, bias)
+
+
+def _all_problems(
+    layout: list[Tensor], narrow_tiles: int, left: int, right: int, dtype: torch.dtype, in_blocks: bool
+) -> Iterator[Problem]:
     spans, tiles, blocks, cu_seqlens, _, cu_seqlens_k = Layout.of(layout)
     if len(tiles):
         versions = [-1 if x.is_inference() else x._version for x in (spans, tiles)]  # counts changes in place
@@ -93,7 +140,7 @@ def _tile_problems(
             sequence = spans[index, 0]  # named by its first token
             hidden = (sequence[:, :, None] != sequence[:, None]) | filler[:, None]  # (n, M, M)
             hidden |= _outside(index[:, :, None], index[:, None], left, right)
-            where = Tiles(index, filler, (~filler).flatten().nonzero()[:, 0], token[~filler])
+            where = Tiles.of(index, filler)
             problems.append(Problem(where, where, _bias(hidden, dtype)))
     return problems
 
@@ -144,12 +191,15 @@ def _add(total: Tensor, where: Tiles | slice, x: Tensor) -> None:
         total.index_copy_(0, where.tokens, x.index_select(0, where.slots))  # they are in no other problem
 
 
-def _kept(problem: Problem, heads: int, dropout: float, seed: Tensor, device: torch.device) -> Tensor:
+def _kept(
+    problem: Problem, rows: Tensor | None, heads: int, dropout: float, seed: Tensor, device: torch.device
+) -> Tensor:
     """(n, H, M, N): 1 / (1 - dropout) for the weights that dropout keeps, 0 for the others."""
     query, key = (
         torch.arange(x.start, x.stop, device=device)[None] if isinstance(x, slice) else x.token
         for x in (problem.queries, problem.keys)
     )
+    query = query if rows is None else rows[query]
     head = torch.arange(heads, device=device)[:, None, None]
     return kept_reference(int(seed), query[:, None, :, None], key[:, None, None], head, dropout) / (1 - dropout)
 
@@ -171,17 +221,18 @@ def forward(
     softcap: float,
     dropout: float,
     seed: Tensor | None,
+    rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dtype, H, plain = q.dtype, q.shape[1], _is_plain(q, softcap, seed)
     q, k, v = (_precise(x, H) for x in (q, k, v))
     out, lse = torch.zeros_like(q, memory_format=torch.contiguous_format), q.new_zeros(q.shape[:2])
-    for problem in _problems(layout, narrow_tiles, left, right, q.dtype, in_blocks=not plain):
+    for problem in _problems(layout, narrow_tiles, left, right, rows, q.dtype, in_blocks=not plain):
         queries, keys, bias, causal = problem
         block = _take(q, queries), _take(k, keys), _take(v, keys)
         if plain:
             block_out, block_lse = _flash(*block, 0.0, causal, attn_mask=bias, scale=scale)
         else:
-            kept = None if seed is None else _kept(problem, H, dropout, seed, q.device)
+            kept = None if seed is None else _kept(problem, rows, H, dropout, seed, q.device)
             block_out, block_lse = _forward_block(*block, bias, scale, softcap, kept)
         _add(out, queries, block_out)
         _add(lse, queries, block_lse)
@@ -221,13 +272,14 @@ def backward(
     softcap: float,
     dropout: float,
     seed: Tensor | None,
+    rows: Tensor | None,
     deterministic: bool,  # it always is
 ) -> tuple[Tensor, Tensor, Tensor]:
     dtype, H, G, plain = q.dtype, q.shape[1], k.shape[1], _is_plain(q, softcap, seed)
     q, k, v, dout, out = (_precise(x, H) for x in (q, k, v, dout, out))
     lse = lse.T  # (T, H)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    for problem in _problems(layout, narrow_tiles, left, right, q.dtype, in_blocks=not plain):
+    for problem in _problems(layout, narrow_tiles, left, right, rows, q.dtype, in_blocks=not plain):
         queries, keys, bias, causal = problem
         block_lse = _take(lse, queries)
         if isinstance(queries, Tiles):  # of weights that are 0 come gradients of 0
@@ -236,7 +288,7 @@ def backward(
         if plain:
             gradients = _flash_backward(*block, 0.0, causal, attn_mask=bias, scale=scale)
         else:
-            kept = None if seed is None else _kept(problem, H, dropout, seed, q.device)
+            kept = None if seed is None else _kept(problem, rows, H, dropout, seed, q.device)
             gradients = _backward_block(*block, bias, scale, softcap, kept)
         for total, where, gradient in zip((dq, dk, dv), (queries, keys, keys), gradients, strict=True):
             _add(total, where, gradient)

@@ -281,10 +281,69 @@ def test_op_contract(layout, dtype):
     if layout == "heads first":
         q, k, v, dout = (x.transpose(0, 1).contiguous().transpose(0, 1) for x in (q, k, v, dout))
     layout = list(plan.layout)
-    settings = (plan.narrow_tiles, 0.25, -1, 0, 0.0, 0.0, None)
+    settings = (plan.narrow_tiles, 0.25, -1, 0, 0.0, 0.0, None, None)
     torch.library.opcheck(_forward, (q, k, v, layout, *settings))
     out, lse = _forward(q, k, v, layout, *settings)
     torch.library.opcheck(_backward, (dout, q, k, v, out, lse, layout, *settings, False))
+    rows = torch.tensor([0, 7, 9, 203])
+    settings = (*settings[:-1], rows)
+    torch.library.opcheck(_forward, (q[rows], k, v, layout, *settings))
+    out, lse = _forward(q[rows], k, v, layout, *settings)
+    torch.library.opcheck(_backward, (dout[rows], q[rows], k, v, out, lse, layout, *settings, False))
+
+
+ROWS = {
+    "last of every sequence": lambda plan: plan.cu_seqlens[1:][plan.cu_seqlens.diff() > 0].long() - 1,
+    "any order, some twice": lambda plan: torch.randint(
+        plan.num_tokens, (40,), generator=torch.Generator().manual_seed(0)
+    ),
+    "of two sequences": lambda plan: torch.cat(
+        [torch.arange(63), torch.arange(plan.num_tokens - 9, plan.num_tokens - 2)]
+    ),
+    "all": lambda plan: torch.arange(plan.num_tokens),
+    "none": lambda plan: torch.zeros(0, dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"causal": True},
+        {"causal": False},
+        {"causal": False, "window": (20, 3)},
+        {"causal": True, "dropout": 0.3, "seed": 7},
+        {"causal": False, "softcap": 2.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("rows", ROWS.values(), ids=ROWS)
+def test_rows_are_those_of_all_outputs(rows, settings, device):
+    q, k, v, plan = make(RAGGED, device=device)
+    rows = rows(plan.to("cpu")).to(device)
+    assert_as_accurate(
+        lambda q, k, v: attention(q, k, v, plan, rows=rows, **settings),
+        lambda q, k, v: attention_reference(q, k, v, plan, **settings)[rows],
+        (q, k, v),
+        slack=2.0,
+        floor=1e-6,
+    )
+
+
+def test_rows_of_a_cache():
+    plan = PackPlan.of(bounds([1, 30, 140]), bounds([9, 200, 150]))
+    q, k, v = torch.randn(171, 4, WIDTH), torch.randn(359, 2, WIDTH), torch.randn(359, 2, WIDTH)
+    rows = torch.tensor([0, 5, 30, 31, 170])
+    for causal in (True, False):
+        whole = attention(q, k, v, plan, causal=causal)
+        torch.testing.assert_close(attention(q, k, v, plan, causal=causal, rows=rows), whole[rows])
+
+
+@pytest.mark.parametrize("rows", [torch.zeros(2, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int64)], ids=str)
+def test_rows_are_indices(rows):
+    q, k, v, plan = make([[3, 5]])
+    with pytest.raises(ValueError, match=r"attention: rows must be \(R,\) int64 on cpu, got torch.int"):
+        attention(q, k, v, plan, causal=True, rows=rows)
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing

@@ -335,8 +335,12 @@ def test_operations_of_a_trunk(activation):
     model, data = MultiTaskModel(Trunk(shape), TASKS), splits()
     batch = batch_of(data)
     pairs = sum(length * (length + 1) / 2 for split in data for length in split.lengths.tolist())
+    labelled = (
+        row for task, split in enumerate(data) for i in range(len(split)) for row in split.example(i, task).rows
+    )
+    row_pairs = sum(int(row) + 1 for row in labelled)  # of the last block
     rows = batch.rows.counts[5]
-    expected = counted_by_torch(model, batch) + 2 * 2 * (2 * 16 * pairs) + 2 * 16 * shape.vocab_size * rows
+    expected = counted_by_torch(model, batch) + 2 * 2 * 16 * (pairs + row_pairs) + 2 * 16 * shape.vocab_size * rows
     assert training_flops(model, batch) == pytest.approx(3 * expected)
     with_tail = batch_of(data, budget=700)
     assert training_flops(model, with_tail) == training_flops(model, batch)

@@ -302,8 +302,9 @@ def test_operations_are_those_of_the_products(activation):
     assert needed == counted.get_total_flops()
     with_targets = training_systems.Amount(tokens=55, rows=3, targets=2).operations(trunk)
     assert with_targets - needed == 6 * 2 * 50 * 64
-    pairs = training_systems.Amount(tokens=55, rows=3, pairs=10.0).operations(trunk)
-    assert pairs - needed == 3 * 2 * 2 * 10 * 64 * 4  # forward and twice backward, two products, 4 layers
+    pairs = training_systems.Amount(tokens=55, rows=3, pairs=10.0, row_pairs=4.0).operations(trunk)
+    # forward and twice backward, two products; 3 layers of all tokens, one of the labelled ones
+    assert pairs - needed == 3 * 2 * 2 * 64 * (3 * 10 + 4)
 
 
 def test_readme_and_plot_of_training_steps(results):

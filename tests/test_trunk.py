@@ -123,7 +123,7 @@ def test_rows_are_rows_of_all(shape):
 def test_function_in_place_of_a_plan_decides_what_is_seen():
     trunk, batch, layers = make("llama"), packed(sequences()), []
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rows: None) -> Tensor:
         layers.append(layer)
         return attention(q, k, v, batch.plan, causal=True)
 
@@ -178,7 +178,7 @@ def test_dropout_only_in_training():
 @every_shape
 def test_dropout_leaves_nothing_but_the_residual_stream(shape):
     block, x = make(shape, dropout=1.0, norm_position="pre").blocks[0].train(), torch.randn(50, 32)
-    assert torch.equal(block(x, None, lambda layer, q, k, v: q), x)
+    assert torch.equal(block(x, None, lambda layer, q, k, v, rows: q), x)
 
 
 def test_norm_of_queries_and_keys_is_rms():

@@ -4,8 +4,6 @@ Left out is what is small beside them: embeddings, norms, activations and the he
 carry no example (the dummy sequence) are not counted, so that systems are compared by the work that their data needs.
 """
 
-import numpy as np
-
 from trunkline.engine.model import MultiTaskModel
 from trunkline.engine.packing import PackedBatch
 from trunkline.engine.trunk import TrunkConfig
@@ -19,21 +17,26 @@ def training_flops(model: Model, batch: PackedBatch) -> float:
     return (1 + BACKWARD) * (_bilstm(model, batch) if isinstance(model, BiLSTM) else _trunk(model, batch))
 
 
-def trunk_flops(config: TrunkConfig, tokens: float, rows: float, written: float, pairs: float) -> float:
+def trunk_flops(
+    config: TrunkConfig, tokens: float, rows: float, written: float, pairs: float, row_pairs: float
+) -> float:
     """Operations of a forward pass through a trunk.
 
     Args:
         config: its shape.
         tokens: that carry an example.
-        rows: labelled tokens; the last block goes on with them alone.
+        rows: labelled tokens; the last block needs the queries and all that follows of them alone.
         written: of these, such that predict a token.
         pairs: of a token and one that it sees.
+        row_pairs: of these, the pairs of labelled tokens.
     """
     D, E, H, G = config.hidden_size, config.head_width, config.num_heads, config.kv_heads
     gate = 2 if config.activation == "swiglu" else 1
     qkv, rest = D * (H + 2 * G) * E, D * H * E + (gate + 1) * D * config.mlp_width
-    blocks = config.num_layers * (qkv * tokens + 2 * H * E * pairs)
-    blocks += rest * ((config.num_layers - 1) * tokens + rows)
+    before = config.num_layers - 1
+    blocks = (
+        config.num_layers * qkv * tokens + 2 * H * E * (before * pairs + row_pairs) + rest * (before * tokens + rows)
+    )
     return 2.0 * (blocks + D * config.vocab_size * written)
 
 
@@ -41,13 +44,9 @@ def _trunk(model: MultiTaskModel, batch: PackedBatch) -> float:
     config, rows = model.trunk.config, len(batch.rows.token)
     written = sum(batch.rows.counts[model.num_small + model.num_spans :])
     projections = config.hidden_size**2 * rows if model.activation else 0
-    return trunk_flops(config, batch.real_tokens, rows, written, _pairs(batch, config)) + 2.0 * projections
-
-
-def _pairs(batch: PackedBatch, config: TrunkConfig) -> float:
-    """Pairs of a token and one that it sees."""
-    lengths = np.diff(batch.plan.cu_seqlens.cpu().numpy())[: len(batch.order)].astype(np.float64)
-    return float((lengths * (lengths + 1) / 2 if config.causal else lengths**2).sum())
+    seen = batch.positions + 1 if config.causal else batch.plan.spans.diff(dim=1).flatten()  # by every token
+    pairs, row_pairs = float(seen[: batch.real_tokens].sum()), float(seen[batch.rows.token].sum())
+    return trunk_flops(config, batch.real_tokens, rows, written, pairs, row_pairs) + 2.0 * projections
 
 
 def _bilstm(model: BiLSTM, batch: PackedBatch) -> float:
