@@ -7,7 +7,7 @@ import json
 import platform
 from collections import Counter
 from pathlib import Path
-from statistics import median
+from statistics import fmean, median, stdev
 from typing import Any
 
 from trunkline.benchmarks.examples import shipped_kernels
@@ -81,6 +81,7 @@ def tables(folder: Path) -> str:
         "generation": _generation,
         "learning": _learning,
         "comparison": _comparison,
+        "what_helps": _what_helps,
     }
     found = {name: folder / f"{name}.json" for name in makers if (folder / f"{name}.json").exists()}
     return "".join(makers[name](json.loads(path.read_text(encoding="utf-8"))) for name, path in found.items())
@@ -115,8 +116,8 @@ def _speed(step: dict[str, Any]) -> str:
 **Speed** on {_measured_on(step["environment"])}: real tokens per second of a whole training step
 (`{step["command"]}`), on {data}, in the shape `{step.get("shape", "tiny")}`, about {step.get("tokens", 2048):,} tokens
 a step. Below ours the same model of Hugging Face with batches made in other ways. Each in a process of its own, taking
-turns; median of {len(next(iter(step["turns"].values())))} turns. Utilisation is of what the machine does in its best
-product.
+{len(next(iter(step["turns"].values())))} turns, which count together. Utilisation is of what the machine does in its
+best product.
 
 | system | real tokens/s | of the best peer | padding | ms a step | MiB | utilisation |
 |---|---|---|---|---|---|---|
@@ -223,6 +224,26 @@ def _comparison(comparison: dict[str, Any]) -> str:
     return f"""
 **Comparison** of systems from scratch on {_measured_on(comparison["environment"])}: `{comparison["command"]}`.
 {comparison_tables(comparison)}"""
+
+
+def _what_helps(found: dict[str, Any]) -> str:
+    changes: dict[str, dict[str, Any]] = found["changes"]
+    metrics = next(iter(next(iter(changes.values())).values()))["metrics"]
+    rows = []
+    for change, of_seeds in changes.items():
+        scores = [[of["scores"][task] for of in of_seeds.values()] for task in metrics]
+        spread = [f" ± {stdev(of_task):.3f}" if len(of_task) > 1 else "" for of_task in scores]
+        cells = " | ".join(f"{fmean(of_task):.3f}{of}" for of_task, of in zip(scores, spread, strict=True))
+        rows.append(f"| {change} | {cells} | {len(of_seeds)} |")
+    heads = " | ".join(f"{task} ({metric})" for task, metric in metrics.items())
+    return f"""
+**What helps the multi-task system**, on {_measured_on(found["environment"])} (`{found["command"]}`): each change by
+itself, mean ± standard deviation over the seeds. Only the pretrained trunk has seen more text than the others.
+
+| change | {heads} | seeds |
+|---|{"---|" * (len(metrics) + 1)}
+{chr(10).join(rows)}
+"""
 
 
 def _kernel(name: str, content: dict[str, Any]) -> str:

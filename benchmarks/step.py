@@ -1,12 +1,13 @@
 """Whole training steps: Trunkline beside what people do with Hugging Face, in real tokens a second.
 
-    python benchmarks/step.py DATA [--shape tiny] [--device cuda] [--seconds 8] [--rounds 3] [--systems NAME ...]
+    python benchmarks/step.py DATA [--shape tiny] [--device cuda] [--seconds 1] [--rounds 40] [--systems NAME ...]
 
 DATA is laid out like the hub: eight GLUE tasks and DialogSum, at most 2,000 examples of each, mixed alike. All systems
 (training_systems.py) train the same shape with the same optimizer on batches of about as many tokens. Each runs in a
 process of its own, which waits while the others are timed; they take turns, round after round, and in every round the
-machine's matrix rate is measured, too. A token is real if it is no padding. The shape llama-1b is trained on random
-texts, without DATA, one system after the other: together they do not fit a GPU.
+machine's matrix rate is measured, too. Turns are short and many, because batches differ, most of all those of one task,
+and so does a machine's speed; a system's turns count together. A token is real if it is no padding. The shape llama-1b
+is trained on random texts, without DATA, one system after the other: together they do not fit a GPU.
 
 Utilisation: the operations of the products that forward and backward cannot do without, at the labelled tokens only
 after the last attention, over what the machine does in that time in its best product.
@@ -40,8 +41,8 @@ def main() -> None:
     parser.add_argument("data", type=Path, nargs="?")
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--seconds", type=float, default=8.0, help="of each turn")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=1.0, help="of each turn, which has one step at least")
+    parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--systems", nargs="+", help="default: all that the device has")
     parser.add_argument("--no-record", action="store_true", help="write no results")
     options = parser.parse_args()
@@ -90,7 +91,7 @@ def in_turn(names: list[str], options: argparse.Namespace, data: Path | None) ->
     matrix = workers.pop("matrix")
     turns: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
     for _ in range(options.rounds):
-        matrix.send(1.0)
+        matrix.send(0.2)
         rate = matrix.recv()
         for name, worker in workers.items():
             worker.send(options.seconds)
@@ -128,7 +129,7 @@ def steps(
     seconds: float,
     resident_before: int,
 ) -> dict[str, Any]:
-    """Trains for `seconds`, or without end for `at_least` steps, and tells what came of it."""
+    """Trains for `seconds`, or without end for `at_least` steps, and tells what came of it, as sums over the steps."""
     amount, marks, memory = Amount(), [], 0
     began, host = time.perf_counter(), 0.0
     while len(marks) < at_least if seconds == float("inf") else time.perf_counter() - began < seconds:
@@ -153,15 +154,14 @@ def steps(
         torch.cuda.synchronize()
         memory = torch.cuda.max_memory_allocated()
     wall = time.perf_counter() - began
-    parts = {part: sum(between(m[i], m[i + 1]) for m in marks) / len(marks) for i, part in enumerate(PARTS)}
     return {
-        "tokens_per_second": amount.tokens / wall,
-        "seconds_per_step": wall / len(marks),
-        "host_seconds_per_step": host / len(marks),
-        "parts": parts,
-        "padding": amount.padding / (amount.tokens + amount.padding),
-        "tokens_per_step": amount.tokens / len(marks),
-        "operations_per_second": amount.operations(shape.trunk) / wall,
+        "steps": len(marks),
+        "seconds": wall,
+        "host_seconds": host,
+        "parts": {part: sum(between(m[i], m[i + 1]) for m in marks) for i, part in enumerate(PARTS)},
+        "tokens": amount.tokens,
+        "padding": amount.padding,
+        "operations": amount.operations(shape.trunk),
         "memory": memory,
     }
 
@@ -191,22 +191,7 @@ def report(turns: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
     """Prints the table, writes it as JSON and plots it."""
     from trunkline.training.environment import environment
 
-    def middle(name: str, value: Callable[[dict[str, Any]], float]) -> float:
-        return median(value(turn) for turn in turns[name])
-
-    systems = {
-        name: {
-            "tokens_per_second": middle(name, lambda turn: turn["tokens_per_second"]),
-            "seconds_per_step": middle(name, lambda turn: turn["seconds_per_step"]),
-            "host_seconds_per_step": middle(name, lambda turn: turn["host_seconds_per_step"]),
-            "tokens_per_step": middle(name, lambda turn: turn["tokens_per_step"]),
-            "parts": {part: middle(name, lambda turn, part=part: turn["parts"][part]) for part in PARTS},
-            "padding": middle(name, lambda turn: turn["padding"]),
-            "memory": max(turn["memory"] for turn in turns[name]),
-            "utilisation": middle(name, lambda turn: turn["operations_per_second"] / turn["matrix"]),
-        }
-        for name in turns
-    }
+    systems = {name: _together(of_system) for name, of_system in turns.items()}
     rates = {name: system["tokens_per_second"] for name, system in systems.items()}
     peers = [rate for name, rate in rates.items() if "heads" not in name and not name.startswith("trunkline")]
     best = max(peers, default=max(rates.values()))
@@ -225,10 +210,10 @@ def report(turns: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
         ),
         "shape": options.shape,
         "tokens": SHAPES[options.shape].tokens,
-        "unit": "real tokens/s, median of the turns",
+        "unit": "real tokens/s",
         "matrix_rate": median(turn["matrix"] for turn in next(iter(turns.values()))),
         "tokens_per_second": rates,
-        "turns": {name: [turn["tokens_per_second"] for turn in of_system] for name, of_system in turns.items()},
+        "turns": {name: [turn["tokens"] / turn["seconds"] for turn in of_system] for name, of_system in turns.items()},
         "padding": {name: system["padding"] for name, system in systems.items()},
         "best_peer": best,
         "systems": systems,
@@ -240,6 +225,25 @@ def report(turns: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
         return
     path = record("step" if options.shape == "tiny" else f"step-{options.shape}", content, environment())
     plot_step(content, path.with_suffix(".png"))
+
+
+def _together(turns: list[dict[str, Any]]) -> dict[str, Any]:
+    """All turns of a system as one."""
+
+    def total(key: str) -> float:
+        return sum(turn[key] for turn in turns)
+
+    steps, seconds, tokens = total("steps"), total("seconds"), total("tokens")
+    return {
+        "tokens_per_second": tokens / seconds,
+        "seconds_per_step": seconds / steps,
+        "host_seconds_per_step": total("host_seconds") / steps,
+        "tokens_per_step": tokens / steps,
+        "parts": {part: sum(turn["parts"][part] for turn in turns) / steps for part in PARTS},
+        "padding": total("padding") / (tokens + total("padding")),
+        "memory": max(turn["memory"] for turn in turns),
+        "utilisation": total("operations") / sum(turn["seconds"] * turn["matrix"] for turn in turns),
+    }
 
 
 if __name__ == "__main__":

@@ -93,6 +93,14 @@ def test_outputs_and_gradients_are_those_of_our_kernels(plan, long, settings, ca
     assert call["dropout_p"] == 0.0
 
 
+def test_rows_are_those_of_all_outputs(calls):
+    plan, rows = PLANS["mixed"][0], torch.tensor([0, 4, 204, 530])
+    q, k, v = torch.randn(3, plan.num_tokens, 2, 8)
+    out = attention(q, k, v, plan, causal=True)
+    assert torch.equal(attention(q, k, v, plan, causal=True, rows=rows), out[rows])
+    assert len(calls) == 2
+
+
 def test_short_sequences_alone_stay_with_us(calls):
     q = torch.randn(60, 2, 8)
     attention(q, q, q, PackPlan.of(bounds([20, 40])), causal=True)

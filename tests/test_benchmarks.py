@@ -226,6 +226,25 @@ def test_readme_says_what_losses_cost(results):
     assert found == ["2.56x", "1.28x", "2.05x", "0.12x"]
 
 
+def test_readme_says_what_helps(results):
+    metrics = {"sst2": "accuracy", "qqp": "f1"}
+
+    def trained(*scores: tuple[float, float]) -> dict:
+        return {
+            str(seed): {"scores": dict(zip(metrics, of, strict=True)), "metrics": metrics}
+            for seed, of in enumerate(scores)
+        }
+
+    changes = {"as it is": trained((0.5, 0.75), (0.7, 0.75)), "a projection per task": trained((0.625, 0.5))}
+    record.record(
+        "what_helps", {"command": "python benchmarks/what_helps.py DATA", "changes": changes}, record.environment()
+    )
+    text = record.tables(results / "nvidia-h200")
+    assert "| change | sst2 (accuracy) | qqp (f1) | seeds |" in text
+    assert "| as it is | 0.600 ± 0.141 | 0.750 ± 0.000 | 2 |" in text
+    assert "| a projection per task | 0.625 | 0.500 | 1 |" in text
+
+
 def test_readme_says_how_fast_texts_are_written(results):
     seconds = {"trunkline": [1.0, 2.0, 4.0], "hugging_face": [4.0, 7.0, 13.0]}
     rates = {"trunkline": 400.0, "hugging_face": 114.2857}
@@ -283,11 +302,24 @@ def test_a_training_step_is_measured_in_parts():
     before = {name: parameter.clone() for name, parameter in system.model.named_parameters()}
     turn = step.steps(system, system.optimizer(), shape, device, 3, float("inf"), 0)
     assert set(turn["parts"]) == set(step.PARTS)
-    assert sum(turn["parts"].values()) == pytest.approx(turn["seconds_per_step"], rel=0.2)
-    assert 0 < turn["padding"] < 0.5
-    assert turn["tokens_per_second"] == pytest.approx(turn["tokens_per_step"] / turn["seconds_per_step"])
+    assert turn["steps"] == 3
+    assert sum(turn["parts"].values()) == pytest.approx(turn["seconds"], rel=0.2)
+    assert turn["tokens"] + turn["padding"] == 3 * 400
     assert turn["memory"] > 0
     assert any((parameter != before[name]).any() for name, parameter in system.model.named_parameters())
+
+
+def test_turns_count_together():
+    turn = {"steps": 2, "seconds": 1.0, "host_seconds": 0.5, "tokens": 300, "padding": 100, "operations": 2e9}
+    turn |= {"parts": dict.fromkeys(step.PARTS, 0.25), "memory": 7, "matrix": 4e9}
+    long = {**turn, "steps": 1, "seconds": 3.0, "tokens": 100, "operations": 6e9, "memory": 9, "matrix": 8e9}
+    together = step._together([turn, long])
+    assert together["tokens_per_second"] == 100
+    assert together["seconds_per_step"] == pytest.approx(4 / 3)
+    assert together["parts"]["forward"] == pytest.approx(0.5 / 3)
+    assert together["padding"] == pytest.approx(1 / 3)
+    assert together["utilisation"] == pytest.approx(8 / 28)
+    assert together["memory"] == 9
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])

@@ -44,6 +44,13 @@ def test_mixed_lengths_match_the_definition(keys, settings, device):
     )
 
 
+def test_rows_are_those_of_all_outputs(device):
+    plan, rows = PackPlan.of(bounds(MIXED)).to(device), torch.tensor([527, 0, 204, 204], device=device)
+    q, k, v = torch.randn(3, sum(MIXED), 1, 16, device=device)
+    out = attention(q, k, v, plan, causal=True)
+    assert torch.equal(attention(q, k, v, plan, causal=True, rows=rows), out[rows])
+
+
 def results(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan) -> tuple[Tensor, ...]:
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = attention(*leaves, plan, causal=True)
