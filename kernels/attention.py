@@ -249,8 +249,9 @@ def attention(
         float(dropout),
     )
     counter = _seed(seed) if dropout else None
-    if rows is not None and q.device.type == "cpu" and not INTERPRET:
-        return _Attention.apply(q[rows], k, v, counter, rows, deterministic, settings, *plan.layout)
+    if rows is not None and 4 * len(rows) <= len(q) and q.device.type == "cpu" and not INTERPRET:
+        of_rows = q.index_select(0, rows)
+        return _Attention.apply(of_rows, k, v, counter, rows, deterministic, settings, *plan.layout)
     out = _Attention.apply(q, k, v, counter, None, deterministic, settings, *plan.layout)
     return out if rows is None else out[rows]
 
