@@ -1,6 +1,6 @@
 """Tokens per second of written summaries: Trunkline beside Hugging Face `generate`, with the same weights.
 
-    python benchmarks/generation.py DATA [--steps 150] [--rounds 7]
+    python benchmarks/generation.py DATA [--steps 150] [--rounds 15]
 
 DATA is laid out like the hub and has DialogSum. A GPT-2 shape (width 256, 4 layers, vocabulary 8,192) is trained on it
 for as many steps as it takes to end its texts by itself; then both write summaries of the same 32 validation documents,
@@ -44,7 +44,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--steps", type=int, default=150, help="of training, before anything is measured")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
     keep_freed_memory()
     engine = trained(options.data, options.steps)

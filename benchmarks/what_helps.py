@@ -47,18 +47,20 @@ def main() -> None:
     if "pretrained" in chosen and not options.books:
         parser.error("the change 'pretrained' needs --books RUN")
 
-    around = environment()
-    path = results_folder(around) / f"{NAME}.json"
-    measured = json.loads(path.read_text(encoding="utf-8"))["changes"] if path.exists() else {}
     for name in chosen:
         for seed in options.seeds:
             overrides = [override.format(books=options.books) for override in CHANGES[name]]
-            measured.setdefault(name, {})[str(seed)] = scores(options.data, seed, overrides)
-            content = {
-                "command": "python benchmarks/what_helps.py DATA --books BOOKS",
-                "changes": {change: measured[change] for change in CHANGES if change in measured},
-            }
-            record(NAME, content, around)  # after each: what is done is done
+            keep(name, seed, scores(options.data, seed, overrides))
+
+
+def keep(name: str, seed: int, measured: dict[str, Any]) -> None:
+    """Adds one run to the results; others may have come in the meantime."""
+    around = environment()
+    path = results_folder(around) / f"{NAME}.json"
+    changes = json.loads(path.read_text(encoding="utf-8"))["changes"] if path.exists() else {}
+    changes.setdefault(name, {})[str(seed)] = measured
+    ordered = {change: dict(sorted(changes[change].items())) for change in CHANGES if change in changes}
+    record(NAME, {"command": "python benchmarks/what_helps.py DATA --books BOOKS", "changes": ordered}, around)
 
 
 def scores(data: str, seed: int, overrides: list[str]) -> dict[str, Any]:

@@ -17,7 +17,9 @@ RUNS = {  # lengths of the sequences, those of a tile in one list; one of more t
     "one token": [[1]],
     "one short": [[37]],
     "one tile": [[5, 1, 0, 58]],
-    "one long": [[257]],
+    "long": [[140]],
+    "longer": [[257]],
+    "longest": [[530]],
     "no token": [[0]],
 }
 WIDTH = 16

@@ -100,6 +100,35 @@ def test_rows_too_long_for_a_tile(family, model_of):
     assert_same_patched(model_of(family), inputs, of_use, calls=6 if family == "bart" else 2)
 
 
+def test_soft_cap():
+    """Against transformers' attention in single steps, whose softmax is in float32: its other ways know no soft cap."""
+    config = transformers.Gemma2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=8,
+        attn_logit_softcapping=2.0,
+        sliding_window=8,
+    )
+    config._attn_implementation = "eager"
+    torch.manual_seed(1)
+    model = transformers.Gemma2ForCausalLM(config).double().eval()
+    for parameter in model.parameters():
+        if parameter.ndim == 2:
+            parameter.data.normal_(std=0.3)
+    mask = mask_of([(0, 11), (0, 7)])
+    inputs, of_use = {"input_ids": ids(2, 11), **mask}, mask["attention_mask"].bool()
+    before = results(model, inputs, of_use)
+    patched = results(trunkline.patch(model), inputs, of_use)
+    assert trunkline.attention_counts() == {"patch": 2}
+    for name in before:
+        torch.testing.assert_close(patched[name], before[name], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("cache", ["dynamic", "static"])
 @pytest.mark.parametrize("family", [*DECODERS, "bart"])
 def test_generated_ids(family, cache, model_of):
@@ -126,8 +155,8 @@ def test_generated_by_beams(model_of):
 def test_cache_that_is_continued(model_of):
     """Several tokens at once behind a cache, in the window and out of it."""
     for family in DECODERS:
-        model, tokens = model_of(family), ids(2, 12)
-        mask = mask_of([(2, 12), (0, 12)], 12)["attention_mask"]
+        model, tokens = model_of(family), ids(3, 12)
+        mask = mask_of([(2, 12), (0, 12), (6, 12)], 12)["attention_mask"]  # of one the first tokens are all padding
 
         def run(model: Any = model, tokens: Tensor = tokens, mask: Tensor = mask) -> Tensor:
             cache, logits = transformers.DynamicCache(config=model.config), []
