@@ -30,7 +30,7 @@ CHANGES = {
     ],
     "balancing by uncertainty": ["balancing=uncertainty"],
     "a projection per task": ["projection=gelu"],
-    "pretrained": ["init={books}"],
+    "pretrained": ["init=BOOKS"],
 }
 
 
@@ -49,7 +49,7 @@ def main() -> None:
 
     for name in chosen:
         for seed in options.seeds:
-            overrides = [override.format(books=options.books) for override in CHANGES[name]]
+            overrides = [override.replace("BOOKS", options.books) for override in CHANGES[name]]
             keep(name, seed, scores(options.data, seed, overrides))
 
 

@@ -49,9 +49,9 @@ def can_look(x: Tensor) -> bool:
 
 def check_offsets(name: str, offsets: Tensor | np.ndarray, rows: int) -> None:
     """Raises ValueError unless the tasks' rows, one task after the other, are all rows."""
-    bounds = offsets.tolist()
-    if bounds[0] != 0 or bounds[-1] != rows or bounds != sorted(bounds):
-        raise ValueError(f"{name}: offsets must rise from 0 to R = {rows}, got {bounds}")
+    bounds = np.asarray(offsets.cpu() if isinstance(offsets, Tensor) else offsets)
+    if bounds[0] != 0 or bounds[-1] != rows or (bounds[1:] < bounds[:-1]).any():
+        raise ValueError(f"{name}: offsets must rise from 0 to R = {rows}, got {bounds.tolist()}")
 
 
 def random_offsets(rows: int, tasks: int, device: torch.device | str, generator: torch.Generator) -> Tensor:
