@@ -213,7 +213,7 @@ def attention(
         seed: of dropout, in [0, 2^63); the same seed leaves out the same keys, however the stream is tiled. None draws
             one from torch's default generator.
         deterministic: the same bits in every run; costs some time in the backward pass of long sequences.
-        rows: (R,) int64, the tokens whose output is wanted, in any order; None: all. Saves time on a CPU.
+        rows: (R,) int64, the tokens whose output is wanted, in any order; None: all. On a CPU a few take less time.
 
     Returns:
         (T, H, D), or with `rows` (R, H, D); contiguous, the dtype of `q`. Sums are taken in float32 at least; float32
@@ -248,11 +248,11 @@ def attention(
         float(softcap or 0.0),
         float(dropout),
     )
-    counter = _seed(seed) if dropout else None
+    drawn = _seed(seed) if dropout else None
     if rows is not None and 4 * len(rows) <= len(q) and q.device.type == "cpu" and not INTERPRET:
         of_rows = q.index_select(0, rows)
-        return _Attention.apply(of_rows, k, v, counter, rows, deterministic, settings, *plan.layout)
-    out = _Attention.apply(q, k, v, counter, None, deterministic, settings, *plan.layout)
+        return _Attention.apply(of_rows, k, v, drawn, rows, deterministic, settings, *plan.layout)
+    out = _Attention.apply(q, k, v, drawn, None, deterministic, settings, *plan.layout)
     return out if rows is None else out[rows]
 
 

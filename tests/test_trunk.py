@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from trunkline.engine.packing import Example, PackedBatch, pack
-from trunkline.engine.trunk import Trunk, TrunkConfig, occurred_before, preset
+from trunkline.engine.trunk import Trunk, TrunkConfig, gelu_tanh, occurred_before, preset
 from trunkline.kernels.attention import attention
 
 _SMALL = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48, "max_positions": 256}
@@ -129,6 +129,22 @@ def test_function_in_place_of_a_plan_decides_what_is_seen():
 
     assert torch.equal(trunk(batch.tokens, batch.positions, attend), run(trunk, batch))
     assert layers == [0, 1]
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
+def test_compiled_gelu_is_the_same():
+    traced = []
+
+    def backend(graph: torch.fx.GraphModule, _: list) -> torch.fx.GraphModule:
+        traced.append(graph.code)
+        return graph
+
+    x = torch.linspace(-9, 9, 999, dtype=torch.float64, requires_grad=True)
+    compiled, eager = torch.compile(gelu_tanh, fullgraph=True, backend=backend)(x), gelu_tanh(x)
+    assert "sigmoid" in traced[0]
+    torch.testing.assert_close(compiled, eager)
+    gradients = (torch.autograd.grad(y.sum(), x)[0] for y in (compiled, eager))
+    torch.testing.assert_close(*gradients)
 
 
 def test_exact_match_marks_what_occurred_before_in_the_same_sequence():

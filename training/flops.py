@@ -25,7 +25,7 @@ def trunk_flops(
     Args:
         config: its shape.
         tokens: that carry an example.
-        rows: labelled tokens; the last block needs the queries and all that follows of them alone.
+        rows: labelled tokens; the last block goes on with them alone after its queries, keys and values.
         written: of these, such that predict a token.
         pairs: of a token and one that it sees.
         row_pairs: of these, the pairs of labelled tokens.
