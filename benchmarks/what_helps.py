@@ -12,6 +12,7 @@ what the change 'pretrained' starts from; it has seen its text besides the budge
 import argparse
 import json
 import tempfile
+from dataclasses import replace
 from typing import Any
 
 from trunkline.benchmarks.record import ROOT, record, results_folder
@@ -66,8 +67,8 @@ def keep(name: str, seed: int, measured: dict[str, Any]) -> None:
 def scores(data: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     """The first metric of every task after training, and the seconds of it."""
     with tempfile.TemporaryDirectory() as folder:
-        config = load_comparison(CONFIG, [f"data={data}", f"seed={seed}", f"run={folder}/run", *overrides])
-        engine = Engine.from_config(ordinary(config))
+        config = ordinary(load_comparison(CONFIG, [f"data={data}", f"run={folder}/run", *overrides]))
+        engine = Engine.from_config(replace(config, seed=seed))
         summary = engine.fit()
     metrics = {task.name: metric_names(task)[0] for task in engine.tasks}
     found = {name: summary["tasks"][name]["metrics"][metric] for name, metric in metrics.items()}
