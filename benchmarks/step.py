@@ -1,6 +1,6 @@
 """Whole training steps: Trunkline beside what people do with Hugging Face, in real tokens a second.
 
-    python benchmarks/step.py DATA [--shape tiny] [--device cuda] [--seconds 1] [--rounds 40] [--systems NAME ...]
+    python benchmarks/step.py DATA [--shape tiny] [--device cuda] [--seconds 1] [--rounds 30] [--systems NAME ...]
 
 DATA is laid out like the hub: eight GLUE tasks and DialogSum, at most 2,000 examples of each, mixed alike. All systems
 (training_systems.py) train the same shape with the same optimizer on batches of about as many tokens. Each runs in a
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="tiny")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seconds", type=float, default=1.0, help="of each turn, which has one step at least")
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--systems", nargs="+", help="default: all that the device has")
     parser.add_argument("--no-record", action="store_true", help="write no results")
     options = parser.parse_args()
