@@ -76,7 +76,7 @@ def plot_step(content: dict[str, Any], path: Path) -> None:
     panel.invert_yaxis()
     panel.margins(x=0.18)
     panel.set_xlabel("milliseconds for 1,000 real tokens")
-    panel.legend(loc="lower right", fontsize=8)
+    panel.legend(loc="upper right", fontsize=8)
     figure.suptitle(f"training steps of the shape {content.get('shape', 'tiny')}")
     figure.savefig(path, dpi=90)
 

@@ -293,6 +293,11 @@ def report_device(folder: Path) -> None:
     print(f"written to {folder / 'README.md'}")
 
 
+def _chart(plot: Path, seen_from: Path) -> str:
+    """The one that the README shows, of training steps."""
+    return f"\n![training steps beside Hugging Face]({plot.relative_to(seen_from)})\n" if plot.exists() else ""
+
+
 def report(results: Path = RESULTS, readme: Path = ROOT / "README.md") -> None:
     """Tables and plots of every device, and the README's part between the marks."""
     folders = sorted(folder for folder in results.iterdir() if folder.is_dir())
@@ -300,5 +305,5 @@ def report(results: Path = RESULTS, readme: Path = ROOT / "README.md") -> None:
         report_device(folder)
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    made = "".join(tables(folder) for folder in folders)
+    made = "".join(_chart(folder / "step.png", readme.parent) + tables(folder) for folder in folders)
     readme.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")

@@ -359,6 +359,13 @@ def test_readme_and_plot_of_training_steps(results):
     assert "heads" not in text
     record.report_device(path.parent)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    readme = results / "README.md"
+    readme.write_text(f"{record.BEGIN}\n{record.END}\n")
+    record.report(results, readme)
+    assert "step" not in "".join(line for line in readme.read_text().splitlines() if line.startswith("!["))
+    record.record("step", {**measured, "shape": "tiny"}, record.environment())
+    record.report(results, readme)
+    assert "![training steps beside Hugging Face](nvidia-h200/step.png)" in readme.read_text()
 
 
 def test_scaling_is_measured_and_told(results):
