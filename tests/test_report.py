@@ -319,17 +319,18 @@ def test_run_without_evaluations(tmp_path):
     assert table_row(page, "sst2")[3:6] == [["–"]] * 3
 
 
-def test_scores_that_are_not_finite_are_never_the_best(tmp_path):
+@pytest.mark.parametrize(("step", "score"), [(0, 0.99), (10, math.nan)], ids=["untrained", "not finite"])
+def test_scores_that_are_never_the_best(tmp_path, step, score):
     run = write_run(tmp_path / "demo", steps=100)
     lines = (run / "metrics.jsonl").read_text().splitlines()
     first = next(index for index, line in enumerate(lines) if "evaluation" in line)
-    event = json.loads(lines[first])
-    event["metrics"]["stsb"]["pearson"] = math.nan
+    event = json.loads(lines[first]) | {"step": step}
+    event["metrics"]["stsb"]["pearson"] = score
     lines[first] = json.dumps(event)
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     row = table_row(page_of(run), "stsb")
-    assert row[3] == ["nan"]
-    assert float(row[4][0]) > 0.4
+    assert row[3] == [f"{score:.3f}"]
+    assert 0.4 < float(row[4][0]) < 0.99
 
 
 def test_resumed_run_takes_the_later_of_repeated_steps(tmp_path):

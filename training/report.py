@@ -158,7 +158,7 @@ def _row(run: _Run, task: str) -> dict[str, Any]:
     last = about["metrics"].get(metric)
     baseline = about["baseline"] and about["baseline"]["metrics"].get(metric)
     higher = metric is not None and higher_is_better(metric)
-    finite = [point for point in scores if math.isfinite(point[1])]
+    learnt = [point for point in scores if point[0] and math.isfinite(point[1])]  # before step 1 it is luck
     above = None
     if last is not None and baseline is not None:
         above = last > baseline if higher else last < baseline
@@ -166,7 +166,7 @@ def _row(run: _Run, task: str) -> dict[str, Any]:
         "task": task,
         "scores": scores,
         "losses": [(step, metrics["loss"]) for step, metrics in evaluations if "loss" in metrics],
-        "best": (max if higher else min)(finite, key=lambda point: point[1], default=None),
+        "best": (max if higher else min)(learnt, key=lambda point: point[1], default=None),
         "last_score": last,
         "intervals": about.get("intervals", {}),
         "references": about.get("references"),
