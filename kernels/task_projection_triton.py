@@ -15,8 +15,13 @@ from torch import Tensor
 from trunkline.kernels.dispatch import input_precision, tl, triton
 from trunkline.kernels.task_tiles import rows_of_tile, search_block
 
-_WHY = "the outputs of a tile of 128 x 256 and operands lie in registers on an A100; Triton 3.6 has too few, 3.9 not"
-SPILLS = {("_product_kernel", 80): (24, _WHY)}
+SPILLS = {  # Triton 3.6 alone
+    ("_product_kernel", 80): (
+        32,
+        "the outputs of a tile of 128 x 256 lie in registers on an A100, and operands with them",
+    ),
+    ("_gradient_kernel", 100): (2, "erf and its derivative on 128 columns"),
+}
 GROUP = 8  # tiles of rows that sweep the columns together
 MIN_CHUNK = 512  # rows of a task that one program of the weight gradient takes at least
 PROGRAMS = 1024  # that the weight gradient is split into at least, where rows allow: several for each of 132 processors
