@@ -21,13 +21,14 @@ def command() -> str:
 def environment() -> dict[str, Any]:
     """What a run's numbers depend on besides its settings."""
     versions = {}
-    for package in ("trunkline", "torch", "triton", "transformers", "tokenizers", "numpy"):
+    for package in ("trunkline", "triton", "transformers", "tokenizers", "numpy"):
         try:
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:  # run from its source folder
             versions[package] = "not installed"
     return {
         **versions,
+        "torch": str(torch.__version__),  # says what it was built for, which its package's metadata may not
         "python": platform.python_version(),
         "platform": platform.platform(),
         "processor": _processor(),
