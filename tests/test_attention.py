@@ -19,7 +19,7 @@ RUNS = {  # lengths of the sequences, those of a tile in one list; one of more t
     "one tile": [[5, 1, 0, 58]],
     "long": [[140]],
     "longer": [[257]],
-    "longest": [[530]],
+    "very long": [[500], [2], [1025]],
     "no token": [[0]],
 }
 WIDTH = 16
