@@ -1,18 +1,17 @@
 """The demo learnt with every balancing method: the scores of its tasks beside those with fixed weights.
 
-    python benchmarks/balancing_methods.py [METHOD ...] [--steps 500]
+    python benchmarks/balancing_methods.py [METHOD ...] [--steps 450]
 
-Without names all eleven, `fixed` first. 500 steps, those of the demo, take about three minutes a method on two cores;
+Without names all eleven, `fixed` first. 450 steps, those of the demo, take about three minutes a method on two cores;
 what was measured before with as many steps is kept, so that a part of the methods can be run at a time.
 """
 
 import argparse
-import json
 import tempfile
 from statistics import fmean
 from typing import Any, get_args
 
-from trunkline.benchmarks.record import ROOT, record, results_folder
+from trunkline.benchmarks.record import ROOT, record, recorded
 from trunkline.engine.engine import Engine
 from trunkline.training.balancing import Method
 from trunkline.training.config import load_config
@@ -26,24 +25,24 @@ KEPT = ("metrics", "first_loss", "last_loss")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(get_args(Method)))
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=450)
     options = parser.parse_args()
     if strangers := set(options.methods) - set(get_args(Method)):
         parser.error(f"no method {', '.join(strangers)}; there are {', '.join(get_args(Method))}")
 
-    around = environment()
-    path = results_folder(around) / f"{NAME}.json"
-    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    measured = before["methods"] if before.get("steps") == options.steps else {}
     for method in options.methods or get_args(Method):
-        measured[method] = learn(method, options.steps)
-        content = {
-            "command": f"python benchmarks/balancing_methods.py --steps {options.steps}",
-            "steps": options.steps,
-            "methods": {name: measured[name] for name in get_args(Method) if name in measured},
-        }
-        record(NAME, content, around)  # after each: what is done is done
-    print_table(measured)
+        keep(method, options.steps, learn(method, options.steps))
+    print_table(recorded(NAME, environment())["methods"])
+
+
+def keep(method: str, steps: int, measured: dict[str, Any]) -> None:
+    """Adds one method to the results with as many steps; others may have come in the meantime."""
+    around = environment()
+    before = recorded(NAME, around)
+    methods = {**(before["methods"] if before.get("steps") == steps else {}), method: measured}
+    ordered = {name: methods[name] for name in get_args(Method) if name in methods}
+    command = f"python benchmarks/balancing_methods.py --steps {steps}"
+    record(NAME, {"command": command, "steps": steps, "methods": ordered}, around)
 
 
 def learn(method: str, steps: int) -> dict[str, Any]:

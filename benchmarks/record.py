@@ -35,6 +35,12 @@ def record(name: str, content: dict[str, Any], environment: dict[str, Any]) -> P
     return path
 
 
+def recorded(name: str, environment: dict[str, Any]) -> dict[str, Any]:
+    """What was written before to results/<device>/<name>.json; nothing where there is no such file."""
+    path = results_folder(environment) / f"{name}.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
 def record_kernels(measured: dict[tuple[str, str, str], dict[str, Any]], command: str) -> None:
     """Writes results/<device>/<kernel>.json for every kernel that was measured.
 

@@ -9,8 +9,8 @@ machine's matrix rate is measured, too. Turns are short and many, because batche
 and so does a machine's speed; a system's turns count together. A token is real if it is no padding. The shape llama-1b
 is trained on random texts, without DATA, one system after the other: together they do not fit a GPU.
 
-Utilisation: the operations of the products that forward and backward cannot do without, at the labelled tokens only
-after the last attention, over what the machine does in that time in its best product.
+Utilisation: the operations of the products that forward and backward cannot do without, from the last block's attention
+on at the labelled tokens only, over what the machine does in that time in its best product.
 """
 
 import argparse

@@ -139,15 +139,16 @@ def _ours(model: MultiTaskModel, kind: str, next_batch: Callable[[], PackedBatch
 
 
 def _amount_of(batch: PackedBatch, model: MultiTaskModel) -> Amount:
-    seen = batch.positions + 1
-    rows, small = len(batch.rows.token), sum(batch.rows.counts[: len(model.tasks) - model.num_vocabulary])
+    from trunkline.training.flops import seen_pairs
+
+    pairs, row_pairs = seen_pairs(batch, model.trunk.config.causal)
     return Amount(
         tokens=batch.real_tokens,
         padding=len(batch.tokens) - batch.real_tokens,
-        pairs=float(seen[: batch.real_tokens].sum()),
-        row_pairs=float(seen[batch.rows.token].sum()),
-        rows=rows,
-        targets=rows - small,
+        pairs=pairs,
+        row_pairs=row_pairs,
+        rows=len(batch.rows.token),
+        targets=sum(batch.rows.counts[model.num_small + model.num_spans :]),
     )
 
 

@@ -10,12 +10,11 @@ what the change 'pretrained' starts from; it has seen its text besides the budge
 """
 
 import argparse
-import json
 import tempfile
 from dataclasses import replace
 from typing import Any
 
-from trunkline.benchmarks.record import ROOT, record, results_folder
+from trunkline.benchmarks.record import ROOT, record, recorded
 from trunkline.engine.engine import Engine
 from trunkline.training.compare import load_comparison
 from trunkline.training.environment import environment
@@ -57,8 +56,7 @@ def main() -> None:
 def keep(name: str, seed: int, measured: dict[str, Any]) -> None:
     """Adds one run to the results; others may have come in the meantime."""
     around = environment()
-    path = results_folder(around) / f"{NAME}.json"
-    changes = json.loads(path.read_text(encoding="utf-8"))["changes"] if path.exists() else {}
+    changes = recorded(NAME, around).get("changes", {})
     changes.setdefault(name, {})[str(seed)] = measured
     ordered = {change: dict(sorted(changes[change].items())) for change in CHANGES if change in changes}
     record(NAME, {"command": "python benchmarks/what_helps.py DATA --books BOOKS", "changes": ordered}, around)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy
 import pytest
@@ -198,3 +199,39 @@ def lively(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path
             if parameter.ndim > 1:
                 parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
     return engine.save(tmp_path_factory.mktemp("lively"))
+
+
+@pytest.fixture
+def fresh_counts() -> Iterator[None]:
+    """What is left to PyTorch warns anew, and `attention_counts` begins with nothing."""
+    from trunkline.engine import drop_in
+
+    drop_in._counts.clear()
+    yield
+    drop_in._counts.clear()
+
+
+@pytest.fixture(scope="session")
+def built_models() -> dict[str, Any]:
+    return {}
+
+
+@pytest.fixture
+def model_of(built_models: dict[str, Any]) -> Iterator[Callable[[str], Any]]:
+    """The Hugging Face model of a family, in evaluation mode; made once, and as it was after every test."""
+    from foreign_models import BUILD, with_large_weights
+    from trunkline import unpatch
+
+    used = []
+
+    def model(family: str) -> Any:
+        if family not in built_models:
+            built_models[family] = with_large_weights(BUILD[family]().double().eval())
+        used.append(built_models[family])
+        return built_models[family]
+
+    yield model
+    for one in used:
+        one.zero_grad()
+        if one.config._attn_implementation == "trunkline":
+            unpatch(one)

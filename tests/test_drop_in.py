@@ -1,7 +1,6 @@
 """The functions and the module of other libraries, each against the thing it replaces or its definition."""
 
 import math
-from collections.abc import Iterator
 from itertools import pairwise
 
 import pytest
@@ -10,16 +9,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import trunkline
-from trunkline.engine import drop_in
 
 HEADS, WIDTH = 4, 8
-
-
-@pytest.fixture(autouse=True)
-def fresh_counts() -> Iterator[None]:
-    drop_in._counts.clear()
-    yield
-    drop_in._counts.clear()
+pytestmark = pytest.mark.usefixtures("fresh_counts")
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -32,21 +32,25 @@ def trunk_flops(
     """
     D, E, H, G = config.hidden_size, config.head_width, config.num_heads, config.kv_heads
     gate = 2 if config.activation == "swiglu" else 1
-    qkv, rest = D * (H + 2 * G) * E, D * H * E + (gate + 1) * D * config.mlp_width
-    before = config.num_layers - 1
-    blocks = (
-        config.num_layers * qkv * tokens + 2 * H * E * (before * pairs + row_pairs) + rest * (before * tokens + rows)
-    )
-    return 2.0 * (blocks + D * config.vocab_size * written)
+    before = config.num_layers - 1  # blocks before the last
+    qkv = D * (H + 2 * G) * E * config.num_layers * tokens
+    attention = 2 * H * E * (before * pairs + row_pairs)  # scores, and values times them
+    after = (D * H * E + (gate + 1) * D * config.mlp_width) * (before * tokens + rows)
+    return 2.0 * (qkv + attention + after + D * config.vocab_size * written)
+
+
+def seen_pairs(batch: PackedBatch, causal: bool) -> tuple[float, float]:
+    """Pairs of a token and one that it sees: of all tokens that carry an example, and of the labelled ones."""
+    seen = batch.positions + 1 if causal else batch.plan.spans.diff(dim=1).flatten()  # by every token
+    return float(seen[: batch.real_tokens].sum()), float(seen[batch.rows.token].sum())
 
 
 def _trunk(model: MultiTaskModel, batch: PackedBatch) -> float:
     config, rows = model.trunk.config, len(batch.rows.token)
     written = sum(batch.rows.counts[model.num_small + model.num_spans :])
     projections = config.hidden_size**2 * rows if model.activation else 0
-    seen = batch.positions + 1 if config.causal else batch.plan.spans.diff(dim=1).flatten()  # by every token
-    pairs, row_pairs = float(seen[: batch.real_tokens].sum()), float(seen[batch.rows.token].sum())
-    return trunk_flops(config, batch.real_tokens, rows, written, pairs, row_pairs) + 2.0 * projections
+    blocks = trunk_flops(config, batch.real_tokens, rows, written, *seen_pairs(batch, config.causal))
+    return blocks + 2.0 * projections
 
 
 def _bilstm(model: BiLSTM, batch: PackedBatch) -> float:
