@@ -84,6 +84,7 @@ def tables(folder: Path) -> str:
         "scaling": _scaling,
         "losses": _losses,
         "balancing": _balancing,
+        "balancing_methods": _balancing_methods,
         "generation": _generation,
         "learning": _learning,
         "comparison": _comparison,
@@ -156,6 +157,24 @@ def _balancing(balancing: dict[str, Any]) -> str:
 task's exact gradient a step of nine tasks takes {times["weights from gradients"]:.3f}x the time of one with fixed
 weights; with one backward pass per task it takes {times["a backward pass per task"]:.1f}x (`{balancing["command"]}`,
 median of {len(balancing["seconds"]["fixed weights"])} turns).
+"""
+
+
+def _balancing_methods(found: dict[str, Any]) -> str:
+    methods: dict[str, dict[str, Any]] = found["methods"]
+    metrics = next(iter(methods.values()))["metric"]
+    rows = []
+    for method, of in methods.items():
+        scores = " | ".join(f"{of['tasks'][task]['metrics'][metric]:.3f}" for task, metric in metrics.items())
+        rows.append(f"| {method} | {scores} | {of['mean_score']:.3f} | {of['seconds']:.0f} |")
+    heads = " | ".join(f"{task} ({metric})" for task, metric in metrics.items())
+    return f"""
+**Balancing the demo's tasks**, on {_measured_on(found["environment"])} (`{found["command"]}`): scores of one run with
+every method, and its seconds of training.
+
+| method | {heads} | mean | seconds |
+|---|{"---|" * (len(metrics) + 2)}
+{chr(10).join(rows)}
 """
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import pytest_collection_modifyitems
 from trunkline import Task, Trunk
-from trunkline.benchmarks import gpu, record, scaling, step, training_systems
+from trunkline.benchmarks import balancing_methods, gpu, record, scaling, step, training_systems
 from trunkline.benchmarks.examples import Kernel, map_tensors, scaled, shipped_kernels
 from trunkline.benchmarks.floors import RATES, Work, floor, work_of
 from trunkline.benchmarks.measure import SMOKE, contest
@@ -215,6 +215,24 @@ def test_readme_says_what_balancing_costs(results):
     text = " ".join(record.tables(results / "nvidia-h200").split())
     assert "takes 1.015x the time of one with fixed weights" in text
     assert "one backward pass per task it takes 6.2x (`measure it`, median of 7 turns)" in text
+
+
+def test_readme_says_what_every_method_of_balancing_learns(results, monkeypatch):
+    monkeypatch.setattr(balancing_methods, "environment", record.environment)
+
+    def learnt(score: float) -> dict:
+        tasks = {"dialogue": {"metrics": {"rouge1": score, "rougeL": 0.0}}}
+        return {"mean_score": score, "metric": {"dialogue": "rouge1"}, "tasks": tasks, "seconds": 200.4}
+
+    balancing_methods.keep("mgda", 450, learnt(0.25))
+    balancing_methods.keep("fixed", 450, learnt(0.5))
+    rows = ["| method | dialogue (rouge1) | mean | seconds |", "|---|---|---|---|"]
+    rows += ["| fixed | 0.500 | 0.500 | 200 |", "| mgda | 0.250 | 0.250 | 200 |"]  # in the order of all methods
+    assert "\n".join(rows) in record.tables(results / "nvidia-h200")
+    balancing_methods.keep("fixed", 10, learnt(0.125))  # other steps: nothing to compare with
+    text = record.tables(results / "nvidia-h200")
+    assert "| fixed | 0.125 | 0.125 | 200 |" in text
+    assert "mgda" not in text
 
 
 def test_readme_says_what_losses_cost(results):
