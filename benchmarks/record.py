@@ -162,8 +162,9 @@ median of {len(balancing["seconds"]["fixed weights"])} turns).
 
 def _balancing_methods(found: dict[str, Any]) -> str:
     methods: dict[str, dict[str, Any]] = found["methods"]
-    metrics = next(iter(methods.values()))["metric"]
-    rows = []
+    metrics, trivial = (next(iter(methods.values()))[key] for key in ("metric", "baseline"))
+    cells = " | ".join(f"{trivial[task]:.3f}" for task in metrics)
+    rows = [f"| trivial baseline | {cells} | {fmean(trivial.values()):.3f} | |"]
     for method, of in methods.items():
         scores = " | ".join(f"{of['tasks'][task]['metrics'][metric]:.3f}" for task, metric in metrics.items())
         rows.append(f"| {method} | {scores} | {of['mean_score']:.3f} | {of['seconds']:.0f} |")
