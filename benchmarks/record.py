@@ -264,7 +264,8 @@ def _what_helps(found: dict[str, Any]) -> str:
     heads = " | ".join(f"{task} ({metric})" for task, metric in metrics.items())
     return f"""
 **What helps the multi-task system**, on {_measured_on(found["environment"])} (`{found["command"]}`): each change by
-itself, mean ± standard deviation over the seeds. Only the pretrained trunk has seen more text than the others.
+itself, mean ± standard deviation over the seeds. Only the pretrained trunk has seen more text than the others. As it
+is, it differs from the comparison's `multitask` in its initial weights: the vocabulary there has bert's mask, too.
 
 | change | {heads} | seeds |
 |---|{"---|" * (len(metrics) + 1)}
