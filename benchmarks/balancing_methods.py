@@ -1,9 +1,9 @@
 """The demo learnt with every balancing method: the scores of its tasks beside those with fixed weights.
 
-    python benchmarks/balancing_methods.py [METHOD ...] [--steps 450]
+    python benchmarks/balancing_methods.py [METHOD ...] [--steps N]
 
-Without names all eleven, `fixed` first. 450 steps, those of the demo, take about three minutes a method on two cores;
-what was measured before with as many steps is kept, so that a part of the methods can be run at a time.
+Without names all eleven, `fixed` first. With the demo's own steps a method takes about three minutes on two cores; what
+was measured before with as many steps is kept, so that a part of the methods can be run at a time.
 """
 
 import argparse
@@ -16,16 +16,18 @@ from trunkline.engine.engine import Engine
 from trunkline.training.balancing import Method
 from trunkline.training.config import load_config
 from trunkline.training.environment import environment
-from trunkline.training.metrics import metric_names
 
 NAME = "balancing_methods"
+DEMO = ROOT / "training" / "configs" / "demo.yaml"
 KEPT = ("metrics", "first_loss", "last_loss")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("methods", nargs="*", metavar="METHOD", help=", ".join(get_args(Method)))
-    parser.add_argument("--steps", type=int, default=450)
+    parser.add_argument(
+        "--steps", type=int, default=load_config(DEMO).steps, help="default: %(default)s, those of the demo"
+    )
     options = parser.parse_args()
     if strangers := set(options.methods) - set(get_args(Method)):
         parser.error(f"no method {', '.join(strangers)}; there are {', '.join(get_args(Method))}")
@@ -49,16 +51,12 @@ def learn(method: str, steps: int) -> dict[str, Any]:
     """What the summary of the demo run says of its tasks, and the seconds of training."""
     with tempfile.TemporaryDirectory() as folder:
         overrides = [f"balancing={method}", f"steps={steps}", f"run={folder}/run", f"evaluation.every={steps}"]
-        engine = Engine.from_config(load_config(ROOT / "training" / "configs" / "demo.yaml", overrides))
-        summary = engine.fit()
+        summary = Engine.from_config(load_config(DEMO, overrides)).fit()
     tasks = {name: {key: task[key] for key in KEPT} for name, task in summary["tasks"].items()}
-    first = {task.name: metric_names(task)[0] for task in engine.tasks}
-    score = fmean(tasks[name]["metrics"][metric] for name, metric in first.items())
-    trivial = {name: summary["tasks"][name]["baseline"]["metrics"][metric] for name, metric in first.items()}
     return {
-        "mean_score": score,
-        "metric": first,
-        "baseline": trivial,
+        "mean_score": fmean(task["metrics"][task["metric"]] for task in summary["tasks"].values()),
+        "metric": {name: task["metric"] for name, task in summary["tasks"].items()},
+        "baseline": {name: task["baseline"]["metrics"][task["metric"]] for name, task in summary["tasks"].items()},
         "tasks": tasks,
         "seconds": summary["training_seconds"],
     }

@@ -18,7 +18,6 @@ from trunkline.benchmarks.record import ROOT, record, recorded
 from trunkline.engine.engine import Engine
 from trunkline.training.compare import load_comparison
 from trunkline.training.environment import environment
-from trunkline.training.metrics import metric_names
 from trunkline.training.systems import ordinary
 
 NAME = "what_helps"
@@ -66,11 +65,13 @@ def scores(data: str, seed: int, overrides: list[str]) -> dict[str, Any]:
     """The first metric of every task after training, and the seconds of it."""
     with tempfile.TemporaryDirectory() as folder:
         config = ordinary(load_comparison(CONFIG, [f"data={data}", f"run={folder}/run", *overrides]))
-        engine = Engine.from_config(replace(config, seed=seed))
-        summary = engine.fit()
-    metrics = {task.name: metric_names(task)[0] for task in engine.tasks}
-    found = {name: summary["tasks"][name]["metrics"][metric] for name, metric in metrics.items()}
-    return {"scores": found, "metrics": metrics, "seconds": summary["training_seconds"]}
+        summary = Engine.from_config(replace(config, seed=seed)).fit()
+    tasks = summary["tasks"].items()
+    return {
+        "scores": {name: task["metrics"][task["metric"]] for name, task in tasks},
+        "metrics": {name: task["metric"] for name, task in tasks},
+        "seconds": summary["training_seconds"],
+    }
 
 
 if __name__ == "__main__":
