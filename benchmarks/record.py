@@ -44,24 +44,29 @@ def recorded(name: str, environment: dict[str, Any]) -> dict[str, Any]:
 def record_kernels(measured: dict[tuple[str, str, str], dict[str, Any]], command: str) -> None:
     """Writes results/<device>/<kernel>.json for every kernel that was measured.
 
+    Cases of an earlier session stay where they were measured in the same environment and are not among these.
+
     Args:
         measured: (kernel, shape, direction) -> dtype, sizes, work, floor and, by system, seconds a call in every round
             or the exception that kept it out.
         command: that measured it.
     """
+    around = environment()
     for kernel in dict.fromkeys(kernel for kernel, _, _ in measured):
-        cases = [
-            {
-                "shape": shape,
-                "direction": direction,
-                **case,
-                "sizes": {name: _brief(size) for name, size in case["sizes"].items()},
-                "systems": {name: _times(outcome) for name, outcome in case["systems"].items()},
-            }
-            for (of, shape, direction), case in measured.items()
-            if of == kernel
-        ]
-        record(kernel, {"command": command, "unit": "seconds a call", "cases": cases}, environment())
+        before = recorded(kernel, around)
+        kept = before["cases"] if before.get("environment") == around else []
+        cases = {(case["shape"], case["direction"]): case for case in kept}
+        for (of, shape, direction), case in measured.items():
+            if of == kernel:
+                cases[shape, direction] = {
+                    "shape": shape,
+                    "direction": direction,
+                    **case,
+                    "sizes": {name: _brief(size) for name, size in case["sizes"].items()},
+                    "systems": {name: _times(outcome) for name, outcome in case["systems"].items()},
+                    "command": command,
+                }
+        record(kernel, {"unit": "seconds a call", "cases": list(cases.values())}, around)
 
 
 def _brief(size: Any) -> Any:
@@ -276,6 +281,7 @@ is, it differs from the comparison's `multitask` in its initial weights: the voc
 def _kernel(name: str, content: dict[str, Any]) -> str:
     """One row a shape and direction; milliseconds, and what they are beside the best peer and the floor."""
     cases = content["cases"]
+    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(case["command"] for case in cases))
     systems = list(dict.fromkeys(system for case in cases for system in case["systems"]))
     rows = []
     for case in cases:
@@ -289,7 +295,7 @@ def _kernel(name: str, content: dict[str, Any]) -> str:
         rows.append(f"| {case['shape']} | {case['direction']} | {' | '.join(cells)} | {ratio} | {reached} | {rate} |")
     return f"""
 ## {name}
-On {_measured_on(content["environment"])}, {cases[0]["dtype"]}: `{content["command"]}`. Milliseconds a call, median of
+On {_measured_on(content["environment"])}, {cases[0]["dtype"]}: {commands}. Milliseconds a call, median of
 the rounds; then how many times faster than the fastest other, the share of the floor, and TFLOP/s.
 
 | shape | direction | {" | ".join(systems)} | faster | of the floor | TFLOP/s |

@@ -1,7 +1,8 @@
 """Packed attention in plain PyTorch: the reference that serves where no kernel does, fast on a CPU.
 
 A packed batch is split into dense problems, each a call of PyTorch's own attention for CPUs: all tiles of one width are
-one batched problem, a longer sequence is one of its own. With a window or other positions of the keys, it is cut into
+one batched problem, a longer sequence is one of its own, and sequences that all have one length are a problem as they
+lie. With a window or other positions of the keys, it is cut into
 blocks, each with only the keys that some of its queries see. Where the queries of some tokens only, `rows`, are asked
 for, every problem has those alone. What PyTorch's attention cannot do (dropout that does not depend on the tiling,
 soft-capping, a GPU) is done here block by block.
@@ -44,10 +45,11 @@ class Tiles(NamedTuple):
 class Problem(NamedTuple):
     """n small attention problems of one shape."""
 
-    queries: Tiles | slice  # by token, or by place in `rows`; a slice where n is 1
+    queries: Tiles | slice  # by token, or by place in `rows`; a slice has those of all n, one after the other
     keys: Tiles | slice  # by token
     bias: Tensor | None = None  # (n, 1, M, N): 0 where a query sees a key, -inf where it does not; None: all are seen
     causal: bool = False  # instead of a bias: a query sees the keys up to its own
+    n: int = 1  # of slices
 
 
 def _problems(
@@ -62,8 +64,21 @@ def _problems(
     """Those of a packed batch; `in_blocks` of at most 128 queries."""
     settings = (narrow_tiles, left, right, dtype, in_blocks)
     if rows is None:
-        return _all_problems(layout, *settings, cut=MIDDLING)
+        equal = None if in_blocks or left >= 0 else _equal_sequences(layout, right)
+        return iter([equal]) if equal else _all_problems(layout, *settings, cut=MIDDLING)
     return iter(_problems_of_rows(rows, tuple(layout), _versions(rows, *layout), *settings))
+
+
+def _equal_sequences(layout: list[Tensor], right: int) -> Problem | None:
+    """All sequences at once where they have one length: nothing has to be moved, and no tile to be filled."""
+    cu_seqlens, cu_seqlens_k = Layout.of(layout).cu_seqlens, Layout.of(layout).cu_seqlens_k
+    sizes = [(q, k) for q, k in zip(*(x.diff().tolist() for x in (cu_seqlens, cu_seqlens_k)), strict=True) if q or k]
+    size, size_k = sizes[0] if len(set(sizes)) == 1 else (0, 0)
+    is_whole = right < 0 or (right == 0 and size == size_k and size not in MIDDLING)
+    if not (size and size_k and is_whole):
+        return None
+    n = len(sizes)
+    return Problem(slice(0, n * size), slice(0, n * size_k), causal=right == 0, n=n)
 
 
 def _versions(*tensors: Tensor) -> tuple[int, ...]:
@@ -90,7 +105,7 @@ def _problems_of_rows(
 
 def _of_rows(problem: Problem, tokens: Tensor, places: Tensor, dtype: torch.dtype) -> Problem | None:
     """The problem with the queries of `tokens` (R,) alone, which ascend; `places` is where in `rows` they stand."""
-    queries, keys, bias, causal = problem
+    queries, keys, bias, causal, _ = problem
     if isinstance(queries, slice):
         start, end = tokens.new_tensor([[queries.start], [queries.stop]])
     else:
@@ -201,10 +216,10 @@ def _precise(x: Tensor, heads: int) -> Tensor:
     return x.repeat_interleave(heads // x.shape[1], 1) if x.shape[1] < heads else x
 
 
-def _take(x: Tensor, where: Tiles | slice) -> Tensor:
+def _take(x: Tensor, where: Tiles | slice, n: int) -> Tensor:
     """(T, H, ...) -> (n, H, M, ...)"""
     if isinstance(where, slice):
-        return x[None, where].transpose(1, 2)
+        return x[where].unflatten(0, (n, -1)).transpose(1, 2)
     return x.index_select(0, where.token.flatten()).unflatten(0, where.token.shape).transpose(1, 2)
 
 
@@ -253,8 +268,8 @@ def forward(
     q, k, v = (_precise(x, H) for x in (q, k, v))
     out, lse = torch.zeros_like(q, memory_format=torch.contiguous_format), q.new_zeros(q.shape[:2])
     for problem in _problems(layout, narrow_tiles, left, right, rows, q.dtype, in_blocks=not plain):
-        queries, keys, bias, causal = problem
-        block = _take(q, queries), _take(k, keys), _take(v, keys)
+        queries, keys, bias, causal, n = problem
+        block = _take(q, queries, n), _take(k, keys, n), _take(v, keys, n)
         if plain:
             block_out, block_lse = _flash(*block, 0.0, causal, attn_mask=bias, scale=scale)
         else:
@@ -306,11 +321,12 @@ def backward(
     lse = lse.T  # (T, H)
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     for problem in _problems(layout, narrow_tiles, left, right, rows, q.dtype, in_blocks=not plain):
-        queries, keys, bias, causal = problem
-        block_lse = _take(lse, queries)
+        queries, keys, bias, causal, n = problem
+        block_lse = _take(lse, queries, n)
         if isinstance(queries, Tiles):  # of weights that are 0 come gradients of 0
             block_lse = block_lse.masked_fill(queries.filler[:, None], float("inf"))
-        block = _take(dout, queries), _take(q, queries), _take(k, keys), _take(v, keys), _take(out, queries), block_lse
+        block_dout, block_q, block_out = (_take(x, queries, n) for x in (dout, q, out))
+        block = block_dout, block_q, _take(k, keys, n), _take(v, keys, n), block_out, block_lse
         if plain:
             gradients = _flash_backward(*block, 0.0, causal, attn_mask=bias, scale=scale)
         else:

@@ -12,6 +12,7 @@ R rows, D width, N tasks, K columns of the table, C columns of the widest task
 Source: Caruana, Multitask Learning, 1997; label smoothing as in Szegedy et al., arXiv:1512.00567, section 7.
 """
 
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,7 +71,9 @@ def _task_of_rows(offsets: Tensor, rows: int) -> Tensor:
 
 
 # The reference. With some hundred rows the arithmetic takes less time than the calls that it is made of: there are as
-# few as can be, and indices are worked out in numpy, whose calls cost a fifth of torch's.
+# few as can be, and indices are worked out in numpy, whose calls cost a fifth of torch's. A task with more logits than
+# this has products of its own, which then cost less than its logits one by one.
+LARGE = 512
 
 
 class _Entries(NamedTuple):
@@ -89,6 +92,7 @@ class _Layout:
         self.device = offsets.device
         self.offsets, self.class_offsets = offsets.cpu().numpy(), class_offsets.cpu().numpy()
         self.counts, self.classes = np.diff(self.offsets), np.diff(self.class_offsets)  # (N,)
+        self.is_small = self.counts * self.classes <= LARGE
 
     def check(self, rows: int, columns: int, width: int) -> None:
         """Raises ValueError for what only the values tell."""
@@ -116,14 +120,22 @@ class _Layout:
         return of_task.repeat(self.counts)
 
     def by_row(self, width: int) -> _Entries:
-        """Row after row, the columns of its task."""
-        starts, row, column = _ranges(self.of_row(self.class_offsets[:-1]), self.of_row(self.classes))
+        """Row after row, the columns of its task if that is small."""
+        count = self.of_row(self.classes * self.is_small)
+        starts, row, column = _ranges(self.of_row(self.class_offsets[:-1]), count)
         return self._entries(starts, row, column, width)
 
     def by_column(self, width: int) -> _Entries:
-        """Column after column, the rows of its task."""
-        starts, column, row = _ranges(self.offsets[:-1].repeat(self.classes), self.counts.repeat(self.classes))
+        """Column after column, the rows of its task if that is small."""
+        count = (self.counts * self.is_small).repeat(self.classes)
+        starts, column, row = _ranges(self.offsets[:-1].repeat(self.classes), count)
         return self._entries(starts, row, column, width)
+
+    def large(self) -> Iterator[tuple[slice, slice, slice]]:
+        """Of every other task: its rows, its columns of the table, and those of (R, C)."""
+        for t in np.flatnonzero(~self.is_small):
+            rows, columns = (slice(*bounds[t : t + 2].tolist()) for bounds in (self.offsets, self.class_offsets))
+            yield rows, columns, slice(int(self.classes[t]))
 
     def _entries(self, starts: np.ndarray, row: np.ndarray, column: np.ndarray, width: int) -> _Entries:
         place = row * width + column - self.of_row(self.class_offsets[:-1])[row]
@@ -146,13 +158,14 @@ def _logits_reference(
 def _logits(x: Tensor, weight: Tensor, bias: Tensor, layout: _Layout, width: int) -> Tensor:
     """(R, C), -inf beyond the last class"""
     dtype = torch.promote_types(x.dtype, torch.float32)
+    x, weight, bias = (tensor.to(dtype) for tensor in (x, weight, bias))
     starts, row, column, place = layout.by_row(width)
     # the derivative of a bag's sum by its factors: x[row] . weight[column] without a copy of either
-    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        x.to(dtype), weight.to(dtype), column, starts, row, mode=0
-    )
-    logits = x.new_full((len(x), width), float("-inf"), dtype=dtype)
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(x, weight, column, starts, row, mode=0)
+    logits = x.new_full((len(x), width), float("-inf"))
     logits.view(-1).index_copy_(0, place, products.add_(bias.index_select(0, column)))
+    for rows, columns, classes in layout.large():
+        logits[rows, classes] = F.linear(x[rows], weight[columns], bias[columns])
     return logits
 
 
@@ -203,20 +216,27 @@ def _forward_reference(
 def _backward_reference(
     dloss: Tensor, gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, class_offsets: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    layout, C = _Layout(offsets, class_offsets), gradient.shape[1]
+    dtypes, C, layout = (x.dtype, weight.dtype, bias.dtype), gradient.shape[1], _Layout(offsets, class_offsets)
+    x, weight = x.to(gradient.dtype), weight.to(gradient.dtype)
     task = torch.as_tensor(layout.of_row(np.arange(len(dloss))), device=x.device)
-    dlogits = (gradient * dloss.index_select(0, task)[:, None]).view(-1)  # (R * C,)
+    dlogits = gradient * dloss.index_select(0, task)[:, None]  # (R, C)
 
     def weighted_sums(table: Tensor, starts: Tensor, index: Tensor, factors: Tensor) -> Tensor:
-        return F.embedding_bag(index, table.to(factors.dtype), starts, per_sample_weights=factors, mode="sum")
+        return F.embedding_bag(index, table, starts, per_sample_weights=factors, mode="sum")
 
     starts, row, column, place = layout.by_row(C)
-    dx = weighted_sums(weight, starts, column, dlogits.index_select(0, place))
+    dx = weighted_sums(weight, starts, column, dlogits.view(-1).index_select(0, place))
     starts, row, column, place = layout.by_column(C)
-    factors = dlogits.index_select(0, place)
+    factors = dlogits.view(-1).index_select(0, place)
     dweight = weighted_sums(x, starts, row, factors)
     dbias = factors.new_zeros(len(bias)).index_add_(0, column, factors)
-    return dx.to(x.dtype), dweight.to(weight.dtype), dbias.to(bias.dtype)
+    for rows, columns, classes in layout.large():
+        of_task = dlogits[rows, classes]
+        torch.mm(of_task, weight[columns], out=dx[rows])
+        torch.mm(of_task.T, x[rows], out=dweight[columns])
+        torch.sum(of_task, 0, out=dbias[columns])
+    dx, dweight, dbias = (total.to(dtype) for total, dtype in zip((dx, dweight, dbias), dtypes, strict=True))
+    return dx, dweight, dbias
 
 
 def _has_kernel(x: Tensor, width: int) -> bool:

@@ -20,6 +20,9 @@ RUNS = {  # lengths of the sequences, those of a tile in one list; one of more t
     "long": [[140]],
     "longer": [[257]],
     "very long": [[500], [2], [1025]],
+    "equal": [[32, 32], [32, 0], [32]],
+    "equal, long": [[150], [150]],
+    "equal, longer": [[300], [300]],
     "no token": [[0]],
 }
 WIDTH = 16

@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -169,15 +170,38 @@ def results(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(record, "RESULTS", tmp_path)
     where = {**record.environment(), "gpu": "NVIDIA H200"}
     monkeypatch.setattr(record, "environment", lambda: where)
-    case = {
+    record.record_kernels({("task_gram", "some shape", "forward"): timed(0.002)}, "pytest benchmarks")
+    return tmp_path
+
+
+def timed(seconds: float) -> dict[str, Any]:
+    """One case, as `record_kernels` takes it."""
+    return {
         "dtype": "bfloat16",
         "sizes": {"lengths": [48, 48, 768], "heads": 12},
         "work": {"bytes": 1e6, "operations": 4e9, "exponentials": 0.0},
         "floor": 0.001,
-        "systems": {"trunkline": [0.002, 0.004, 0.002], "slow": [0.006, 0.006], "absent": Unavailable("not installed")},
+        "systems": {
+            "trunkline": [seconds, 2 * seconds, seconds],
+            "slow": [0.006, 0.006],
+            "absent": Unavailable("not installed"),
+        },
     }
-    record.record_kernels({("task_gram", "some shape", "forward"): case}, "pytest benchmarks")
-    return tmp_path
+
+
+def test_a_part_measured_again_leaves_the_other_results(results, monkeypatch):
+    def recorded() -> dict[str, tuple[float, str]]:
+        content = json.loads((results / "nvidia-h200" / "task_gram.json").read_text())
+        return {case["shape"]: (case["systems"]["trunkline"]["median"], case["command"]) for case in content["cases"]}
+
+    record.record_kernels({("task_gram", "other shape", "forward"): timed(0.003)}, "pytest -k other")
+    assert recorded() == {"some shape": (0.002, "pytest benchmarks"), "other shape": (0.003, "pytest -k other")}
+    record.record_kernels({("task_gram", "some shape", "forward"): timed(0.001)}, "pytest -k some")
+    assert recorded() == {"some shape": (0.001, "pytest -k some"), "other shape": (0.003, "pytest -k other")}
+    upgraded = {**record.environment(), "torch": "99.0"}
+    monkeypatch.setattr(record, "environment", lambda: upgraded)
+    record.record_kernels({("task_gram", "other shape", "forward"): timed(0.002)}, "pytest")
+    assert recorded() == {"other shape": (0.002, "pytest")}
 
 
 def test_results_are_kept_by_device(results):

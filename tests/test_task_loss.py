@@ -27,6 +27,7 @@ CLASSES = [3, 1, 2, 7, 1, 5]  # columns of every task
 REGRESSION = [False, True, False, False, False, False]  # the other task with one column has one class
 ABSENT = 3
 ROWS = {"mixed": sorted([0, 1, 2, 4, 5] * 40), "one row": [2], "one task": [1] * 9, "no row": []}  # each row's task
+LARGE = [0] * 200 + [1] * 9 + [3] * 100 + [5]  # two tasks of over 512 logits between small ones
 
 
 class Inputs(NamedTuple):
@@ -91,6 +92,11 @@ def test_matches_definition(tasks, smoothing, device):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision(dtype, device):
     assert_matches(make(ROWS["mixed"], dtype, device), smoothing=0.1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_large_tasks(dtype):
+    assert_matches(make(LARGE, dtype), smoothing=0.1, slack=4.0)  # sums of 200 losses, one after the other
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
