@@ -373,11 +373,11 @@ def task_loss(
     if class_weight is not None:
         first = class_offsets[:-1].long()[_task_of_rows(offsets, R)]
         row_weight = row_weight * class_weight[first + target]
-    return LossSums(
-        *_TaskLoss.apply(
-            x, weight, bias, offsets, target, value, row_weight, class_offsets, regression, width, label_smoothing
-        )
+    loss, *others = _TaskLoss.apply(
+        x, weight, bias, offsets, target, value, row_weight, class_offsets, regression, width, label_smoothing
     )
+    # compiled by torch 2.11, a view that was marked as not differentiable has a gradient all the same
+    return LossSums(loss, *(total.detach() for total in others))
 
 
 SHAPES: dict[str, dict[str, Any]] = {

@@ -53,7 +53,8 @@ def test_memory_of_a_step_on_a_cpu(tiny_config: Path, tmp_path, width):
 
 def most_allocated(work, folder) -> int:
     """Bytes that PyTorch's own allocator had given out at most during `work`, beyond what there was before."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
         work()
     profile.export_chrome_trace(str(folder / "memory.json"))
     trace = json.loads((folder / "memory.json").read_text())["traceEvents"]

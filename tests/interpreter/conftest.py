@@ -13,6 +13,17 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 if not INTERPRETED and not torch.cuda.is_available():
     collect_ignore_glob = ["test_*.py"]
 
+if INTERPRETED:  # a bound of a loop is an array of one element, which Triton 3.6 gives to int() and numpy 2.5 refuses
+    from triton.runtime import interpreter
+
+    _patch_tensor = interpreter._patch_lang_tensor
+
+    def _patch_tensor_and_index(tensor, scope) -> None:
+        _patch_tensor(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+    interpreter._patch_lang_tensor = _patch_tensor_and_index
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not INTERPRETED:
