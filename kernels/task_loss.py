@@ -71,9 +71,9 @@ def _task_of_rows(offsets: Tensor, rows: int) -> Tensor:
 
 
 # The reference. With some hundred rows the arithmetic takes less time than the calls that it is made of: there are as
-# few as can be, and indices are worked out in numpy, whose calls cost a fifth of torch's. A task with more logits than
-# this has products of its own, which then cost less than its logits one by one.
-LARGE = 512
+# few as can be, and indices are worked out in numpy, whose calls cost a fifth of torch's. A task with at least so many
+# logits, and classes, has products of its own, which then take less time than its logits one by one.
+LARGE, WIDE = 2500, 8
 
 
 class _Entries(NamedTuple):
@@ -92,7 +92,7 @@ class _Layout:
         self.device = offsets.device
         self.offsets, self.class_offsets = offsets.cpu().numpy(), class_offsets.cpu().numpy()
         self.counts, self.classes = np.diff(self.offsets), np.diff(self.class_offsets)  # (N,)
-        self.is_small = self.counts * self.classes <= LARGE
+        self.is_small = (self.counts * self.classes < LARGE) | (self.classes < WIDE)
 
     def check(self, rows: int, columns: int, width: int) -> None:
         """Raises ValueError for what only the values tell."""
