@@ -223,13 +223,27 @@ def _take(x: Tensor, where: Tiles | slice, n: int) -> Tensor:
     return x.index_select(0, where.token.flatten()).unflatten(0, where.token.shape).transpose(1, 2)
 
 
-def _add(total: Tensor, where: Tiles | slice, x: Tensor) -> None:
-    """Adds (n, H, M, ...) to `total` (T, H, ...)."""
-    x = x.transpose(1, 2).flatten(0, 1)
-    if isinstance(where, slice):
-        total[where].add_(x)
-    else:
-        total.index_copy_(0, where.tokens, x.index_select(0, where.slots))  # they are in no other problem
+class Total:
+    """A sum over problems, (T, H, ...). It begins with zeros, unless the first problem has a term for every token."""
+
+    def __init__(self, like: Tensor):
+        self.like = like
+        self.sum: Tensor | None = None
+
+    def add(self, where: Tiles | slice, x: Tensor) -> None:
+        """Adds (n, H, M, ...)."""
+        x = x.transpose(1, 2).flatten(0, 1)
+        if self.sum is None and where == slice(0, len(self.like)):
+            self.sum = x.contiguous()
+            return
+        self.sum = self.value()
+        if isinstance(where, slice):
+            self.sum[where].add_(x)
+        else:
+            self.sum.index_copy_(0, where.tokens, x.index_select(0, where.slots))  # they are in no other problem
+
+    def value(self) -> Tensor:
+        return torch.zeros_like(self.like, memory_format=torch.contiguous_format) if self.sum is None else self.sum
 
 
 def _kept(
@@ -266,7 +280,7 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     dtype, H, plain = q.dtype, q.shape[1], _is_plain(q, softcap, seed)
     q, k, v = (_precise(x, H) for x in (q, k, v))
-    out, lse = torch.zeros_like(q, memory_format=torch.contiguous_format), q.new_zeros(q.shape[:2])
+    out, lse = Total(q), Total(q[:, :, 0])
     for problem in _problems(layout, narrow_tiles, left, right, rows, q.dtype, in_blocks=not plain):
         queries, keys, bias, causal, n = problem
         block = _take(q, queries, n), _take(k, keys, n), _take(v, keys, n)
@@ -275,9 +289,9 @@ def forward(
         else:
             kept = None if seed is None else _kept(problem, rows, H, dropout, seed, q.device)
             block_out, block_lse = _forward_block(*block, bias, scale, softcap, kept)
-        _add(out, queries, block_out)
-        _add(lse, queries, block_lse)
-    return out.to(dtype), lse.T.contiguous()
+        out.add(queries, block_out)
+        lse.add(queries, block_lse)
+    return out.value().to(dtype), lse.value().T.contiguous()
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor | None, scale: float, softcap: float) -> Tensor:
@@ -319,7 +333,7 @@ def backward(
     dtype, H, G, plain = q.dtype, q.shape[1], k.shape[1], _is_plain(q, softcap, seed)
     q, k, v, dout, out = (_precise(x, H) for x in (q, k, v, dout, out))
     lse = lse.T  # (T, H)
-    dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    totals = [Total(x) for x in (q, k, v)]
     for problem in _problems(layout, narrow_tiles, left, right, rows, q.dtype, in_blocks=not plain):
         queries, keys, bias, causal, n = problem
         block_lse = _take(lse, queries, n)
@@ -332,8 +346,9 @@ def backward(
         else:
             kept = None if seed is None else _kept(problem, rows, H, dropout, seed, q.device)
             gradients = _backward_block(*block, bias, scale, softcap, kept)
-        for total, where, gradient in zip((dq, dk, dv), (queries, keys, keys), gradients, strict=True):
-            _add(total, where, gradient)
+        for total, where, gradient in zip(totals, (queries, keys, keys), gradients, strict=True):
+            total.add(where, gradient)
+    dq, dk, dv = (total.value() for total in totals)
     dk, dv = (x.unflatten(1, (G, H // G)).sum(2) if G < H else x for x in (dk, dv))
     return dq.to(dtype), dk.to(dtype), dv.to(dtype)
 
