@@ -2,10 +2,10 @@
 
     python benchmarks/losses.py [--rounds 40]
 
-Forward and backward, float32. Small heads, width 768: 512 rows of nine tasks, and of four tasks with up to 256 classes,
-beside a Python loop over the tasks; 512 and 4,096 rows of 10 and of 1,000 tasks. The gradient of 1,000 tasks' weights
-is 6 MB that have to be written whatever the rows: what filling it with zeros takes is measured, too, in the cache; in a
-step it takes longer. A vocabulary head: 1,024 rows, width 256, 8,192 words, beside
+Forward and backward, float32. Small heads: 512 rows of nine tasks, and of four tasks with up to 256 classes, at width
+768, beside a Python loop over the tasks; few and many rows of 10 and of 1,000 tasks, at two widths. The gradient of
+1,000 tasks' weights has to be written whatever the rows, 6 MB at width 768: what filling it with zeros takes is
+measured, too, in the cache; in a step it takes longer. A vocabulary head: 1,024 rows, width 256, 8,192 words, beside
 `F.cross_entropy(F.linear())`; of both also the peak memory beyond the inputs, each in a process of its own, by the
 kernel's account of it (Linux).
 """
@@ -30,7 +30,7 @@ from trunkline.kernels import linear_cross_entropy, task_loss
 from trunkline.training.environment import environment
 
 VOCABULARY = {"rows": 1024, "width": 256, "vocabulary": 8192}
-ROWS = 512, 4096  # of 10 and of 1,000 tasks
+SIZES = (512, 256), (512, 768), (4096, 768)  # rows and width of 10 and of 1,000 tasks
 WARM_UP = 3  # rounds
 Call = Callable[[int], object]
 
@@ -44,9 +44,9 @@ def main() -> None:
     for shape in ("9 tasks", "256 classes"):
         small[shape] = _call(_task_loss(shape, OURS))
         small[f"{shape}, loop over tasks"] = _call(_task_loss(shape, "loop over tasks"))
-    for rows in ROWS:
+    for rows, width in SIZES:
         for shape in ("10 tasks", "1000 tasks"):
-            small[f"{shape}, {rows} rows"] = _call(_task_loss(shape, OURS, rows=rows))
+            small[f"{shape}, {rows} x {width}"] = _call(_task_loss(shape, OURS, rows=rows, width=width))
     small["1000 tasks, zeros"] = lambda _: torch.zeros(2000, 768)
     vocabulary = {name: _call(_vocabulary(name)) for name in (OURS, "eager")}
     seconds = {
@@ -59,8 +59,8 @@ def main() -> None:
         "loop over 9 tasks / task_loss": times["9 tasks, loop over tasks"] / times["9 tasks"],
         "256 classes, loop over tasks / task_loss": times["256 classes, loop over tasks"] / times["256 classes"],
         **{
-            f"1000 tasks / 10 tasks, {rows} rows": times[f"1000 tasks, {rows} rows"] / times[f"10 tasks, {rows} rows"]
-            for rows in ROWS
+            f"1000 tasks / 10 tasks, {size}": times[f"1000 tasks, {size}"] / times[f"10 tasks, {size}"]
+            for size in (f"{rows} x {width}" for rows, width in SIZES)
         },
         "eager / linear_cross_entropy": times["eager"] / times[OURS],
         "memory, linear_cross_entropy / eager": memory[OURS] / memory["eager"],

@@ -191,10 +191,11 @@ def _microseconds(seconds: float) -> str:
 
 def _losses(losses: dict[str, Any]) -> str:
     meanings = {
-        "loop over 9 tasks / task_loss": "512 rows of nine tasks: a loop over the tasks, against one call",
+        "loop over 9 tasks / task_loss": "512 rows of nine tasks, width 768: a loop over the tasks, against one call",
         "256 classes, loop over tasks / task_loss": "the same of four tasks with up to 256 classes",
-        "1000 tasks / 10 tasks, 512 rows": "512 rows: 1,000 tasks, against 10",
-        "1000 tasks / 10 tasks, 4096 rows": "4,096 rows: 1,000 tasks, against 10",
+        "1000 tasks / 10 tasks, 512 x 256": "512 rows, width 256: 1,000 tasks, against 10",
+        "1000 tasks / 10 tasks, 512 x 768": "512 rows, width 768: 1,000 tasks, against 10",
+        "1000 tasks / 10 tasks, 4096 x 768": "4,096 rows, width 768: 1,000 tasks, against 10",
         "eager / linear_cross_entropy": "1,024 rows, 8,192 words: `F.cross_entropy(F.linear())`, against ours",
         "memory, linear_cross_entropy / eager": "the same: our memory, against its",
     }
