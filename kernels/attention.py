@@ -44,20 +44,22 @@ def attention_reference(
     seed: int = 0,
 ) -> Tensor:
     """The definition: one sequence after the other, all scores at once."""
-    bounds, bounds_k, repeat = plan.cu_seqlens.tolist(), plan.cu_seqlens_k.tolist(), q.shape[1] // k.shape[1]
+    lengths, lengths_k = plan.cu_seqlens.diff().tolist(), plan.cu_seqlens_k.diff().tolist()
+    repeat = q.shape[1] // k.shape[1]
     scale = q.shape[2] ** -0.5 if scale is None else scale
     left, right = window or (-1, -1)
     head = torch.arange(q.shape[1], device=q.device)[:, None, None]
-    out = torch.zeros_like(q)
-    for s in range(len(bounds) - 1):
-        rows = torch.arange(bounds[s], bounds[s + 1], device=q.device)[:, None]
-        columns = torch.arange(bounds_k[s], bounds_k[s + 1], device=q.device)
-        queries = q[bounds[s] : bounds[s + 1]].transpose(0, 1)  # (H, L, D)
-        keys, values = (x[bounds_k[s] : bounds_k[s + 1]].transpose(0, 1).repeat_interleave(repeat, 0) for x in (k, v))
+    row, column = torch.arange(len(q), device=q.device), torch.arange(len(k), device=q.device)
+    of_queries = (x.split(lengths) for x in (q, row[:, None]))
+    of_keys = (x.split(lengths_k) for x in (k, v, column))
+    out = []
+    for queries, rows, keys, values, columns in zip(*of_queries, *of_keys, strict=True):
+        queries = queries.transpose(0, 1)  # (H, L, D)
+        keys, values = (x.transpose(0, 1).repeat_interleave(repeat, 0) for x in (keys, values))
         scores = queries @ keys.transpose(1, 2) * scale  # (H, L, D) @ (H, D, N) -> (H, L, N)
         if softcap:
             scores = softcap * torch.tanh(scores / softcap)
-        ahead = (columns - bounds_k[s + 1]) - (rows - bounds[s + 1])  # 0 where query and key are as far from their end
+        ahead = (columns - columns[-1:]) - (rows - rows[-1:])  # 0 where query and key are as far from their end
         hidden = torch.zeros_like(ahead, dtype=torch.bool)
         if causal:
             hidden |= ahead > 0
@@ -70,8 +72,8 @@ def attention_reference(
         if dropout:
             kept = kept_reference(seed, rows, columns, head, dropout)
             weights = weights.masked_fill(~kept, 0.0) / (1 - dropout)
-        out[bounds[s] : bounds[s + 1]] = (weights @ values).transpose(0, 1)
-    return out
+        out.append((weights @ values).transpose(0, 1))
+    return torch.cat(out)
 
 
 def _forward_triton(

@@ -47,15 +47,16 @@ def task_loss_reference(
     label_smoothing: float = 0.0,
 ) -> Tensor:
     """The definition: one task after the other, (N,) loss sums."""
-    rows, columns, losses = offsets.tolist(), class_offsets.tolist(), []
-    for t in range(len(columns) - 1):
-        own, table = slice(rows[t], rows[t + 1]), slice(columns[t], columns[t + 1])
-        logits = F.linear(x[own], weight[table], bias[table])
-        if regression[t]:
-            loss = (logits[:, 0] - value[own].to(logits.dtype)).square()
+    rows, columns, losses = offsets.diff().tolist(), class_offsets.diff().tolist(), []
+    of_rows = (tensor.split(rows) for tensor in (x, target, value, row_weight))
+    of_columns = (tensor.split(columns) for tensor in (weight, bias))
+    for x, y, v, row_w, w, b, is_number in zip(*of_rows, *of_columns, regression.tolist(), strict=True):
+        logits = F.linear(x, w, b)
+        if is_number:
+            loss = (logits[:, 0] - v.to(logits.dtype)).square()
         else:
-            loss = F.cross_entropy(logits, target[own], reduction="none", label_smoothing=label_smoothing)
-        losses.append((loss * row_weight[own].to(loss.dtype)).sum())
+            loss = F.cross_entropy(logits, y, reduction="none", label_smoothing=label_smoothing)
+        losses.append((loss * row_w.to(loss.dtype)).sum())
     return torch.stack(losses)
 
 

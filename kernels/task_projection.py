@@ -37,9 +37,8 @@ _DERIVATIVES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {  # of dy and wha
 
 def task_projection_reference(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, activation: str) -> Tensor:
     """The definition: one task after the other."""
-    bounds = offsets.tolist()
-    parts = [x[a:b] @ weight[t] + bias[t] for t, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True))]
-    return _ACTIVATIONS[activation](torch.cat(parts))
+    parts = zip(x.split(offsets.diff().tolist()), weight.unbind(), bias.unbind(), strict=True)
+    return _ACTIVATIONS[activation](torch.cat([rows @ w + b for rows, w, b in parts]))
 
 
 def _present(offsets: Tensor) -> Iterator[tuple[int, slice]]:
