@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from trunkline.kernels.attention_scores import kept_reference
+from trunkline.kernels.dispatch import versions
 from trunkline.kernels.pack_plan import QUERY_BLOCK, Layout
 
 # PyTorch's public attention keeps nothing that a backward pass of our own could start from
@@ -66,7 +67,7 @@ def _problems(
     if rows is None:
         equal = None if in_blocks or left >= 0 else _equal_sequences(layout, right)
         return iter([equal]) if equal else _all_problems(layout, *settings, cut=MIDDLING)
-    return iter(_problems_of_rows(rows, tuple(layout), _versions(rows, *layout), *settings))
+    return iter(_problems_of_rows(rows, tuple(layout), versions(rows, *layout), *settings))
 
 
 def _equal_sequences(layout: list[Tensor], right: int) -> Problem | None:
@@ -79,11 +80,6 @@ def _equal_sequences(layout: list[Tensor], right: int) -> Problem | None:
         return None
     n = len(sizes)
     return Problem(slice(0, n * size), slice(0, n * size_k), causal=right == 0, n=n)
-
-
-def _versions(*tensors: Tensor) -> tuple[int, ...]:
-    """Of tensors by which something is kept: they count changes in place."""
-    return tuple(-1 if x.is_inference() else x._version for x in tensors)
 
 
 @lru_cache(maxsize=2)  # backward asks for what forward did
@@ -137,7 +133,7 @@ def _all_problems(
 ) -> Iterator[Problem]:
     spans, tiles, blocks, cu_seqlens, _, cu_seqlens_k = Layout.of(layout)
     if len(tiles):
-        yield from _tile_problems(spans, tiles, _versions(spans, tiles), narrow_tiles, left, right, dtype)
+        yield from _tile_problems(spans, tiles, versions(spans, tiles), narrow_tiles, left, right, dtype)
     bounds, bounds_k = cu_seqlens.tolist(), cu_seqlens_k.tolist()
     for s, block in blocks.tolist():
         queries, keys = slice(bounds[s], bounds[s + 1]), slice(bounds_k[s], bounds_k[s + 1])

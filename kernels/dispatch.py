@@ -22,7 +22,7 @@ except ImportError:  # macOS, CPU builds: the references serve there, and kernel
 
     triton, tl = SimpleNamespace(jit=_jit), SimpleNamespace(constexpr=object)
 
-__all__ = ["INTERPRET", "compute_capability", "input_precision", "padded_width", "register", "tl", "triton"]
+__all__ = ["INTERPRET", "compute_capability", "input_precision", "padded_width", "register", "tl", "triton", "versions"]
 
 _LIBRARY = torch.library.Library("trunkline", "DEF")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read when a module is imported, as Triton does
@@ -82,6 +82,11 @@ def input_precision(dtype: torch.dtype) -> str:
 def padded_width(columns: int) -> int:
     """Columns of a tile that holds so many: a power of two, and no fewer than a product of tiles takes."""
     return max(16, triton.next_power_of_2(columns))
+
+
+def versions(*tensors: torch.Tensor) -> tuple[int, ...]:
+    """Of tensors by which a result is kept: they count changes in place."""
+    return tuple(-1 if x.is_inference() else x._version for x in tensors)
 
 
 def _without_autocast(op: Callable, device: str) -> Callable:

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parity import assert_as_accurate
-from trunkline.kernels import task_loss_triton, task_tiles
-from trunkline.kernels.task_loss import _forward_reference, task_logits, task_loss, task_loss_reference
+from trunkline.kernels import task_loss_torch, task_loss_triton, task_tiles
+from trunkline.kernels.task_loss import task_logits, task_loss, task_loss_reference
 
 CLASSES = [3, 1, 2, 7, 1, 20]  # columns of every task
 REGRESSION = [False, True, False, False, False, False]  # the other task with one column has one class
@@ -37,12 +37,12 @@ def make(
 
 
 def assert_matches(inputs: tuple[Tensor, ...], smoothing: float, width: int = max(CLASSES)) -> None:
-    def definition(*inputs: Tensor) -> Tensor:
-        loss = task_loss_reference(*inputs, label_smoothing=smoothing)
-        return loss.to(torch.promote_types(loss.dtype, torch.float32))
+    def definition(*inputs: Tensor) -> tuple[Tensor, ...]:
+        loss, *others = task_loss_reference(*inputs, label_smoothing=smoothing)
+        return loss.to(torch.promote_types(loss.dtype, torch.float32)), *others
 
-    def op(*inputs: Tensor) -> Tensor:
-        return task_loss(*inputs, width=width, label_smoothing=smoothing).loss
+    def op(*inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(task_loss(*inputs, width=width, label_smoothing=smoothing))
 
     assert_as_accurate(op, definition, inputs, constant=(5, 6))
 
@@ -80,7 +80,7 @@ def test_sums(device):
     row_weight[52:55] = 0  # all of the fifth task
     inputs = (*tensors, target, value, row_weight, class_offsets, regression)
     got = task_loss(*inputs, width=max(CLASSES))
-    expected = _forward_reference(*inputs, max(CLASSES), 0.0)
+    expected = task_loss_torch.forward(*inputs, max(CLASSES), 0.0)
     for total, wanted in zip(got, expected[0], strict=True):
         torch.testing.assert_close(total, wanted)
     assert got.count.sum() == (row_weight > 0).sum()

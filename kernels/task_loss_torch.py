@@ -1,0 +1,220 @@
+"""The losses of all small heads in PyTorch and numpy: the reference that serves where no kernel does, fast on a CPU.
+
+With some hundred rows the arithmetic takes less time than the calls that it is made of: there are as few as can be, and
+all that is small is worked out in numpy, whose calls cost a fifth of torch's. The logits of all small tasks are worked
+out one by one, as the entries of a sparse matrix; a task with at least LARGE logits, and WIDE classes, has products of
+its own, which then take less time.
+
+R rows, D width, N tasks, K columns of the table, C columns of the widest task, E logits of small tasks
+"""
+
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trunkline.kernels.dispatch import versions
+from trunkline.kernels.task_tiles import can_look, check_offsets
+
+LARGE, WIDE = 2500, 8
+
+
+class _Entries(NamedTuple):
+    """The logits of small tasks, int64."""
+
+    starts: Tensor  # (R,) or (K,) first of each row, or of each column
+    row: Tensor  # (E,)
+    column: Tensor  # (E,) in the table
+    place: Tensor  # (E,) in (R, C)
+
+
+class Layout:
+    """Which rows and columns belong together, in numpy."""
+
+    def __init__(self, offsets: Tensor, class_offsets: Tensor, width: int):
+        self.device, self.width = offsets.device, width
+        self.offsets, self.class_offsets = _numpy(offsets), _numpy(class_offsets)
+        self.counts, self.classes = (ends[1:] - ends[:-1] for ends in (self.offsets, self.class_offsets))  # (N,)
+        self.is_small = (self.counts * self.classes < LARGE) | (self.classes < WIDE)
+
+    def check(self, rows: int, columns: int) -> None:
+        """Raises ValueError for what only the values tell."""
+        check_offsets("task_loss", self.offsets, rows)
+        least, most = self.classes.min(), self.classes.max()
+        if self.class_offsets[0] != 0 or self.class_offsets[-1] != columns or least < 1 or most > self.width:
+            raise ValueError(
+                f"task_loss: class_offsets must rise from 0 to K = {columns} by 1 to C = {self.width} columns a task, "
+                f"got {self.class_offsets.tolist()}"
+            )
+
+    def check_targets(self, target: Tensor, regression: Tensor) -> None:
+        """Raises ValueError for a class that the row's task does not have."""
+        labels, classes = _numpy(target), self.of_row(np.where(_numpy(regression), 0, self.classes))
+        wrong = ((labels < 0) | (labels >= classes)) & (classes > 0)
+        if wrong.any():
+            row = int(wrong.argmax())
+            task = int(np.searchsorted(self.offsets, row, side="right")) - 1
+            raise ValueError(
+                f"task_loss: target must be in [0, {classes[row]}) for task {task}, got {labels[row]} at row {row}"
+            )
+
+    def of_row(self, of_task: np.ndarray) -> np.ndarray:
+        """(N,) -> (R,)"""
+        return of_task.repeat(self.counts)
+
+    def tensor(self, array: np.ndarray) -> Tensor:
+        return torch.from_numpy(array).to(self.device)
+
+    @cached_property
+    def task(self) -> Tensor:
+        """(R,) int64"""
+        return self.tensor(self.of_row(np.arange(len(self.counts))))
+
+    def sums(self, *values: np.ndarray) -> np.ndarray:
+        """n times (R,) -> (n, N) float64"""
+        task, N = _numpy(self.task), len(self.counts)
+        return np.array([np.bincount(task, of_row, N) for of_row in values])
+
+    @cached_property
+    def by_row(self) -> _Entries:
+        """Row after row, the columns of its task if that is small."""
+        starts, row, inside = _ranges(self.of_row(self.classes * self.is_small))
+        column = self.of_row(self.class_offsets[:-1])[row] + inside
+        return self._entries(starts, row, column, row * self.width + inside)
+
+    @cached_property
+    def by_column(self) -> _Entries:
+        """Column after column, the rows of its task if that is small."""
+        starts, column, inside = _ranges((self.counts * self.is_small).repeat(self.classes))
+        row = self.offsets[:-1].repeat(self.classes)[column] + inside
+        first = self.class_offsets[:-1].repeat(self.classes)  # (K,) column of the same task
+        return self._entries(starts, row, column, row * self.width + column - first[column])
+
+    def large(self) -> Iterator[tuple[slice, slice, slice]]:
+        """Of every other task: its rows, its columns of the table, and those of (R, C)."""
+        for t in (~self.is_small).nonzero()[0]:
+            rows, columns = (slice(*bounds[t : t + 2].tolist()) for bounds in (self.offsets, self.class_offsets))
+            yield rows, columns, slice(int(self.classes[t]))
+
+    def _entries(self, *arrays: np.ndarray) -> _Entries:
+        return _Entries(*map(self.tensor, arrays))
+
+
+def _ranges(count: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """count[i] numbers from 0 for every i, one after the other: where those of each i begin; i and number of each."""
+    ends = count.cumsum(dtype=np.int64)
+    starts, owner = ends - count, np.arange(len(count)).repeat(count)
+    return starts, owner, np.arange(len(owner)) - starts[owner]
+
+
+@lru_cache(maxsize=1)  # backward asks for what forward did
+def _kept(offsets: Tensor, class_offsets: Tensor, versions: tuple[int, ...], width: int) -> Layout:
+    return Layout(offsets, class_offsets, width)
+
+
+def _layout(offsets: Tensor, class_offsets: Tensor, width: int) -> Layout:
+    return _kept(offsets, class_offsets, versions(offsets, class_offsets), width)
+
+
+def logits(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, class_offsets: Tensor, width: int) -> Tensor:
+    return _logits(x, weight, bias, _layout(offsets, class_offsets, width)).to(x.device)
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> Tensor:
+    """(R, C) in the host's memory, -inf beyond the last class"""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    x, weight, bias = (tensor.to(dtype) for tensor in (x, weight, bias))
+    starts, row, column, place = layout.by_row
+    # the derivative of a bag's sum by its factors: x[row] . weight[column] without a copy of either
+    products = torch.ops.aten._embedding_bag_per_sample_weights_backward(x, weight, column, starts, row, mode=0)
+    logits = torch.full((len(x), layout.width), float("-inf"), dtype=dtype)
+    _numpy(logits).reshape(-1)[_numpy(place)] = _numpy(products) + _numpy(bias)[_numpy(column)]
+    for rows, columns, classes in layout.large():
+        logits[rows, classes] = F.linear(x[rows], weight[columns], bias[columns])
+    return logits
+
+
+def _numpy(x: Tensor) -> np.ndarray:
+    """The values in the host's memory; not a copy if they are there."""
+    return x.detach().cpu().numpy()
+
+
+def check(
+    x: Tensor, weight: Tensor, offsets: Tensor, target: Tensor, class_offsets: Tensor, regression: Tensor, width: int
+) -> None:
+    """Raises ValueError for what only the values tell, where they may be looked at."""
+    if can_look(offsets):
+        layout = _layout(offsets, class_offsets, width)
+        layout.check(len(x), len(weight))
+        layout.check_targets(target, regression)
+
+
+@np.errstate(all="ignore")  # what is not finite is for the caller to find
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    offsets: Tensor,
+    target: Tensor,
+    value: Tensor,
+    row_weight: Tensor,
+    class_offsets: Tensor,
+    regression: Tensor,
+    width: int,
+    label_smoothing: float,
+) -> tuple[Tensor, Tensor]:
+    check(x, weight, offsets, target, class_offsets, regression, width)
+    layout = _layout(offsets, class_offsets, width)
+    logits = _logits(x, weight, bias, layout)  # (R, C)
+    logarithms = logits.log_softmax(-1)
+    z, log_p, p, best = map(_numpy, (logits, logarithms, logarithms.exp(), logits.argmax(-1)))
+    number = layout.of_row(_numpy(regression))  # (R,) rows of regression tasks
+    row, y = np.arange(len(z)), np.where(number, 0, _numpy(target))
+    v, w = (_numpy(tensor.to(logits.dtype)) for tensor in (value, row_weight))
+    counted = w > 0
+
+    loss, gradient = -log_p[row, y], p
+    gradient[row, y] += label_smoothing - 1
+    if label_smoothing:
+        inside = z > -np.inf
+        share = label_smoothing / inside.sum(-1, dtype=z.dtype)  # (R,)
+        loss = (1 - label_smoothing) * loss - share * log_p.sum(-1, where=inside)
+        gradient -= share[:, None] * inside
+    # a number has one column, whose cross-entropy is 0 with a gradient of 0
+    difference = np.where(number, z[:, 0] - v, 0)
+    loss += difference * difference
+    gradient[:, 0] += 2 * difference
+    gradient *= w[:, None]
+    sums = layout.sums(w * loss, w, counted, (best == y) & (counted > number))  # true > false
+    return layout.tensor(sums).to(logits.dtype), layout.tensor(gradient)
+
+
+@np.errstate(all="ignore")
+def backward(
+    dloss: Tensor, gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, class_offsets: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    layout = _layout(offsets, class_offsets, gradient.shape[1])
+    dtypes = x.dtype, weight.dtype, bias.dtype
+    x, weight = x.to(gradient.dtype), weight.to(gradient.dtype)
+    dlogits = _numpy(gradient) * layout.of_row(_numpy(dloss))[:, None]  # (R, C)
+
+    def weighted_sums(table: Tensor, starts: Tensor, index: Tensor, factors: np.ndarray) -> Tensor:
+        return F.embedding_bag(index, table, starts, per_sample_weights=layout.tensor(factors), mode="sum")
+
+    starts, row, column, place = layout.by_row
+    dx = weighted_sums(weight, starts, column, dlogits.reshape(-1)[_numpy(place)])
+    starts, row, column, place = layout.by_column
+    factors = dlogits.reshape(-1)[_numpy(place)]
+    dweight = weighted_sums(x, starts, row, factors)
+    dbias = layout.tensor(np.bincount(_numpy(column), factors, len(bias)))  # float64
+    for rows, columns, classes in layout.large():
+        of_task = layout.tensor(dlogits[rows, classes])
+        torch.mm(of_task, weight[columns], out=dx[rows])
+        torch.mm(of_task.T, x[rows], out=dweight[columns])
+        dbias[columns] = of_task.sum(0)
+    dx, dweight, dbias = (total.to(dtype) for total, dtype in zip((dx, dweight, dbias), dtypes, strict=True))
+    return dx, dweight, dbias
