@@ -158,11 +158,11 @@ def _call(system: System, direction: str) -> Call:
 def _copies(system: System, device: torch.device) -> int:
     """How many sets of inputs are used in turn, so that none is still in the cache when it comes round again.
 
-    On a CPU two: what a function remembers of its last inputs then helps its backward pass, but no other call.
+    On a CPU two if they are small: what a function remembers of its last inputs then helps its backward pass alone.
     """
-    if device.type != "cuda":
-        return 2
     size = sum(x.numel() * x.element_size() for x in system.inputs.values())
+    if device.type != "cuda":
+        return 2 if size < 1 << 24 else 1
     cache = torch.cuda.get_device_properties(device).L2_cache_size
     return max(1, min(32, -(-2 * cache // max(1, size))))
 

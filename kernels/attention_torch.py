@@ -206,10 +206,19 @@ def _outside(query: Tensor, key: Tensor, left: int, right: int) -> Tensor:
     return hidden
 
 
-def _precise(x: Tensor, heads: int) -> Tensor:
-    """(T, G, D) -> (T, H, D), in float32 at least; key heads are repeated for the query heads that share them."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+def _precise(x: Tensor) -> Tensor:
+    """In float32 at least."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _repeated(x: Tensor, heads: int) -> Tensor:
+    """(n, G, N, D) -> (n, H, N, D): a key head for each of the query heads that share it."""
     return x.repeat_interleave(heads // x.shape[1], 1) if x.shape[1] < heads else x
+
+
+def _summed(x: Tensor, heads: int) -> Tensor:
+    """(n, H, N, D) -> (n, G, N, D), its derivative."""
+    return x.unflatten(1, (heads, -1)).sum(2) if heads < x.shape[1] else x
 
 
 def _take(x: Tensor, where: Tiles | slice, n: int) -> Tensor:
@@ -275,11 +284,12 @@ def forward(
     rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     dtype, H, plain = q.dtype, q.shape[1], _is_plain(q, softcap, seed)
-    q, k, v = (_precise(x, H) for x in (q, k, v))
+    q, k, v = map(_precise, (q, k, v))
     out, lse = Total(q), Total(q[:, :, 0])
     for problem in _problems(layout, narrow_tiles, left, right, rows, q.dtype, in_blocks=not plain):
         queries, keys, bias, causal, n = problem
-        block = _take(q, queries, n), _take(k, keys, n), _take(v, keys, n)
+        block_k, block_v = (_repeated(_take(x, keys, n), H) for x in (k, v))
+        block = _take(q, queries, n), block_k, block_v
         if plain:
             block_out, block_lse = _flash(*block, 0.0, causal, attn_mask=bias, scale=scale)
         else:
@@ -326,8 +336,8 @@ def backward(
     rows: Tensor | None,
     deterministic: bool,  # it always is
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype, H, G, plain = q.dtype, q.shape[1], k.shape[1], _is_plain(q, softcap, seed)
-    q, k, v, dout, out = (_precise(x, H) for x in (q, k, v, dout, out))
+    dtype, H, plain = q.dtype, q.shape[1], _is_plain(q, softcap, seed)
+    q, k, v, dout, out = map(_precise, (q, k, v, dout, out))
     lse = lse.T  # (T, H)
     totals = [Total(x) for x in (q, k, v)]
     for problem in _problems(layout, narrow_tiles, left, right, rows, q.dtype, in_blocks=not plain):
@@ -336,17 +346,17 @@ def backward(
         if isinstance(queries, Tiles):  # of weights that are 0 come gradients of 0
             block_lse = block_lse.masked_fill(queries.filler[:, None], float("inf"))
         block_dout, block_q, block_out = (_take(x, queries, n) for x in (dout, q, out))
-        block = block_dout, block_q, _take(k, keys, n), _take(v, keys, n), block_out, block_lse
+        block_k, block_v = (_repeated(_take(x, keys, n), H) for x in (k, v))
+        block = block_dout, block_q, block_k, block_v, block_out, block_lse
         if plain:
             gradients = _flash_backward(*block, 0.0, causal, attn_mask=bias, scale=scale)
         else:
             kept = None if seed is None else _kept(problem, rows, H, dropout, seed, q.device)
             gradients = _backward_block(*block, bias, scale, softcap, kept)
         for total, where, gradient in zip(totals, (queries, keys, keys), gradients, strict=True):
-            total.add(where, gradient)
-    dq, dk, dv = (total.value() for total in totals)
-    dk, dv = (x.unflatten(1, (G, H // G)).sum(2) if G < H else x for x in (dk, dv))
-    return dq.to(dtype), dk.to(dtype), dv.to(dtype)
+            total.add(where, _summed(gradient, total.like.shape[1]))
+    dq, dk, dv = (total.value().to(dtype) for total in totals)
+    return dq, dk, dv
 
 
 def _backward_block(
