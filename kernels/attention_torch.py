@@ -1,11 +1,10 @@
 """Packed attention in plain PyTorch: the reference that serves where no kernel does, fast on a CPU.
 
 A packed batch is split into dense problems, each a call of PyTorch's own attention for CPUs: all tiles of one width are
-one batched problem, a longer sequence is one of its own, and sequences that all have one length are a problem as they
-lie. With a window or other positions of the keys, it is cut into
-blocks, each with only the keys that some of its queries see. Where the queries of some tokens only, `rows`, are asked
-for, every problem has those alone. What PyTorch's attention cannot do (dropout that does not depend on the tiling,
-soft-capping, a GPU) is done here block by block.
+one batched problem, a longer sequence is one of its own, and sequences that all have one length are one as they lie.
+With a window or other positions of the keys, a sequence is cut into blocks, each with only the keys that some of its
+queries see. Where the queries of some tokens only, `rows`, are asked for, every problem has those alone. What PyTorch's
+attention cannot do (dropout that does not depend on the tiling, soft-capping, a GPU) is done here block by block.
 
 T queries (of all tokens, or of `rows`), K keys, S sequences, H query heads, G key/value heads, D head width
 n problems of one shape, of M queries and N keys
