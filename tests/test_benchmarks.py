@@ -141,7 +141,7 @@ def test_turns_last_as_long_as_what_they_call(monkeypatch):
     assert min(times_of(monkeypatch, "forward", slow=slow)["slow"]) >= 0.02
     calls.clear()
     times_of(monkeypatch, "backward", slow=slow)
-    assert len(calls) == 2  # for the check, and for the graph whose backward pass is timed
+    assert len(calls) == 3  # for the check, and for the graphs of both copies, whose backward passes are timed
 
 
 def test_scaling_keeps_a_mix_a_mix():
