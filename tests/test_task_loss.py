@@ -282,6 +282,16 @@ def test_same_bits_every_time():
     assert all(map(torch.equal, results(inputs, dloss), results(inputs, dloss)))
 
 
+def test_offsets_changed_in_place_are_seen():
+    inputs, dloss = make([0] * 4 + [2] * 4), torch.randn(len(CLASSES))
+    results(inputs, dloss)  # remembers what the offsets say
+    inputs.offsets[1:3] = 2  # two rows move from the first task to the third
+    inputs.target.clamp_(max=1)
+    got = results(inputs, dloss)
+    assert all(map(torch.equal, got, results(inputs._replace(offsets=inputs.offsets.clone()), dloss)))
+    assert got[2].tolist() == [2, 0, 6, 0, 0, 0]
+
+
 @pytest.mark.parametrize(("weight", "bias"), [((19, 23), (19,)), ((19, 24), (18,)), ((19, 24), (19, 1))])
 def test_wrong_table_is_named(weight, bias):
     message = (
