@@ -1,8 +1,6 @@
 """The losses of the small heads against their definition in float64, and what they count."""
 
-import importlib.util
 import math
-from typing import NamedTuple
 
 import pytest
 import torch
@@ -10,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parity import assert_as_accurate
-from trunkline.kernels import task_tiles
+from small_heads import ABSENT, CLASSES, REGRESSION, ROWS, Inputs, make
 from trunkline.kernels.task_loss import (
     SHAPES,
     LossSums,
@@ -24,43 +22,6 @@ from trunkline.kernels.task_loss import (
 from trunkline.kernels.task_loss_torch import LARGE
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
-CLASSES = [3, 1, 2, 7, 1, 5]  # columns of every task
-REGRESSION = [False, True, False, False, False, False]  # the other task with one column has one class
-ABSENT = 3
-ROWS = {"mixed": sorted([0, 1, 2, 4, 5] * 40), "one row": [2], "one task": [1] * 9, "no row": []}  # each row's task
-
-
-class Inputs(NamedTuple):
-    """The arguments of `task_loss`, in order."""
-
-    x: Tensor
-    weight: Tensor
-    bias: Tensor
-    offsets: Tensor
-    target: Tensor
-    value: Tensor
-    row_weight: Tensor
-    class_offsets: Tensor
-    regression: Tensor
-
-
-def make(tasks: list[int], dtype: torch.dtype = torch.float32, device: str = "cpu", width: int = 24) -> Inputs:
-    task = torch.tensor(tasks, dtype=torch.int64)
-    counts = torch.bincount(task, minlength=len(CLASSES))
-    R, K, regression = len(task), sum(CLASSES), torch.tensor(REGRESSION)
-    target = (torch.rand(R) * torch.tensor(CLASSES)[task]).long()
-    inputs = Inputs(
-        x=torch.randn(R, width).to(dtype),
-        weight=torch.randn(K, width).to(dtype),
-        bias=torch.randn(K).to(dtype),
-        offsets=F.pad(counts.cumsum(0), (1, 0)).to(torch.int32),
-        target=target,
-        value=torch.where(regression[task], torch.randn(R), 0.0),
-        row_weight=torch.rand(R) + 0.5,
-        class_offsets=torch.tensor([0, *CLASSES]).cumsum(0).to(torch.int32),
-        regression=regression,
-    )
-    return Inputs(*(t.to(device) for t in inputs))
 
 
 def assert_matches(inputs: Inputs, smoothing: float = 0.0, slack: float = 2.0, width: int = max(CLASSES)) -> None:
@@ -101,7 +62,7 @@ def test_tasks_with_many_classes(dtype):
     rows, columns = inputs["offsets"].diff(), inputs["class_offsets"].diff()
     assert (rows * columns >= LARGE).tolist() == [True, False, False, True]
     inputs = Inputs(*(inputs[name] for name in Inputs._fields))
-    assert_matches(inputs, smoothing=0.1, slack=8.0, width=100)  # losses are added one after the other
+    assert_matches(inputs, smoothing=0.1, width=100)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -292,25 +253,6 @@ def test_offsets_changed_in_place_are_seen():
     assert got[2].tolist() == [2, 0, 6, 0, 0, 0]
 
 
-@pytest.mark.parametrize(("weight", "bias"), [((19, 23), (19,)), ((19, 24), (18,)), ((19, 24), (19, 1))])
-def test_wrong_table_is_named(weight, bias):
-    message = (
-        rf"task_loss: weight must be \(K, 24\) and bias \(K,\), got \[{', '.join(map(str, weight))}\] and "
-        rf"\[{', '.join(map(str, bias))}\]"
-    )
-    inputs = make([0, 1])._replace(weight=torch.zeros(weight), bias=torch.zeros(bias))
-    with pytest.raises(ValueError, match=message):
-        task_loss(*inputs, width=max(CLASSES))
-
-
-@pytest.mark.parametrize("name", ["target", "value", "row_weight"])
-def test_wrong_number_of_rows_is_named(name):
-    inputs = make([0, 1])
-    inputs = inputs._replace(**{name: getattr(inputs, name).repeat(2)})
-    with pytest.raises(ValueError, match=rf"task_loss: {name} must be \(R,\) = \(2,\) to match x, got \[4\]"):
-        task_loss(*inputs, width=max(CLASSES))
-
-
 def test_order_of_rows_in_a_task_does_not_matter():
     inputs, dloss = make(ROWS["mixed"]), torch.randn(len(CLASSES))
     bounds = inputs.offsets.tolist()
@@ -381,70 +323,11 @@ def test_logits():
         assert (logits[row, CLASSES[t] :] == -math.inf).all()
 
 
-@pytest.mark.parametrize("target", [-1, 2, 7])
-def test_target_outside_of_the_classes_is_named(target):
-    inputs = make(ROWS["mixed"])
-    inputs.target[101] = target
-    message = rf"task_loss: target must be in \[0, 2\) for task 2, got {target} at row 101"
-    with pytest.raises(ValueError, match=message):
-        task_loss(*inputs, width=max(CLASSES))
-
-
-@pytest.mark.gpu
-def test_debug_flag_looks_at_every_target_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(task_tiles, "_CHECK", True)
-    inputs = make(ROWS["mixed"], device="cuda")
-    inputs.target[101] = 2
-    with pytest.raises(ValueError, match=r"target must be in \[0, 2\) for task 2, got 2 at row 101"):
-        task_loss(*inputs, width=max(CLASSES))
-
-
-@pytest.mark.parametrize(("flag", "looks"), [("1", True), ("", False)])
-def test_debug_flag_comes_from_the_environment(flag, looks, monkeypatch):
-    monkeypatch.setenv("TRUNKLINE_CHECK", flag)
-    found = importlib.util.spec_from_file_location("read_again", task_tiles.__file__)
-    read_again = importlib.util.module_from_spec(found)
-    found.loader.exec_module(read_again)
-    assert read_again.can_look(torch.empty(0, device="meta")) == looks  # like a GPU's: not in the CPU's memory
-    assert read_again.can_look(torch.empty(0))
-
-
 def test_target_of_a_number_has_no_meaning():
     inputs = make([0, 1, 1, 2])
     expected = task_loss(*inputs, width=max(CLASSES))
     inputs.target[1:3] = -100
     torch.testing.assert_close(task_loss(*inputs, width=max(CLASSES)), expected)
-
-
-def test_float_targets_are_named():
-    inputs = make([0, 1])
-    with pytest.raises(ValueError, match=r"target must be int64 classes, got torch.float32; numbers belong into value"):
-        task_loss(*inputs._replace(target=inputs.target.float()), width=max(CLASSES))
-
-
-@pytest.mark.parametrize("offsets", [[0, 1, 1, 1, 1, 1, 1], [0, 2, 1, 2, 2, 2, 2], [1, 2, 2, 2, 2, 2, 2]])
-def test_offsets_that_do_not_cover_the_rows_are_named(offsets):
-    inputs = make([0, 1])._replace(offsets=torch.tensor(offsets, dtype=torch.int32))
-    message = rf"task_loss: offsets must rise from 0 to R = 2, got \[{', '.join(map(str, offsets))}\]"
-    with pytest.raises(ValueError, match=message):
-        task_loss(*inputs, width=max(CLASSES))
-
-
-def test_wrong_number_of_tasks_is_named():
-    inputs = make([0, 1])
-    message = r"offsets must be \(7,\) and regression \(6,\) to match class_offsets of N = 6 tasks, got \[6\] and \[6\]"
-    with pytest.raises(ValueError, match=message):
-        task_loss(*inputs._replace(offsets=inputs.offsets[:-1]), width=max(CLASSES))
-
-
-@pytest.mark.parametrize("width", [6, max(CLASSES)])
-def test_columns_that_do_not_fit_the_table_are_named(width):
-    inputs = make([0, 1])
-    if width == max(CLASSES):
-        inputs.class_offsets[-1] -= 1
-    message = rf"class_offsets must rise from 0 to K = 19 by 1 to C = {width} columns a task, got \[0, 3, 4, 6, 13, 14"
-    with pytest.raises(ValueError, match=message):
-        task_loss(*inputs, width=width)
 
 
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
