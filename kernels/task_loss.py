@@ -75,36 +75,23 @@ def _has_kernel(x: Tensor, width: int) -> bool:
     return x.dtype != torch.float64 and width <= task_loss_triton.WIDEST
 
 
-def _forward_triton(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    offsets: Tensor,
-    target: Tensor,
-    value: Tensor,
-    row_weight: Tensor,
-    class_offsets: Tensor,
-    regression: Tensor,
-    width: int,
-    label_smoothing: float,
-) -> tuple[Tensor, Tensor]:
-    inputs = (x, weight, bias, offsets, target, value, row_weight, class_offsets, regression, width, label_smoothing)
+# the ops' schemas are those of the references
+
+
+def _forward_triton(x, weight, bias, offsets, target, value, row_weight, class_offsets, regression, width, smoothing):
+    inputs = (x, weight, bias, offsets, target, value, row_weight, class_offsets, regression, width, smoothing)
     if not _has_kernel(x, width):
         return task_loss_torch.forward(*inputs)
     task_loss_torch.check(x, weight, offsets, target, class_offsets, regression, width)
     return task_loss_triton.forward(*inputs)
 
 
-def _backward_triton(
-    dloss: Tensor, gradient: Tensor, x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, class_offsets: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_triton(dloss, gradient, x, *others):
     backward = task_loss_triton.backward if _has_kernel(x, gradient.shape[1]) else task_loss_torch.backward
-    return backward(dloss, gradient, x, weight, bias, offsets, class_offsets)
+    return backward(dloss, gradient, x, *others)
 
 
-def _logits_triton(
-    x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, class_offsets: Tensor, width: int
-) -> Tensor:
+def _logits_triton(x, weight, bias, offsets, class_offsets, width):
     logits = task_loss_triton.logits if _has_kernel(x, width) else task_loss_torch.logits
     return logits(x, weight, bias, offsets, class_offsets, width)
 
@@ -136,9 +123,7 @@ class _TaskLoss(torch.autograd.Function):
         )
         ctx.save_for_backward(gradient, x, weight, bias, offsets, class_offsets)
         ctx.set_materialize_grads(False)
-        loss, *others = sums.unbind()
-        ctx.mark_non_differentiable(*others)
-        return loss, *others
+        return sums.unbind()
 
     @staticmethod
     def backward(ctx, dloss, *_):
@@ -208,7 +193,7 @@ def task_loss(
     loss, *others = _TaskLoss.apply(
         x, weight, bias, offsets, target, value, row_weight, class_offsets, regression, width, label_smoothing
     )
-    # compiled by torch 2.11, a view that was marked as not differentiable has a gradient all the same
+    # detached here: marked inside as not differentiable, compiled by torch 2.11, a view has a gradient all the same
     return LossSums(loss, *(total.detach() for total in others))
 
 
