@@ -64,18 +64,22 @@ def _problems(
     """Those of a packed batch; `in_blocks` of at most 128 queries."""
     settings = (narrow_tiles, left, right, dtype, in_blocks)
     if rows is None:
-        equal = None if in_blocks or left >= 0 else _equal_sequences(layout, right)
+        equal = None if in_blocks else _equal_sequences(layout, left, right)
         return iter([equal]) if equal else _all_problems(layout, *settings, cut=MIDDLING)
     return iter(_problems_of_rows(rows, tuple(layout), versions(rows, *layout), *settings))
 
 
-def _equal_sequences(layout: list[Tensor], right: int) -> Problem | None:
+def _is_whole(size: int, size_k: int, left: int, right: int, cut: range) -> bool:
+    """Whether a sequence is one problem without a bias; causal ones of a length in `cut` are not."""
+    return left < 0 and (right < 0 or (right == 0 and size == size_k and size not in cut))
+
+
+def _equal_sequences(layout: list[Tensor], left: int, right: int) -> Problem | None:
     """All sequences at once where they have one length: nothing has to be moved, and no tile to be filled."""
     cu_seqlens, cu_seqlens_k = Layout.of(layout).cu_seqlens, Layout.of(layout).cu_seqlens_k
     sizes = [(q, k) for q, k in zip(*(x.diff().tolist() for x in (cu_seqlens, cu_seqlens_k)), strict=True) if q or k]
     size, size_k = sizes[0] if len(set(sizes)) == 1 else (0, 0)
-    is_whole = right < 0 or (right == 0 and size == size_k and size not in MIDDLING)
-    if not (size and size_k and is_whole):
+    if not (size and size_k and _is_whole(size, size_k, left, right, cut=MIDDLING)):
         return None
     n = len(sizes)
     return Problem(slice(0, n * size), slice(0, n * size_k), causal=right == 0, n=n)
@@ -137,8 +141,7 @@ def _all_problems(
     for s, block in blocks.tolist():
         queries, keys = slice(bounds[s], bounds[s + 1]), slice(bounds_k[s], bounds_k[s + 1])
         size, size_k = queries.stop - queries.start, keys.stop - keys.start
-        is_whole = right < 0 or (right == 0 and size == size_k and size not in cut)
-        if is_whole and left < 0 and not in_blocks:
+        if not in_blocks and _is_whole(size, size_k, left, right, cut):
             if block == 0 and size and size_k:
                 yield Problem(queries, keys, causal=right == 0)
             continue
