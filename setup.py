@@ -1,14 +1,14 @@
 """Names the packages; all other metadata is in pyproject.toml.
 
 kernels/, engine/, training/ and benchmarks/ become packages of `trunkline` through the links in src/trunkline: a
-top-level package called `kernels` would be taken for Hugging Face's package of that name. For the same reason they have
-no `__init__.py`.
+top-level package called `kernels` would be taken for Hugging Face's package of that name. For the same reason they and
+their rooms have no `__init__.py`.
 """
 
-from setuptools import setup
+from setuptools import find_namespace_packages, setup
 
 setup(
-    packages=["trunkline", "trunkline.kernels", "trunkline.engine", "trunkline.training", "trunkline.benchmarks"],
+    packages=find_namespace_packages("src", include=["trunkline*"], exclude=["*.results*", "*.configs*"]),
     package_dir={"": "src"},
-    package_data={"trunkline": ["py.typed"], "trunkline.training": ["configs/*.yaml", "*.jinja"]},
+    package_data={"trunkline": ["py.typed"], "trunkline.training": ["configs/*.yaml", "pages/*.jinja"]},
 )

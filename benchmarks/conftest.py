@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from trunkline.benchmarks.examples import scaled, shipped_kernels
-from trunkline.benchmarks.measure import DIRECTIONS, OURS, has_gradient
-from trunkline.benchmarks.peers import PEERS
+from trunkline.benchmarks.microbenchmarks.examples import scaled, shipped_kernels
+from trunkline.benchmarks.microbenchmarks.measure import DIRECTIONS, OURS, has_gradient
+from trunkline.benchmarks.microbenchmarks.peers import PEERS
 from trunkline.benchmarks.record import record_kernels
 
 # the vocabulary loss has "loss" nowhere in its name; `-k loss` is to find it

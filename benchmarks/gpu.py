@@ -37,7 +37,7 @@ class Part:
 def parts(data: Path | None, dry: bool) -> list[Part]:
     """What is run, in order. Warnings fail no test here: nobody has seen this machine's before."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider"]
-    tests = ["tests/test_dispatch.py"] if dry else ["tests", "-m", "gpu", "--continue-on-collection-errors"]
+    tests = ["tests/kernels/test_dispatch.py"] if dry else ["tests", "-m", "gpu", "--continue-on-collection-errors"]
     # tests mostly wait for kernels to be compiled; and what kills a process does not end all of them
     shards = 2 if dry else SHARDS
     found = [Part("tests", [[*pytest, *tests, "--shard", f"{i + 1}/{shards}"] for i in range(shards)], 150)]
@@ -53,7 +53,8 @@ def parts(data: Path | None, dry: bool) -> list[Part]:
         command = [*pytest, "benchmarks", "--benchmark-only", "--benchmark-disable-gc", "-k", kept, *options]
         found.append(Part(name, [[*command, "--benchmark-columns=median,iqr,rounds"]], budget))
     if data:
-        step = [sys.executable, "benchmarks/step.py", str(data), "--rounds", "1", "--seconds", "0.1" if dry else "3"]
+        step = [sys.executable, "benchmarks/systems/step.py", str(data), "--rounds", "1"]
+        step += ["--seconds", "0.1" if dry else "3"]
         if dry:
             found.append(Part("training steps", [[*step, "--no-record", "--systems", "9 heads"]], 100))
         else:

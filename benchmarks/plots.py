@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from trunkline.benchmarks.floors import RATES
+from trunkline.benchmarks.microbenchmarks.floors import RATES
 
 PARTS = ("#d9d9d9", "#c8501e", "#e59a6f", "#8a9aa8")  # batching, forward, backward, optimizer
 OURS, THEIRS, LINE = "#c8501e", "#8a9aa8", "#222222"

@@ -1,6 +1,8 @@
 """Measurements as JSON, one folder a device, and the tables and plots made from them.
 
-trunkline bench report      # rewrites results/<device>/README.md, its plots, and README.md between the two result marks
+    python -m trunkline.benchmarks.record
+
+writes results/<device>/README.md, its plots, and the part of README.md between the two result marks anew.
 """
 
 import json
@@ -10,9 +12,9 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from trunkline.benchmarks.examples import shipped_kernels
+from trunkline.benchmarks.microbenchmarks.examples import shipped_kernels
 from trunkline.benchmarks.plots import plot_roofline, plot_scaling, plot_step, plot_times
-from trunkline.training.comparison_page import tables as comparison_tables
+from trunkline.training.compare.comparison_page import tables as comparison_tables
 from trunkline.training.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -343,3 +345,7 @@ def report(results: Path = RESULTS, readme: Path = ROOT / "README.md") -> None:
     _, _, after = rest.partition(END)
     made = "".join(_chart(folder / "step.png", readme.parent) + tables(folder) for folder in folders)
     readme.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    report()

@@ -1,6 +1,7 @@
 """What users hold: a trunk with its tasks, to be trained, scored, asked, saved and loaded.
 
-The engine ties the rooms together; the arithmetic is in model.py, the loop in training/loop.py.
+The engine ties the rooms together; the arithmetic is in network/, the loop in training/run/. `fit` and `evaluate` are
+the only calls up into training.
 """
 
 import json
@@ -14,19 +15,17 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from trunkline.engine.generate import Search
-from trunkline.engine.heads import HEADS
-from trunkline.engine.model import MultiTaskModel, in_model_order
-from trunkline.engine.packing import Example, pack
-from trunkline.engine.pretrained import SETTINGS, WEIGHTS
-from trunkline.engine.trunk import Trunk, TrunkConfig, preset
-from trunkline.training.baselines import BiLSTM, Model
-from trunkline.training.config import Config, restore_config, trunk_of
-from trunkline.training.corpus import load_corpus, with_vocabulary
-from trunkline.training.data import Laid, Layout, describe, prediction_rows
-from trunkline.training.evaluation import evaluate
-from trunkline.training.tasks import Task
-from trunkline.training.tokenizer import Tokenizer
+from trunkline.engine.config import Config, restore_config, trunk_of, with_vocabulary
+from trunkline.engine.foreign.pretrained import SETTINGS, WEIGHTS
+from trunkline.engine.network.bilstm import BiLSTM, Model
+from trunkline.engine.network.generate import Search
+from trunkline.engine.network.heads import HEADS
+from trunkline.engine.network.model import MultiTaskModel, in_model_order
+from trunkline.engine.network.packing import Example, pack
+from trunkline.engine.network.trunk import Trunk, TrunkConfig, preset
+from trunkline.engine.tasks.task import Task
+from trunkline.engine.text.layout import Laid, Layout, describe, prediction_rows
+from trunkline.engine.text.tokenizer import Tokenizer
 
 # what it is made from
 FIXED = ("tasks", "trunk", "architecture", "init", "projection", "label_smoothing", "tokenizer", "device")
@@ -44,7 +43,7 @@ class Engine:
             None: what `init` brings, or 'tiny'.
         tasks: names of embedded tasks, or `Task`s.
         tokenizer: as `Config.tokenizer`, or a `Tokenizer`.
-        settings: any other field of `trunkline.training.config.Config`.
+        settings: any other field of `trunkline.engine.config.Config`.
 
     Raises:
         ValueError: settings that contradict one another.
@@ -148,7 +147,7 @@ class Engine:
         Raises:
             ValueError: data or settings that cannot be used, or a change of what the engine is made of.
         """
-        from trunkline.training.loop import train
+        from trunkline.training.run.loop import train
 
         if fixed := ", ".join(name for name in changes if name in FIXED):
             raise ValueError(f"fit: {fixed} cannot be changed once there is an engine: make another one")
@@ -161,6 +160,9 @@ class Engine:
         Args:
             examples: of each task, evenly spaced; 0: all.
         """
+        from trunkline.training.data.corpus import load_corpus
+        from trunkline.training.scoring.evaluation import evaluate
+
         config = self.config
         corpus = load_corpus(config, self._tokenizer)
         with self.autocast():

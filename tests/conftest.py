@@ -151,7 +151,7 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 def command_line(*arguments: str | Path) -> tuple[list[str], dict[str, str]]:
     """The `trunkline` command as a program of its own: its arguments and environment."""
     source = Path(__file__).resolve().parents[1] / "src"
-    program = [sys.executable, "-W", "error", "-m", "trunkline.training.cli"]
+    program = [sys.executable, "-W", "error", "-m", "trunkline"]
     # one thread: others run beside it, and the numbers are the same wherever it runs
     environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     return [*program, *map(str, arguments)], environment
@@ -204,7 +204,7 @@ def lively(finished: Finished, tmp_path_factory: pytest.TempPathFactory) -> Path
 @pytest.fixture
 def fresh_counts() -> Iterator[None]:
     """What is left to PyTorch warns anew, and `attention_counts` begins with nothing."""
-    from trunkline.engine import drop_in
+    from trunkline.engine.foreign import drop_in
 
     drop_in._counts.clear()
     yield

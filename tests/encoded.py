@@ -4,10 +4,11 @@ from typing import Any
 
 import pytest
 
-from trunkline.training.data import Encoded, encode
-from trunkline.training.sources import Rows
-from trunkline.training.tasks import Task
-from trunkline.training.tokenizer import Tokenizer
+from trunkline.engine.tasks.task import Task
+from trunkline.engine.text.tokenizer import Tokenizer
+from trunkline.training.data.encoded import Encoded
+from trunkline.training.data.encoding import encode
+from trunkline.training.data.sources import Rows
 
 BYTES = Tokenizer.train([], 259)  # a character of ASCII is a token, so that places in texts are places in examples
 END, SEPARATOR, SUMMARY = BYTES.end, BYTES.separator, BYTES.summary

@@ -76,9 +76,9 @@ def test_room_is_linked_and_never_a_top_level_package(room):
 
 
 def test_installation_has_every_source_and_data_file(installed):
-    expected = {Path("trunkline", name) for name in ["__init__.py", "py.typed"]}
+    expected = {Path("trunkline", name) for name in ["__init__.py", "__main__.py", "py.typed"]}
     for room in ROOMS:
-        files = [*(ROOT / room).glob("*.py"), *(ROOT / room).glob("*.jinja"), *(ROOT / room).glob("configs/*.yaml")]
+        files = [*(ROOT / room).rglob("*.py"), *(ROOT / room).rglob("*.jinja"), *(ROOT / room).glob("configs/*.yaml")]
         expected |= {Path("trunkline") / file.relative_to(ROOT) for file in files}
     assert {file.relative_to(installed) for file in installed.rglob("*") if file.is_file()} == expected
 
@@ -86,4 +86,4 @@ def test_installation_has_every_source_and_data_file(installed):
 def test_installation_works_outside_the_repository(installed, tmp_path):
     code = "import trunkline; print(trunkline.Task.__module__, trunkline.__file__)"
     module, file = python("-c", code, folder=tmp_path, packages=installed).split()
-    assert (module, Path(file)) == ("trunkline.training.tasks", installed / "trunkline" / "__init__.py")
+    assert (module, Path(file)) == ("trunkline.engine.tasks.task", installed / "trunkline" / "__init__.py")

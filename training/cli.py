@@ -17,7 +17,6 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2  # exit code for what the user can put right
 INTERRUPTED = 130  # exit code that shells give Ctrl-C
-ARCHITECTURES = ("sm_90", "sm_80", "sm_100")  # H100 and H200, A100, B200
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,15 +101,6 @@ def _parser() -> argparse.ArgumentParser:
 
     report = command("report", _report, "write report.html of a run anew, also while the run goes on")
     report.add_argument("run", type=Path)
-
-    certify = command("certify", _certify, "compile all Triton kernels for NVIDIA GPUs, without one, and check them")
-    certify.add_argument("kernels", nargs="*", metavar="KERNEL", help="files of kernels/; default: all")
-    certify.add_argument("--arch", nargs="+", choices=ARCHITECTURES, default=ARCHITECTURES, help="default: all")
-    certify.add_argument("--quick", action="store_true", help="architectures after the first only at one shape each")
-    certify.add_argument("--jobs", type=int, default=1, help="processes that compile; default 1")
-
-    bench = command("bench", _bench, "tables and plots of what pytest benchmarks and benchmarks/*.py have measured")
-    bench.add_argument("action", choices=["report"], help="writes benchmarks/results/*/README.md and the README's part")
     return parser
 
 
@@ -126,11 +116,11 @@ class _SettingsHelp(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, **settings)
 
     def __call__(self, parser, *_):
-        from trunkline.training.config import config_parser
+        from trunkline.training.config_file import config_parser
 
         print(parser.format_help())
         if parser.prog.endswith("compare"):
-            from trunkline.training.compare import Comparison
+            from trunkline.training.compare.compare import Comparison
 
             keys = config_parser(Comparison).format_help()
         else:
@@ -140,7 +130,7 @@ class _SettingsHelp(argparse.Action):
 
 
 def _train(options: argparse.Namespace) -> None:
-    from trunkline.training.config import load_config
+    from trunkline.training.config_file import load_config
 
     config = load_config(options.config, options.values)
 
@@ -152,7 +142,7 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from trunkline.training.compare import compare, load_comparison
+    from trunkline.training.compare.compare import compare, load_comparison
 
     comparison = load_comparison(options.config, options.values)
     compare(comparison)
@@ -215,9 +205,9 @@ def _tasks(options: argparse.Namespace) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from trunkline.training.builtin import BUILTIN
-    from trunkline.training.metrics import metric_names
-    from trunkline.training.sources import read_rows
+    from trunkline.engine.tasks.builtin import BUILTIN
+    from trunkline.training.data.sources import read_rows
+    from trunkline.training.scoring.metrics import metric_names
 
     table = Table("task", "head", "metrics", "train", "validation", "from", box=None, header_style="bold")
     for task in BUILTIN.values():
@@ -237,13 +227,13 @@ def _doctor(options: argparse.Namespace) -> None:
 
     check_installation()
     if options.config:
-        from trunkline.training.config import load_config
+        from trunkline.training.config_file import load_config
 
         check_data(load_config(options.config, options.values))
 
 
 def _estimate(options: argparse.Namespace) -> None:
-    from trunkline.training.config import load_config
+    from trunkline.training.config_file import load_config
 
     config = load_config(options.config, options.values)
 
@@ -253,22 +243,6 @@ def _estimate(options: argparse.Namespace) -> None:
 
 
 def _report(options: argparse.Namespace) -> None:
-    from trunkline.training.report import write_report
+    from trunkline.training.pages.report import write_report
 
     print(write_report(options.run))
-
-
-def _certify(options: argparse.Namespace) -> None:
-    from trunkline.benchmarks.certify import run
-
-    run(options.kernels, [int(name.removeprefix("sm_")) for name in options.arch], options.quick, options.jobs)
-
-
-def _bench(options: argparse.Namespace) -> None:
-    from trunkline.benchmarks.record import report
-
-    report()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -6,11 +6,11 @@ from importlib import metadata
 import numpy as np
 import torch
 
+from trunkline.engine.config import Config
 from trunkline.engine.engine import Engine
-from trunkline.engine.packing import Example, pack
-from trunkline.kernels.attention import attention, attention_reference
-from trunkline.training.config import Config
-from trunkline.training.corpus import load_corpus
+from trunkline.engine.network.packing import Example, pack
+from trunkline.kernels.attention.attention import attention, attention_reference
+from trunkline.training.data.corpus import load_corpus
 from trunkline.training.environment import environment
 
 OPTIONAL = {

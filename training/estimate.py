@@ -20,17 +20,16 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
+from trunkline.engine.config import Config, with_vocabulary
 from trunkline.engine.engine import make_model
-from trunkline.engine.model import MultiTaskModel
-from trunkline.engine.packing import PackedBatch
+from trunkline.engine.network.model import MultiTaskModel
+from trunkline.engine.network.packing import PackedBatch
+from trunkline.kernels.attention.pack_plan import TILE_SIZES
 from trunkline.kernels.linear_cross_entropy import CHUNKS
-from trunkline.kernels.pack_plan import TILE_SIZES
-from trunkline.training.batches import Packer
-from trunkline.training.config import Config
-from trunkline.training.corpus import load_corpus, with_vocabulary
+from trunkline.training.data.batches import Packer, make_mixer
+from trunkline.training.data.corpus import load_corpus
 from trunkline.training.flops import training_flops
-from trunkline.training.loop import make_mixer
-from trunkline.training.units import duration, quantity
+from trunkline.training.pages.units import duration, quantity
 
 LOOKED_AT, GONE_THROUGH = 32, 2  # batches of the run; and of these, those with the most labelled rows
 CUBLAS = 32 << 20  # bytes that cuBLAS works in, on H100 and later

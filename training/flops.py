@@ -4,10 +4,10 @@ Left out is what is small beside them: embeddings, norms, activations and the he
 carry no example (the dummy sequence) are not counted, so that systems are compared by the work that their data needs.
 """
 
-from trunkline.engine.model import MultiTaskModel
-from trunkline.engine.packing import PackedBatch
-from trunkline.engine.trunk import TrunkConfig
-from trunkline.training.baselines import BiLSTM, Model
+from trunkline.engine.network.bilstm import BiLSTM, Model
+from trunkline.engine.network.model import MultiTaskModel
+from trunkline.engine.network.packing import PackedBatch
+from trunkline.engine.network.trunk import TrunkConfig
 
 BACKWARD = 2  # a backward pass has two products for each of the forward pass
 

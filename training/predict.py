@@ -4,9 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trunkline.training.cells import text_of
-from trunkline.training.sources import MissingColumnError, Rows, read_columns
-from trunkline.training.tasks import Task
+from trunkline.engine.tasks.task import Task
+from trunkline.training.data.cells import text_of
+from trunkline.training.data.sources import MissingColumnError, Rows, read_columns
 
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trunkline.training.builtin import BUILTIN
-from trunkline.training.sources import read_rows
-from trunkline.training.tasks import Task
+from trunkline.engine.tasks.builtin import BUILTIN
+from trunkline.engine.tasks.task import Task
+from trunkline.training.data.sources import read_rows
 
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine

@@ -7,41 +7,41 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trunkline.engine.drop_in import attention_counts as attention_counts
-    from trunkline.engine.drop_in import flash_attn_func as flash_attn_func
-    from trunkline.engine.drop_in import flash_attn_varlen_func as flash_attn_varlen_func
-    from trunkline.engine.drop_in import scaled_dot_product_attention as scaled_dot_product_attention
     from trunkline.engine.engine import Engine as Engine
-    from trunkline.engine.multihead_attention import MultiheadAttention as MultiheadAttention
-    from trunkline.engine.packing import PackedBatch as PackedBatch
-    from trunkline.engine.patch import patch as patch
-    from trunkline.engine.patch import unpatch as unpatch
-    from trunkline.engine.trunk import Trunk as Trunk
-    from trunkline.engine.trunk import TrunkConfig as TrunkConfig
-    from trunkline.kernels.attention import attention as attention
+    from trunkline.engine.foreign.drop_in import attention_counts as attention_counts
+    from trunkline.engine.foreign.drop_in import flash_attn_func as flash_attn_func
+    from trunkline.engine.foreign.drop_in import flash_attn_varlen_func as flash_attn_varlen_func
+    from trunkline.engine.foreign.drop_in import scaled_dot_product_attention as scaled_dot_product_attention
+    from trunkline.engine.foreign.multihead_attention import MultiheadAttention as MultiheadAttention
+    from trunkline.engine.foreign.patch import patch as patch
+    from trunkline.engine.foreign.patch import unpatch as unpatch
+    from trunkline.engine.network.packing import PackedBatch as PackedBatch
+    from trunkline.engine.network.trunk import Trunk as Trunk
+    from trunkline.engine.network.trunk import TrunkConfig as TrunkConfig
+    from trunkline.engine.tasks.task import Task as Task
+    from trunkline.kernels.attention.attention import attention as attention
+    from trunkline.kernels.attention.pack_plan import PackPlan as PackPlan
     from trunkline.kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
-    from trunkline.kernels.pack_plan import PackPlan as PackPlan
     from trunkline.kernels.task_loss import task_loss as task_loss
     from trunkline.kernels.task_projection import task_projection as task_projection
-    from trunkline.training.tasks import Task as Task
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "Engine": "trunkline.engine.engine",
-    "Task": "trunkline.training.tasks",
-    "Trunk": "trunkline.engine.trunk",
-    "TrunkConfig": "trunkline.engine.trunk",
-    "PackedBatch": "trunkline.engine.packing",
-    "PackPlan": "trunkline.kernels.pack_plan",
-    "attention": "trunkline.kernels.attention",
-    "flash_attn_func": "trunkline.engine.drop_in",
-    "flash_attn_varlen_func": "trunkline.engine.drop_in",
-    "scaled_dot_product_attention": "trunkline.engine.drop_in",
-    "attention_counts": "trunkline.engine.drop_in",
-    "MultiheadAttention": "trunkline.engine.multihead_attention",
-    "patch": "trunkline.engine.patch",
-    "unpatch": "trunkline.engine.patch",
+    "Task": "trunkline.engine.tasks.task",
+    "Trunk": "trunkline.engine.network.trunk",
+    "TrunkConfig": "trunkline.engine.network.trunk",
+    "PackedBatch": "trunkline.engine.network.packing",
+    "PackPlan": "trunkline.kernels.attention.pack_plan",
+    "attention": "trunkline.kernels.attention.attention",
+    "flash_attn_func": "trunkline.engine.foreign.drop_in",
+    "flash_attn_varlen_func": "trunkline.engine.foreign.drop_in",
+    "scaled_dot_product_attention": "trunkline.engine.foreign.drop_in",
+    "attention_counts": "trunkline.engine.foreign.drop_in",
+    "MultiheadAttention": "trunkline.engine.foreign.multihead_attention",
+    "patch": "trunkline.engine.foreign.patch",
+    "unpatch": "trunkline.engine.foreign.patch",
     "task_projection": "trunkline.kernels.task_projection",
     "task_loss": "trunkline.kernels.task_loss",
     "linear_cross_entropy": "trunkline.kernels.linear_cross_entropy",

@@ -1,0 +1,265 @@
+"""Hugging Face checkpoints as trunks, and trunks as Hugging Face checkpoints.
+
+Only JSON and safetensors are read: nothing is unpickled, and no code of a checkpoint runs. What the families call
+things is in families.py.
+
+V vocabulary, D width, H query heads, G key/value heads, E head width
+"""
+
+import json
+import re
+from dataclasses import dataclass, replace
+from hashlib import file_digest, sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from trunkline.engine.foreign.families import family_of, matching_family, settings_of, trunk_config
+from trunkline.engine.network.trunk import Trunk, TrunkConfig
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+SETTINGS = "engine.json"  # beside the weights of an engine of ours
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a checkpoint held besides the trunk, for it to be written again."""
+
+    settings: dict[str, Any]
+    """Of config.json."""
+    prefix: str
+    """Of the names of the trunk's tensors."""
+    others: dict[str, Tensor]
+    """Heads, pooler and masks, as they were."""
+
+
+def load(source: str, dropout: float | None = None, dtype: torch.dtype | None = None) -> Trunk:
+    """See `Trunk.from_pretrained`."""
+    folder = _folder(source)
+    settings, tensors = _settings(folder), _tensors(folder)
+    try:
+        config = _config(settings)
+        if dropout is not None:
+            config = replace(config, dropout=dropout)
+        with torch.device("meta"):
+            trunk = Trunk(config)
+        if "trunk" not in settings:
+            weights = _from_hugging_face(trunk, settings, tensors)
+        else:
+            ours = [name for name in tensors if name.startswith("trunk.")]
+            weights = {name.removeprefix("trunk."): tensors[name].clone() for name in ours}
+            trunk.vocabulary = tensors.get("vocabulary")
+        for name, parameter in trunk.named_parameters():
+            if (shape := weights[name].shape) != parameter.shape:
+                raise ValueError(f"{name}: expected {list(parameter.shape)}, got {list(shape)}")
+    except ValueError as error:
+        raise ValueError(f"pretrained {folder}: {error}") from error
+    trunk.load_state_dict(weights, assign=True)
+    if dtype is not None and trunk.vocabulary is not None:
+        trunk.vocabulary = trunk.vocabulary.to(dtype)
+    return trunk.to(dtype=dtype).eval()
+
+
+def shape_of(source: str) -> TrunkConfig:
+    """The shape of the trunk that `load` gives, without reading its weights.
+
+    Raises:
+        ValueError: as `load`.
+    """
+    folder = _folder(source)
+    try:
+        return _config(_settings(folder))
+    except ValueError as error:
+        raise ValueError(f"pretrained {folder}: {error}") from error
+
+
+def digest(source: str) -> str:
+    """SHA-256 of the weights and settings of a checkpoint, wherever it lies."""
+    folder, state = _folder(source), sha256()
+    for path in (_settings_file(folder), *_weight_files(folder)):
+        with path.open("rb") as content:
+            state.update(file_digest(content, "sha256").digest())
+    return state.hexdigest()
+
+
+def to_hugging_face(trunk: Trunk, vocabulary: Tensor | None = None) -> "PreTrainedModel":
+    """See `Trunk.to_hugging_face`."""
+    import transformers
+
+    settings, tensors = _to_hugging_face(trunk, vocabulary)
+    (name, *_), family = settings["architectures"], family_of(settings)
+    kind = getattr(transformers, name, None) if name.startswith(family.name) else None
+    if kind is None:
+        raise ValueError(f"pretrained: transformers has no {family.name} model '{name}', which config.json names")
+    config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
+    pooled = any("pooler" in tensor for tensor in tensors)
+    options = {"add_pooling_layer": pooled} if name == "BertModel" else {}
+    weight = trunk.tokens.weight
+    model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=weight.dtype, **options)
+    return model.to(weight.device)
+
+
+def save(trunk: Trunk, folder: Path, vocabulary: Tensor | None = None) -> Path:
+    """See `Trunk.save_pretrained`."""
+    settings, tensors = _to_hugging_face(trunk, vocabulary)
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{WEIGHTS}.partial"
+    save_file(tensors, partial, {"format": "pt"})
+    partial.replace(folder / WEIGHTS)  # tensors that were loaded may still lie in a file of that name
+    (folder / CONFIG).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    return folder
+
+
+def _from_hugging_face(trunk: Trunk, settings: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The trunk's weights; what is left of `tensors` goes to its origin."""
+    family = family_of(settings)
+    tensors = {
+        name.replace("LayerNorm.gamma", "LayerNorm.weight").replace("LayerNorm.beta", "LayerNorm.bias"): tensor
+        for name, tensor in tensors.items()  # BERT's first checkpoints come from TensorFlow
+    }
+    prefix = family.prefix if any(name.startswith(family.prefix) for name in tensors) else ""
+    names = {name: [prefix + source for source in family.sources(name)] for name in trunk.state_dict()}
+    if missing := [source for sources in names.values() for source in sources if source not in tensors]:
+        raise ValueError(f"{len(missing)} tensors are missing: {', '.join(missing[:4])} ...")
+    weights = {}
+    for name, sources in names.items():
+        weight = torch.cat([tensors.pop(source) for source in sources])
+        weights[name] = weight.T.contiguous() if family.transposed(name) else weight
+    inside = tuple(f"{prefix}{module}." for module in {sources[0].split(".")[0] for sources in family.tensors.values()})
+    if unknown := [
+        name
+        for name in tensors
+        if name.startswith(inside) and not re.fullmatch(family.unused, name.removeprefix(prefix))
+    ]:
+        raise ValueError(f"{len(unknown)} tensors have no place in a trunk: {', '.join(unknown[:4])} ...")
+    output = tensors.pop(family.output, None)
+    if not trunk.config.tie_vocabulary:
+        trunk.vocabulary = output
+    elif output is not None and not torch.equal(output, weights["tokens.weight"]):
+        raise ValueError(f"{family.output} differs from the embedding, which config.json says it is tied to")
+    trunk.origin = Origin(settings, prefix, tensors)
+    return weights
+
+
+def _to_hugging_face(trunk: Trunk, vocabulary: Tensor | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """config.json and the tensors of a checkpoint with this trunk; none of them shares memory with it."""
+    config, origin = trunk.config, trunk.origin
+    if vocabulary is not None and config.tie_vocabulary:
+        raise ValueError("pretrained: this trunk's vocabulary is tied to its embedding: it takes no other")
+    vocabulary = trunk.vocabulary if vocabulary is None else vocabulary
+    if origin is None:
+        settings = settings_of(config, matching_family(config))
+        family = family_of(settings)
+        headed = family.causal_model and (config.tie_vocabulary or vocabulary is not None)
+        settings["architectures"] = [family.causal_model if headed else f"{family.name}Model"]
+        settings |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # the tokenizer's business
+        prefix, others = family.prefix if headed else "", {}
+    else:
+        family, prefix = family_of(origin.settings), origin.prefix
+        model_type = origin.settings["model_type"]
+        before = settings_of(trunk_config(origin.settings), model_type)
+        changed = {key: x for key, x in settings_of(config, model_type).items() if x != before[key]}
+        settings = {**origin.settings, **changed}
+        settings.setdefault("architectures", [f"{family.name}Model"])
+        others = dict(origin.others)
+        for name in others.keys() & set(family.output_biases):
+            others[name] = F.pad(others[name], (0, config.vocab_size - len(others[name])))
+    settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = str(trunk.tokens.weight.dtype)[len("torch.") :]
+    tensors = {name: tensor.clone() for name, tensor in others.items()}
+    for name, weight in trunk.state_dict().items():
+        sources = family.sources(name)
+        for source, part in zip(sources, _parts(config, name, weight, len(sources)), strict=True):
+            tensors[prefix + source] = (
+                part.T.clone(memory_format=torch.contiguous_format) if family.transposed(name) else part.clone()
+            )
+    if vocabulary is not None:
+        tensors[family.output] = vocabulary.detach().clone()
+    return settings, tensors
+
+
+def _parts(config: TrunkConfig, name: str, weight: Tensor, count: int) -> tuple[Tensor, ...]:
+    """A parameter, or the queries, keys and values, or gate and value, that are one in the trunk."""
+    if count == 1:
+        return (weight,)
+    if ".qkv." in name:
+        return weight.split([heads * config.head_width for heads in (config.num_heads, *[config.kv_heads] * 2)])
+    return weight.chunk(count)
+
+
+def _folder(source: str) -> Path:
+    """Where the files of a checkpoint are: here, or in the hub's cache, which may take a download."""
+    folder = Path(source)
+    if (folder / "model" / SETTINGS).is_file():
+        return folder / "model"  # of a finished run
+    if folder.is_dir():
+        return folder
+    here = f"a local folder with {CONFIG} and {WEIGHTS} serves as well"
+    try:
+        from huggingface_hub import snapshot_download
+
+        wanted = [CONFIG, WEIGHTS, INDEX, "model-*.safetensors", "tokenizer.json"]
+        return Path(snapshot_download(source, allow_patterns=wanted))
+    except ImportError as error:
+        raise ValueError(
+            f"pretrained '{source}' is no folder, and the hub needs trunkline[hub], which is not installed; {here}"
+        ) from error
+    except (OSError, ValueError) as error:  # offline, unknown, gated; no hub id at all
+        raise ValueError(
+            f"pretrained '{source}' is no folder, and not to be had from the hub: {error}; {here}"
+        ) from error
+
+
+def _settings_file(folder: Path) -> Path:
+    for name in (SETTINGS, CONFIG):
+        if (folder / name).is_file():
+            return folder / name
+    raise ValueError(f"pretrained {folder}: neither {CONFIG}, of a checkpoint, nor {SETTINGS}, of a finished run")
+
+
+def _settings(folder: Path) -> dict[str, Any]:
+    return _json(_settings_file(folder))
+
+
+def _config(settings: dict[str, Any]) -> TrunkConfig:
+    return TrunkConfig(**settings["trunk"]) if "trunk" in settings else trunk_config(settings)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    if (folder / WEIGHTS).is_file():
+        return [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        return [folder / name for name in sorted(set(_json(folder / INDEX)["weight_map"].values()))]
+    pickled = [path.name for path in sorted(folder.glob("*.bin"))]
+    told = (
+        f"; {', '.join(pickled)} would have to be unpickled, which can run any code: save it as safetensors"
+        if pickled
+        else ""
+    )
+    raise ValueError(f"pretrained {folder}: neither {WEIGHTS} nor {INDEX}{told}")
+
+
+def _tensors(folder: Path) -> dict[str, Tensor]:
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        try:
+            tensors |= load_file(path)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"pretrained: {path} is missing or damaged: {error}") from error
+    if (folder / INDEX).is_file() and (lost := sorted(_json(folder / INDEX)["weight_map"].keys() - tensors.keys())):
+        raise ValueError(f"pretrained {folder}: {INDEX} lists {', '.join(lost[:4])}, which its files lack")
+    return tensors
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:  # also where it is not UTF-8
+        raise ValueError(f"pretrained: {path} is not JSON: {error}") from error

@@ -1,0 +1,314 @@
+"""Text from a causal trunk: greedy and beam search for many prompts at once, with a key/value cache.
+
+The prompts go through the trunk as one packed batch, whose keys and values fill the cache; then every step puts one
+token of each unfinished text through the trunk. Texts lie in the cache longest prompt first, and those of like lengths
+attend together, so that a long one costs the short ones nothing. When a text ends, the last one takes its place.
+
+B prompts, W beams, S = B * W texts, L slots of the cache, G key/value heads, E head width, V vocabulary
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from trunkline.engine.network.packing import Example, pack
+from trunkline.engine.network.trunk import Trunk, TrunkConfig
+from trunkline.kernels.attention.attention import attention
+
+
+@dataclass(frozen=True)
+class Search:
+    """How a text is searched for."""
+
+    max_new_tokens: int = 64
+    """Longest text, in tokens."""
+    beams: int = 1
+    """Candidates kept at every step; 1 is greedy."""
+    length_penalty: float = 1.0
+    """A text's score is its log-probability divided by its length to this power; above 1 favours longer texts."""
+    min_new_tokens: int = 0
+    """Shortest text, in tokens."""
+    no_repeat_ngram: int = 0
+    """No run of this many tokens occurs twice in a text; 0: all may."""
+
+
+PARTS = 4  # in which texts attend: more would leave out more of the shorter texts' unused slots, but cost calls
+
+
+class Cache:
+    """Keys and values of all layers for the texts being generated.
+
+    Args:
+        lengths: (S,) tokens of each text, which are to be put into `keys` and `values`.
+        slots: longest text there may be.
+        like: for device and dtype.
+    """
+
+    def __init__(self, config: TrunkConfig, lengths: np.ndarray, slots: int, like: Tensor):
+        shape = (config.num_layers, len(lengths), config.kv_heads, slots, config.head_width)  # by head: read in one go
+        self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
+        self.lengths = lengths  # on the host, so that no step has to wait for the device to know its shapes
+        vocabulary = config.vocab_size if config.exact_match else 0
+        self.tokens = like.new_zeros(len(lengths), vocabulary, dtype=torch.bool)  # that a text has
+
+    def advance(self) -> Tensor:
+        """Makes room for one more token of each text: (S,) int64, its place in the text."""
+        texts, device = len(self.lengths), self.keys.device
+        self.texts = torch.arange(texts, device=device)
+        places = torch.from_numpy(self.lengths).to(device)
+        self.newest = self.slots(self.texts, places)
+        self.lengths = self.lengths + 1
+        self.parts: list[tuple[slice, int, Tensor | None]] = []  # texts, longest of them, what each sees of that
+        size = max(-(-texts // PARTS), PARTS)
+        for first in range(0, texts, size):
+            part = slice(first, min(first + size, texts))
+            longest = int(self.lengths[part].max())
+            hidden = torch.arange(longest, device=device) > places[part, None]  # (texts of the part, L)
+            mask = torch.zeros(hidden.shape, dtype=self.keys.dtype, device=device).masked_fill_(hidden, float("-inf"))
+            self.parts.append((part, longest, None if self.lengths[part].min() == longest else mask[:, None, None]))
+        return places
+
+    def slots(self, texts: Tensor, places: Tensor) -> Tensor:
+        """Of tokens (T,) at these places of these texts: (T * G,), counted over the slots of all heads and texts."""
+        _, _, G, slots, _ = self.keys.shape
+        heads = torch.arange(G, device=texts.device)
+        return ((texts[:, None] * G + heads) * slots + places[:, None]).flatten()
+
+    def put(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Stores keys and values (T, G, E) in `slots` of theirs; returns all of the layer, (S, G, L, E)."""
+        keys, values = self.keys[layer], self.values[layer]
+        keys.flatten(0, 2).index_copy_(0, slots, k.flatten(0, 1))
+        values.flatten(0, 2).index_copy_(0, slots, v.flatten(0, 1))
+        return keys, values
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: None) -> Tensor:
+        """One token of each text, q (S, H, E) and k, v (S, G, E): stores key and value, attends to all so far."""
+        keys, values = self.put(layer, self.newest, k, v)
+        out = [
+            F.scaled_dot_product_attention(
+                q[part, :, None],  # (texts of the part, H, 1, E)
+                keys[part, :, :longest],
+                values[part, :, :longest],
+                attn_mask=mask,
+                enable_gqa=q.shape[1] != k.shape[1],
+            )
+            for part, longest, mask in self.parts
+        ]
+        return torch.cat(out).squeeze(2)
+
+    def repeated(self, tokens: Tensor) -> Tensor | None:
+        """(S,) whether the text had this token before, for a trunk that asks; it has it now."""
+        if not self.tokens.numel():
+            return None
+        repeated = self.tokens[self.texts, tokens]
+        self.tokens[self.texts, tokens] = True
+        return repeated
+
+    def keep(self, texts: np.ndarray) -> None:
+        """Continues with these texts, in this order; one may occur several times."""
+        if self.tokens.numel():
+            self.tokens = self.tokens[torch.from_numpy(texts).to(self.tokens.device)]
+        if len(texts) > self.keys.shape[1]:
+            chosen = torch.from_numpy(texts).to(self.keys.device)
+            self.keys, self.values = self.keys.index_select(1, chosen), self.values.index_select(1, chosen)
+        elif len(moved := np.flatnonzero(texts != np.arange(len(texts)))):
+            to, source = (torch.from_numpy(places).to(self.keys.device) for places in (moved, texts[moved]))
+            longest = int(self.lengths[texts[moved]].max())
+            for store in (self.keys, self.values):
+                store[:, to, :, :longest] = store[:, source, :, :longest]
+        self.lengths = self.lengths[texts]
+
+
+def generate(
+    trunk: Trunk,
+    logits: Callable[[Tensor], Tensor],
+    prompts: Sequence[np.ndarray],
+    end: int,
+    search: Search | None = None,
+) -> list[list[int]]:
+    """Continues every prompt until its end token or the longest length.
+
+    Args:
+        trunk: causal.
+        logits: (S, D) -> (S, V), the vocabulary head of the task.
+        prompts: token ids of each; at least one token.
+        end: token that ends a text; it is not part of the result.
+        search: how; default greedy, at most 64 tokens.
+
+    Returns:
+        The new tokens of each prompt, in the order of the prompts.
+
+    Raises:
+        ValueError: a prompt and the longest text do not fit the trunk's positions.
+    """
+    search = search or Search()
+    lengths = np.array([len(prompt) for prompt in prompts])
+    slots = int(lengths.max()) + search.max_new_tokens
+    if slots > trunk.config.max_positions:
+        raise ValueError(
+            f"generate: a prompt of {lengths.max()} tokens and {search.max_new_tokens} new ones are more than "
+            f"the trunk's {trunk.config.max_positions} positions"
+        )
+    longest_first = np.argsort(-lengths, kind="stable")
+    with torch.inference_mode():
+        x, cache = _prefill(trunk, [prompts[i] for i in longest_first], slots)
+        writer = writer_of(len(prompts), search, end, x.device)
+        while len(kept := writer.step(logits(x).float())):
+            cache.keep(kept)
+            places = cache.advance()
+            x = trunk(writer.last, places, cache.attend, repeated=cache.repeated(writer.last))  # (S,) -> (S, D)
+    texts = writer.written()
+    return [texts[place] for place in np.argsort(longest_first)]
+
+
+def writer_of(prompts: int, search: Search, end: int, device: torch.device) -> "_Greedy | _Beams":
+    """What chooses the tokens of so many texts: `step` by `step` from logits, until none goes on."""
+    return (_Greedy if search.beams == 1 else _Beams)(prompts, search, end, device)
+
+
+def _prefill(trunk: Trunk, prompts: Sequence[np.ndarray], slots: int) -> tuple[Tensor, Cache]:
+    """Hidden states of the prompts' last tokens, (B, D), and the cache filled with the prompts."""
+    examples = [Example(0, tokens, np.array([len(tokens) - 1])) for tokens in prompts]
+    weight = trunk.tokens.weight
+    batch = pack(examples, num_tasks=1).to(weight.device)
+    if torch.is_autocast_enabled(weight.device.type):
+        weight = weight.new_empty(0, dtype=torch.get_autocast_dtype(weight.device.type))
+    cache = Cache(trunk.config, np.array([len(prompt) for prompt in prompts]), slots, weight)
+    order = torch.tensor(batch.order, device=batch.tokens.device)
+    text = order.repeat_interleave(batch.plan.cu_seqlens.diff())  # (T,) the prompt that each token belongs to
+    filled = cache.slots(text, batch.positions)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+        cache.put(layer, filled, k, v)
+        return attention(q, k, v, batch.plan, causal=True, rows=rows)
+
+    x = trunk(batch.tokens, batch.positions, attend, batch.rows.token)
+    if trunk.config.exact_match:
+        cache.tokens[text, batch.tokens] = True
+    return torch.empty_like(x).index_copy_(0, order, x), cache
+
+
+def _forbid(scores: Tensor, texts: Tensor, search: Search, end: int) -> None:
+    """Sets the scores (S, V) of the tokens that may not follow the texts (S, length so far) to -inf."""
+    n = search.no_repeat_ngram
+    if texts.shape[1] < search.min_new_tokens:
+        scores[:, end] = float("-inf")
+    if 0 < n <= texts.shape[1]:
+        ngrams = texts.unfold(1, n, 1)  # (S, runs, n)
+        begun = (ngrams[..., :-1] == texts[:, None, texts.shape[1] - n + 1 :]).all(-1)  # a run that could be repeated
+        text, run = begun.nonzero(as_tuple=True)
+        scores[text, ngrams[text, run, -1]] = float("-inf")
+
+
+def _closed_up(going: np.ndarray) -> np.ndarray:
+    """Ascending places of what goes on, with the last of them moved to where something has ended."""
+    places = np.arange(len(going))
+    gaps = np.setdiff1d(places, going)
+    places[gaps] = going[len(going) - len(gaps) :]
+    return places
+
+
+class _Greedy:
+    """The most likely token of every text, until its end."""
+
+    def __init__(self, prompts: int, search: Search, end: int, device: torch.device):
+        self.search, self.end, self.length = search, end, 0
+        self.prompts = torch.arange(prompts, device=device)  # (S,) of the unfinished texts
+        self.last = torch.empty(0, dtype=torch.int64, device=device)  # (S,) the newest token of each
+        self.texts = torch.full((prompts, search.max_new_tokens), end, device=device)  # of all prompts, in their order
+
+    def step(self, logits: Tensor) -> np.ndarray:
+        """Extends the texts by one token each, from logits (S, V).
+
+        Returns:
+            (S',) which of the S texts go on, in their new order.
+        """
+        if self.search.min_new_tokens or self.search.no_repeat_ngram:
+            _forbid(logits, self.texts[self.prompts, : self.length], self.search, self.end)
+        token = logits.argmax(-1)  # (S,)
+        self.texts[self.prompts, self.length] = token
+        self.length += 1
+        if self.length == self.search.max_new_tokens:
+            return np.empty(0, np.int64)
+        going = np.flatnonzero((token != self.end).cpu().numpy())
+        places = _closed_up(going)
+        if len(going) < len(token):
+            chosen = torch.from_numpy(places).to(token.device)
+            self.prompts, token = self.prompts[chosen], token[chosen]
+        self.last = token
+        return places
+
+    def written(self) -> list[list[int]]:
+        """The text of every prompt."""
+        texts = self.texts.tolist()
+        return [text[: text.index(self.end)] if self.end in text else text for text in texts]
+
+
+class _Beams:
+    """The candidates of every prompt: up to W unfinished texts, and the best finished one.
+
+    A prompt is done as soon as W of its texts have ended, or its texts have the longest length.
+    """
+
+    def __init__(self, prompts: int, search: Search, end: int, device: torch.device):
+        self.search, self.end = search, end
+        self.live = list(range(prompts))  # prompts that are not done
+        self.scores = torch.zeros(prompts, 1, device=device)  # (live prompts, texts) log-probabilities
+        self.texts = torch.zeros(prompts, 1, 0, dtype=torch.int64, device=device)  # (live prompts, texts, length)
+        self.ended = [0] * prompts
+        self.results: list[tuple[float, list[int]]] = [(float("-inf"), [])] * prompts
+
+    @property
+    def last(self) -> Tensor:
+        """(S,) the newest token of every unfinished text."""
+        return self.texts[:, :, -1].flatten()
+
+    def step(self, logits: Tensor) -> np.ndarray:
+        """Extends the texts by one token each, from logits (S, V).
+
+        Returns:
+            (S',) which of the S texts each of the texts to go on with comes from; none when all prompts are done.
+        """
+        log_p = logits.log_softmax(-1)
+        prompts, width = self.scores.shape
+        W, V = self.search.beams, log_p.shape[1]
+        _forbid(log_p, self.texts.flatten(0, 1), self.search, self.end)
+        totals = (self.scores[:, :, None] + log_p.view(prompts, width, V)).flatten(1)
+        # at most one candidate of every text is its end, so that of 2 W candidates W go on
+        scores, places = totals.topk(min(2 * W, totals.shape[1]))
+        parents, tokens = places // V, places % V
+        length = self.texts.shape[2] + 1
+        survivors: dict[int, list[int]] = {}  # row in `live`, its candidates that go on
+        for row, (prompt, row_tokens) in enumerate(zip(self.live, tokens.tolist(), strict=True)):
+            going = [c for c, token in enumerate(row_tokens) if token != self.end][:W]
+            ending = [c for c in range(W) if row_tokens[c] == self.end]
+            self.ended[prompt] += len(ending)
+            if length == self.search.max_new_tokens:
+                ending = list(range(W))
+            elif self.ended[prompt] < W:
+                survivors[row] = going
+            for c in ending:
+                self._offer(prompt, float(scores[row, c]), row, int(parents[row, c]), row_tokens[c], length)
+        order = _closed_up(np.array([*survivors], np.int64)).tolist()
+        rows = torch.tensor(order, dtype=torch.int64, device=log_p.device)
+        chosen = torch.tensor([survivors[row] for row in order], dtype=torch.int64, device=log_p.device).view(-1, W)
+        parents, tokens = parents[rows].gather(1, chosen), tokens[rows].gather(1, chosen)
+        self.texts = torch.cat([self.texts[rows[:, None], parents], tokens[..., None]], -1)
+        self.scores = scores[rows].gather(1, chosen)
+        self.live = [self.live[row] for row in order]
+        return (rows[:, None] * width + parents).flatten().cpu().numpy()
+
+    def written(self) -> list[list[int]]:
+        """The text of every prompt."""
+        return [text for _, text in self.results]
+
+    def _offer(self, prompt: int, score: float, row: int, parent: int, token: int, length: int) -> None:
+        """Takes a finished text if it is the prompt's best so far."""
+        score /= length**self.search.length_penalty
+        if score > self.results[prompt][0]:
+            text = self.texts[row, parent].tolist()
+            self.results[prompt] = (score, text if token == self.end else [*text, token])

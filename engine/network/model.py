@@ -1,0 +1,219 @@
+"""Trunk and heads as one module: from a packed batch to loss sums per task.
+
+    tokens -> trunk -> rows with a label (R, D) -> per-task projection -> heads -> sums per task (N,)
+
+T tokens, R labelled rows, N tasks, D width, K columns of the table of small heads, V vocabulary
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from trunkline.engine.network.generate import Search, generate
+from trunkline.engine.network.heads import GROUPS, HEADS, span_loss
+from trunkline.engine.network.packing import PackedBatch
+from trunkline.engine.network.trunk import Trunk
+from trunkline.kernels.linear_cross_entropy import linear_cross_entropy
+from trunkline.kernels.task_loss import LossSums, task_loss
+from trunkline.kernels.task_projection import task_projection
+
+if TYPE_CHECKING:
+    from trunkline.engine.tasks.task import Task
+
+
+def in_model_order(tasks: Sequence["Task"]) -> list["Task"]:
+    """Tasks whose heads share a loss stand together; otherwise the order stays."""
+    return sorted(tasks, key=lambda task: GROUPS.index(HEADS[task.head].group))
+
+
+class MultiTaskModel(nn.Module):
+    """One trunk, a head for every task, and optionally a projection of each task's own between them.
+
+    Args:
+        trunk: the shared feature extractor.
+        tasks: N of them, in the order of `in_model_order`; a batch names a task by its place here.
+        projection: activation of the per-task projection x + act(x W_t + b_t), which starts as the identity; '' : none.
+        label_smoothing: of all classification and next-token losses.
+
+    Raises:
+        ValueError: a task that predicts tokens on a bidirectional trunk, or tasks out of order.
+    """
+
+    class_offsets: Tensor  # (tasks of the table + 1,) int32, first column of each and the end of the last
+    regression: Tensor  # (tasks of the table,) bool
+
+    def __init__(self, trunk: Trunk, tasks: Sequence["Task"], projection: str = "", label_smoothing: float = 0.0):
+        super().__init__()
+        if list(tasks) != in_model_order(tasks):
+            raise ValueError(f"model: tasks must be in the order of in_model_order, got {[t.name for t in tasks]}")
+        D, N = trunk.config.hidden_size, len(tasks)
+        groups = [HEADS[task.head].group for task in tasks]
+        following = [task.name for task in tasks if task.head in ("generate", "language-model")]
+        if following and not trunk.config.causal:
+            name = following[0]
+            raise ValueError(f"model: task '{name}' predicts next tokens, which needs a causal trunk")
+        self.trunk, self.tasks = trunk, tuple(tasks)
+        self.num_small, self.num_spans, self.num_vocabulary = (groups.count(group) for group in GROUPS)
+        self.activation, self.label_smoothing = projection, label_smoothing
+
+        columns = [HEADS[task.head].columns(task) for task in tasks[: self.num_small]]
+        self.width = max(columns, default=0)
+        self.weight = nn.Parameter(torch.empty(sum(columns), D))  # (K, D) all small heads, side by side
+        self.bias = nn.Parameter(torch.zeros(sum(columns)))
+        self.span_weight = nn.Parameter(torch.empty(self.num_spans, 2, D))
+        for parameter in (self.weight, self.span_weight):
+            nn.init.normal_(parameter, std=0.02)
+        if "vocabulary" in groups and not trunk.config.tie_vocabulary:
+            start = torch.empty(trunk.config.vocab_size, D).normal_(std=0.02)
+            self.vocabulary = nn.Parameter(start if trunk.vocabulary is None else trunk.vocabulary.clone())
+        if projection:
+            self.projection_weight = nn.Parameter(torch.zeros(N, D, D))
+            self.projection_bias = nn.Parameter(torch.zeros(N, D))
+        offsets = torch.tensor([0, *columns]).cumsum(0).to(torch.int32)
+        regression = torch.tensor([task.head == "regress" for task in tasks[: self.num_small]], dtype=torch.bool)
+        self.register_buffer("class_offsets", offsets, persistent=False)
+        self.register_buffer("regression", regression, persistent=False)
+
+    @property
+    def vocabulary_weight(self) -> Tensor:
+        """(V, D)"""
+        return self.trunk.tokens.weight if self.trunk.config.tie_vocabulary else self.vocabulary
+
+    @property
+    def groups(self) -> tuple[int, int, int]:
+        """How many tasks have a head in the table, predict spans, and predict tokens."""
+        return self.num_small, self.num_spans, self.num_vocabulary
+
+    @property
+    def device(self) -> torch.device:
+        return self.trunk.tokens.weight.device
+
+    def forward(self, batch: PackedBatch, dloss: Tensor | None = None) -> LossSums:
+        """Loss sums of every task in the batch, (N,) each; a task without rows has sums of 0.
+
+        `dloss`: (N,) the gradient that the losses will get, where that is known: it saves `linear_cross_entropy` work.
+        """
+        return self.losses(self.hidden(batch), batch, dloss=dloss)
+
+    def hidden(self, batch: PackedBatch) -> Tensor:
+        """(R, D) the trunk's output at the labelled rows."""
+        x = self.trunk(batch.tokens, batch.positions, batch.plan, batch.rows.token)
+        if torch.is_autocast_enabled(x.device.type):  # norms leave float32; the heads' products need not
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        return x
+
+    def losses(
+        self,
+        x: Tensor,
+        batch: PackedBatch,
+        vocabulary: Sequence[Tensor] = (),
+        ends: Sequence[int] = (),
+        dloss: Tensor | None = None,
+    ) -> LossSums:
+        """(R, D) -> loss sums of every task, (N,) each.
+
+        Args:
+            x: (R, D) from `hidden`.
+            vocabulary: where the tasks' gradients of `vocabulary_weight` are wanted apart, that matrix for each task.
+            ends: where the rows of each of `groups` end; for a compiled graph, which must not depend on a batch's own
+                numbers.
+            dloss: as of `forward`.
+        """
+        rows, N = batch.rows, len(self.tasks)
+        x = self.project(x, rows.offsets)
+        first_span, first_vocabulary = self.num_small, self.num_small + self.num_spans
+        a, b = ends[:2] or (sum(rows.counts[:first_span]), sum(rows.counts[:first_vocabulary]))
+        sums = []
+        if first_span:
+            sums.append(
+                task_loss(
+                    x[:a],
+                    self.weight.to(x.dtype),
+                    self.bias.to(x.dtype),
+                    rows.offsets[: first_span + 1],
+                    rows.target[:a],
+                    rows.value[:a],
+                    rows.weight[:a],
+                    self.class_offsets,
+                    self.regression,
+                    width=self.width,
+                    label_smoothing=self.label_smoothing,
+                )
+            )
+        if self.num_spans:
+            task = rows.task[a:b] - first_span
+            logits = torch.einsum("rd,rcd->rc", x[a:b], self.span_weight[task].to(x.dtype))
+            sequence = torch.bucketize(rows.token[a:b], batch.plan.cu_seqlens[1:], right=True)
+            number = (sequence.diff(prepend=sequence[:1]) != 0).cumsum(0)  # of those that have rows here
+            sums.append(span_loss(logits, task, rows.target[a:b], rows.weight[a:b], number, self.num_spans))
+        if self.num_vocabulary:
+            weights = vocabulary or [self.vocabulary_weight]
+            per_weight = self.num_vocabulary // len(weights)
+            firsts = range(first_vocabulary, N, per_weight)
+            sums.append(
+                linear_cross_entropy(
+                    x[b:],
+                    weights,
+                    rows.target[b:],
+                    rows.task[b:] - first_vocabulary,
+                    rows.weight[b:],
+                    num_tasks=[per_weight] * len(weights),
+                    rows=[sum(rows.counts[first : first + per_weight]) for first in firsts] if vocabulary else None,
+                    dloss=None if dloss is None else dloss[first_vocabulary:],
+                    label_smoothing=self.label_smoothing,
+                )
+            )
+        return LossSums(*(torch.cat(parts) for parts in zip(*sums, strict=True)))
+
+    def score(self, batch: PackedBatch, task: int) -> tuple[LossSums, Tensor]:
+        """For evaluation: loss sums of a batch whose examples are all of one task, and the task's `logits` of its rows;
+        none of a task that predicts tokens, where they would take much memory."""
+        x = self.hidden(batch)
+        predicts_tokens = task >= self.num_small + self.num_spans
+        return self.losses(x, batch), x[:0] if predicts_tokens else self.logits(x, task)
+
+    def generate(self, prompts: Sequence[np.ndarray], task: int, end: int, search: Search) -> list[list[int]]:
+        """Continues prompts as one task's head says: `trunkline.engine.network.generate.generate`."""
+        return generate(self.trunk, partial(self.logits, task=task), prompts, end, search)
+
+    def task_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
+        """Parameters of which every row is one task's own, each with the tasks of its rows, int64."""
+        tasks = torch.arange(len(self.tasks), device=self.device)
+        small, spans = tasks[: self.num_small], tasks[self.num_small : self.num_small + self.num_spans]
+        column = small.repeat_interleave(self.class_offsets.diff(), output_size=len(self.weight))
+        owned = [(self.weight, column), (self.bias, column), (self.span_weight, spans)]
+        if self.activation:
+            owned += [(self.projection_weight, tasks), (self.projection_bias, tasks)]
+        return owned
+
+    def project(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """(R, D) -> (R, D): each row through its task's projection; rows of task t are offsets[t] : offsets[t + 1]."""
+        if not self.activation:
+            return x
+        weight, bias = self.projection_weight.to(x.dtype), self.projection_bias.to(x.dtype)
+        return x + task_projection(x, weight, bias, offsets, self.activation)
+
+    def logits(self, x: Tensor, task: int) -> Tensor:
+        """What one task's head makes of hidden states, for inference.
+
+        Args:
+            x: (R, D) the trunk's output.
+            task: place of the task in `tasks`.
+
+        Returns:
+            (R, C): C classes; 1 for a number; 2 for first and last of a span; the vocabulary for a text.
+        """
+        offsets = torch.zeros(len(self.tasks) + 1, dtype=torch.int32, device=x.device)
+        offsets[task + 1 :] = len(x)
+        x = self.project(x, offsets)
+        if task < self.num_small:
+            first, last = self.class_offsets[task : task + 2].tolist()
+            return F.linear(x, self.weight[first:last].to(x.dtype), self.bias[first:last].to(x.dtype))
+        if task < self.num_small + self.num_spans:
+            return F.linear(x, self.span_weight[task - self.num_small].to(x.dtype))
+        return (self.vocabulary_weight.to(x.dtype) @ x.T).T  # of few rows: on a CPU half the time of x @ weight.T

@@ -1,0 +1,425 @@
+"""The shared trunk: a transformer over a packed stream of tokens.
+
+One config covers the GPT-2, Llama / Qwen and BERT shapes. The trunk knows nothing of tasks; `attend`, a function
+(layer, q, k, v, rows) -> output of those rows, decides what a token sees: a packed batch in training, a key/value cache
+in generation.
+
+T tokens, D width, H query heads, G key/value heads, E head width, R rows asked for
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from trunkline.engine.network.packing import PackPlan
+from trunkline.kernels.attention.attention import attention
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from trunkline.engine.foreign.pretrained import Origin
+
+Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+Checkpointing = Literal["none", "block", "selective"]
+
+
+@dataclass(frozen=True)
+class TrunkConfig:
+    """Shape of a trunk.
+
+    Raises:
+        ValueError: the fields contradict one another.
+    """
+
+    vocab_size: int = 8192
+    """Entries of the vocabulary; a run sets it from its tokenizer."""
+    hidden_size: int = 256
+    """D, the width of the residual stream."""
+    num_layers: int = 4
+    """Transformer blocks."""
+    num_heads: int = 4
+    """H, query heads."""
+    num_kv_heads: int | None = None
+    """G, key/value heads; None: as many as query heads."""
+    head_dim: int | None = None
+    """E, width of a head; None: hidden_size / num_heads."""
+    intermediate_size: int | None = None
+    """Width inside the MLP; None: 4 x hidden_size."""
+    max_positions: int = 1024
+    """Longest sequence, in tokens."""
+    positions: Literal["learned", "rotary"] = "learned"
+    """Where a token's place comes from: a learned vector added to the input, or a rotation of queries and keys."""
+    rope_theta: float = 10000.0
+    """Base of the rotary wavelengths."""
+    rope_factor: float = 1.0
+    """Makes long rotary wavelengths this much longer: those that fit less than `rope_low_frequency` times into
+    `rope_original_positions` wholly, more than `rope_high_frequency` times not at all, others partly (Llama 3)."""
+    rope_low_frequency: float = 1.0
+    rope_high_frequency: float = 4.0
+    rope_original_positions: int = 0
+    """Longest sequence before `rope_factor`; 0: it applies to all wavelengths alike (linear scaling)."""
+    norm: Literal["layer", "rms"] = "layer"
+    """LayerNorm or RMSNorm."""
+    norm_eps: float = 1e-5
+    """Added to the variance."""
+    norm_position: Literal["pre", "post"] = "pre"
+    """pre: x + f(norm(x)), with one more norm at the end (GPT-2, Llama). post: norm(x + f(x)) (BERT)."""
+    embedding_norm: bool = False
+    """A norm right after the embeddings (BERT)."""
+    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
+    """Of the MLP; gelu_tanh is GPT-2's approximation, swiglu gates (Llama)."""
+    bias: bool = True
+    """Biases on all linear layers."""
+    qkv_bias: bool | None = None
+    """Biases on the query, key and value projections; None: as `bias`."""
+    qk_norm: bool = False
+    """RMSNorm on every head's queries and keys (Qwen3)."""
+    causal: bool = True
+    """A token sees what stands before it (decoder) or everything (encoder)."""
+    token_types: int = 0
+    """Segment embeddings; every token is of type 0 (BERT)."""
+    dropout: float = 0.0
+    """Probability of zeroing the embeddings' and each sublayer's output in training."""
+    exact_match: bool = False
+    """A learned vector marks every token that occurred before in its sequence. What two texts share is then to be seen
+    in the input, and need not be found by comparing all tokens, which takes far more text than most tasks have (after
+    DrQA's feature, arXiv:1704.00051)."""
+    tie_vocabulary: bool = True
+    """The vocabulary head uses the embedding matrix."""
+
+    def __post_init__(self):
+        if self.head_dim is None and self.hidden_size % self.num_heads:
+            raise ValueError(f"trunk: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
+        if self.num_heads % self.kv_heads:
+            raise ValueError(f"trunk: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
+        if self.positions == "rotary" and self.head_width % 2:
+            raise ValueError(f"trunk: rotary positions need an even head width, got {self.head_width}")
+        if not self.rope_low_frequency < self.rope_high_frequency:
+            raise ValueError(
+                f"trunk: rope_low_frequency {self.rope_low_frequency} must be below "
+                f"rope_high_frequency {self.rope_high_frequency}"
+            )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    @property
+    def head_width(self) -> int:
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def mlp_width(self) -> int:
+        return 4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size
+
+
+_GPT2 = {"vocab_size": 50257, "max_positions": 1024, "activation": "gelu_tanh"}
+PRESETS: dict[str, dict] = {
+    "tiny": {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "max_positions": 1024, "positions": "rotary"},
+    "small": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, **_GPT2},
+    "medium": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, **_GPT2},
+    "bert-base": {
+        "vocab_size": 30522,
+        "hidden_size": 768,
+        "num_layers": 12,
+        "num_heads": 12,
+        "max_positions": 512,
+        "norm_position": "post",
+        "norm_eps": 1e-12,
+        "embedding_norm": True,
+        "causal": False,
+        "token_types": 2,
+    },
+}
+
+
+class Norm(nn.Module):
+    """LayerNorm or RMSNorm over the last dimension, as the config says."""
+
+    def __init__(self, config: TrunkConfig, width: int | None = None, kind: str | None = None):
+        super().__init__()
+        width, self.eps = width or config.hidden_size, config.norm_eps
+        self.weight = nn.Parameter(torch.ones(width))
+        layer = (kind or config.norm) == "layer"
+        self.bias = nn.Parameter(torch.zeros(width)) if layer else None
+        self.is_layer = layer
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.is_layer:
+            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+        # under autocast queries and keys are narrower than the weight
+        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+
+
+def occurred_before(tokens: Tensor, positions: Tensor) -> Tensor:
+    """(T,) bool: whether the same token stands before it in its sequence, which begins where the position is 0."""
+    sequence = (positions == 0).cumsum(0)
+    keys, order = (sequence * (tokens.max() + 1) + tokens).sort(stable=True)
+    again = torch.cat([keys.new_zeros(1, dtype=torch.bool), keys[1:] == keys[:-1]])
+    return torch.empty_like(again).index_copy_(0, order, again)
+
+
+def rotate(x: Tensor, angles: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary positions on (T, heads, E), the halves of a head as pairs; angles are cos and sin, (T, E / 2) each."""
+    cos, sin = (part[:, None].to(x.dtype) for part in angles)
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    """GPT-2's approximation, x / 2 * (1 + tanh u) = x * sigmoid(2 u) with u = sqrt(2 / pi) * (x + 0.044715 x^3)."""
+    if not torch.compiler.is_compiling():
+        return F.gelu(x, approximate="tanh")
+    # the same in code that Inductor makes for CPUs, where a sigmoid takes half the time of a tanh
+    return x * torch.sigmoid(x * math.sqrt(8 / math.pi) * (1 + 0.044715 * x * x))
+
+
+class Block(nn.Module):
+    """Attention and MLP with their residual connections.
+
+    With `rows`, everything after the projection to queries, keys and values is computed for those tokens only: in the
+    last block, where nothing but the labelled rows is used, that saves most of the block's arithmetic.
+    """
+
+    def __init__(self, config: TrunkConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        D, H, G, E = config.hidden_size, config.num_heads, config.kv_heads, config.head_width
+        qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
+        gate = 2 if config.activation == "swiglu" else 1
+        self.attention_norm = Norm(config)
+        self.qkv = nn.Linear(D, (H + 2 * G) * E, bias=qkv_bias)  # queries, keys, values
+        self.attention_out = nn.Linear(H * E, D, bias=config.bias)
+        self.mlp_norm = Norm(config)
+        self.mlp_in = nn.Linear(D, gate * config.mlp_width, bias=config.bias)  # swiglu: gate, then value
+        self.mlp_out = nn.Linear(config.mlp_width, D, bias=config.bias)
+        if config.qk_norm:
+            self.query_norm, self.key_norm = Norm(config, E, "rms"), Norm(config, E, "rms")
+        self.dropout = nn.Dropout(config.dropout)
+
+    def attend(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend, rows: Tensor | None) -> Tensor:
+        H, G, E = self.config.num_heads, self.config.kv_heads, self.config.head_width
+        qk, v = self.qkv(x).view(len(x), H + 2 * G, E).split([H + G, G], 1)
+        if self.config.qk_norm:
+            qk = torch.cat([self.query_norm(qk[:, :H]), self.key_norm(qk[:, H:])], 1).to(v.dtype)
+        if angles is not None:
+            qk = rotate(qk, angles)
+        q, k = qk.split([H, G], 1)
+        return attend(self.layer, q, k, v, rows).flatten(1)  # (T, H * E), or (R, H * E)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        hidden = self.mlp_in(x)
+        if self.config.activation == "swiglu":
+            gate, value = hidden.chunk(2, -1)
+            return self.mlp_out(F.silu(gate) * value)
+        return self.mlp_out(gelu_tanh(hidden) if self.config.activation == "gelu_tanh" else F.gelu(hidden))
+
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend, rows: Tensor | None = None
+    ) -> Tensor:
+        pre = self.config.norm_position == "pre"
+        attended = self.attend(self.attention_norm(x) if pre else x, angles, attend, rows)
+        x = x if rows is None else x[rows]
+        x = x + self.dropout(self.attention_out(attended))
+        if pre:
+            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+        x = self.attention_norm(x)
+        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+
+
+class Trunk(nn.Module):
+    """The shared feature extractor.
+
+    Args:
+        config: a `TrunkConfig`, or the name of a preset: 'tiny', 'small', 'medium', 'bert-base'.
+
+    Raises:
+        ValueError: an unknown preset.
+    """
+
+    checkpointing: Checkpointing = "none"  # what a block keeps for its backward pass
+    vocabulary: Tensor | None  # (V, D) what a checkpoint predicts tokens with, where that is not the embedding
+    origin: "Origin | None"  # what else the Hugging Face checkpoint held that this trunk comes from
+
+    def __init__(self, config: TrunkConfig | str = "tiny"):
+        super().__init__()
+        self.vocabulary = self.origin = None  # neither is trained here: not among the parameters
+        self.config = config = preset(config) if isinstance(config, str) else config
+        self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        if config.positions == "learned":
+            self.positions = nn.Embedding(config.max_positions, config.hidden_size)
+        if config.token_types:
+            self.token_types = nn.Embedding(config.token_types, config.hidden_size)
+        if config.exact_match:
+            self.match = nn.Parameter(0.02 * torch.randn(config.hidden_size))
+        if config.embedding_norm:
+            self.embedding_norm = Norm(config)
+        self.dropout = nn.Dropout(config.dropout)
+        blocks = [Block(config, layer) for layer in range(config.num_layers)]
+        self.blocks = nn.ModuleList(blocks)
+        if config.norm_position == "pre":
+            self.final_norm = Norm(config)
+        self.apply(_initialise)
+        with torch.no_grad():  # GPT-2: the residual stream keeps its variance over the layers
+            for block in blocks:
+                for linear in (block.attention_out, block.mlp_out):
+                    linear.weight.mul_((2 * config.num_layers) ** -0.5)
+
+    def embed(self, tokens: Tensor, positions: Tensor, repeated: Tensor | None = None) -> Tensor:
+        x = self.tokens(tokens)
+        if self.config.positions == "learned":
+            x = x + self.positions(positions)
+        if self.config.token_types:
+            x = x + self.token_types.weight[0]
+        if self.config.exact_match:
+            repeated = occurred_before(tokens, positions) if repeated is None else repeated
+            x = x + repeated[:, None] * self.match
+        if self.config.embedding_norm:
+            x = self.embedding_norm(x)
+        return self.dropout(x)
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+        if self.config.positions == "learned":
+            return None
+        half = torch.arange(0, self.config.head_width, 2, device=positions.device, dtype=torch.float32)
+        frequency = 1 / self.config.rope_theta ** (half / self.config.head_width)  # rounded as Hugging Face does
+        if (factor := self.config.rope_factor) != 1:
+            fits = self.config.rope_original_positions * frequency / (2 * math.pi)  # times a wavelength does
+            low, high = self.config.rope_low_frequency, self.config.rope_high_frequency
+            kept = ((fits - low) / (high - low)).clamp(0, 1)
+            frequency = (1 - kept) * frequency / factor + kept * frequency
+        angle = positions[:, None].float() * frequency  # (T, E / 2)
+        return angle.cos(), angle.sin()
+
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        plan: PackPlan | Attend,
+        rows: Tensor | None = None,
+        repeated: Tensor | None = None,
+    ) -> Tensor:
+        """Hidden states of a packed stream.
+
+        Args:
+            tokens: (T,) int64, below `vocab_size`.
+            positions: (T,) int, offset of each token inside its own sequence, below `max_positions`.
+            plan: where the sequences lie; or an `attend` function that decides itself what each token sees.
+            rows: (R,) int64, the tokens whose hidden states are wanted; None: all.
+            repeated: (T,) bool, the tokens that occurred before in their sequence, which `exact_match` marks; None: as
+                the stream shows it.
+
+        Returns:
+            (R, D), or (T, D) without `rows`; after the final norm.
+        """
+        x, angles = self.embed(tokens, positions, repeated), self.angles(positions)
+        if isinstance(plan, PackPlan):
+            attend = lambda layer, q, k, v, rows: attention(q, k, v, plan, causal=self.config.causal, rows=rows)  # noqa: E731
+        else:
+            attend = plan
+        for block in self.blocks:
+            of_block = (x, angles, attend, rows if block is self.blocks[-1] else None)
+            if self.checkpointing == "none" or not torch.is_grad_enabled():
+                x = block(*of_block)
+            else:
+                x = checkpoint(block, *of_block, use_reentrant=False, **_CONTEXTS[self.checkpointing])
+        return self.final_norm(x) if self.config.norm_position == "pre" else x
+
+    def grow_vocabulary(self, vocab_size: int) -> None:
+        """Adds entries up to `vocab_size`, near the mean of those there are; a vocabulary that is larger stays."""
+        added = vocab_size - self.config.vocab_size
+        if added <= 0:
+            return
+        self.config = replace(self.config, vocab_size=vocab_size)
+        self.tokens.num_embeddings = vocab_size
+        self.tokens.weight = nn.Parameter(_with_entries(self.tokens.weight.detach(), added))
+        if self.vocabulary is not None:
+            self.vocabulary = _with_entries(self.vocabulary, added)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, dropout: float | None = None, dtype: torch.dtype | None = None
+    ) -> "Trunk":
+        """The trunk of a Hugging Face checkpoint, or of an engine of ours.
+
+        Covers GPT-2, BERT, Llama, Mistral, Qwen2 and Qwen3; reads safetensors and JSON only and runs no code of the
+        checkpoint. What the trunk has no use for (heads, BERT's pooler) is kept as it is for `to_hugging_face`; an
+        output embedding that is not tied to the input's is kept in `vocabulary`, where `MultiTaskModel` starts from it.
+
+        Args:
+            source: a folder with config.json and model.safetensors, or with model.safetensors.index.json and the files
+                it names; a saved engine or finished run; or an id on the Hugging Face hub.
+            dropout: in place of the checkpoint's.
+            dtype: of the weights; None: the checkpoint's.
+
+        Returns:
+            The trunk, in evaluation mode, on the CPU.
+
+        Raises:
+            ValueError: nothing to load, a damaged file, or an architecture or option that the trunk lacks; names it.
+        """
+        from trunkline.engine.foreign.pretrained import load
+
+        return load(str(source), dropout, dtype)
+
+    def to_hugging_face(self, vocabulary: Tensor | None = None) -> "PreTrainedModel":
+        """A transformers model with a copy of the weights: of the class that the trunk's checkpoint names, with all its
+        other tensors; for a trunk of ours the one with a vocabulary head where there is one, else the bare one.
+
+        Args:
+            vocabulary: (V, D) of a trunk whose vocabulary is not tied; None: the checkpoint's.
+
+        Raises:
+            ValueError: no covered architecture has this shape; says what stands against the nearest one.
+        """
+        from trunkline.engine.foreign.pretrained import to_hugging_face
+
+        return to_hugging_face(self, vocabulary)
+
+    def save_pretrained(self, folder: str | Path, vocabulary: Tensor | None = None) -> Path:
+        """Writes config.json and model.safetensors as transformers does; it need not be installed. As `to_hugging_face`
+        otherwise."""
+        from trunkline.engine.foreign.pretrained import save
+
+        return save(self, Path(folder), vocabulary)
+
+
+def _with_entries(weight: Tensor, added: int) -> Tensor:
+    """(V, D) -> (V + added, D)"""
+    entries = weight.float().mean(0) + 0.02 * torch.randn(added, weight.shape[1], device=weight.device)
+    return torch.cat([weight, entries.to(weight.dtype)])
+
+
+def _worth_keeping(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Of a block's forward pass the products and attention, nearly all of its time; the rest is done again."""
+    ops = torch.ops
+    kept = (ops.aten.mm.default, ops.aten.addmm.default, ops.trunkline.attention_forward.default)
+    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+_CONTEXTS: dict[str, dict[str, Any]] = {  # what `checkpoint` is told
+    "block": {},
+    "selective": {"context_fn": partial(create_selective_checkpoint_contexts, _worth_keeping)},
+}
+
+
+def preset(name: str, **changes: Any) -> TrunkConfig:
+    """The config of a preset, with some of its fields changed."""
+    if name not in PRESETS:
+        raise ValueError(f"trunk: unknown preset '{name}'; there are {', '.join(PRESETS)}")
+    return TrunkConfig(**{**PRESETS[name], **changes})
+
+
+def _initialise(module: nn.Module) -> None:
+    if isinstance(module, nn.Linear | nn.Embedding):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear) and module.bias is not None:
+        nn.init.zeros_(module.bias)

@@ -1,0 +1,81 @@
+"""What a task is: where its rows are, how a row becomes text, what its label means, how it is scored.
+
+Adding a task is one `Task(...)`, in Python or as ten lines of YAML.
+"""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Head = Literal["classify", "regress", "generate", "extract", "tag", "span", "language-model", "masked-language-model"]
+SUMMARIES: tuple[Head, ...] = ("generate", "extract")  # whose label is a text of several words, to be matched
+LANGUAGE: tuple[Head, ...] = ("language-model", "masked-language-model")  # which learn from the text alone
+References = Literal["best", "average"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task of a multi-task run.
+
+    Its rows come from one of three places: `train`/`validation` files of the user, a dataset on the Hugging Face hub
+    (or a folder laid out like it, `data=DIR`), or, for `generated` tasks, a seeded generator.
+
+    Raises:
+        ValueError: the fields contradict one another (a class task without class names, say).
+    """
+
+    name: str
+    """Unique in a run; lower case letters, digits, '-' and '_'."""
+    head: Head
+    """What is predicted: a class, a number, a text, the sentences of the text that come nearest to one, a class per
+    word, a span of the text, the next token, or the tokens that were masked."""
+    text: tuple[str, ...]
+    """Columns with the input text, joined by the separator token. 'a|b' takes the first of both that the file has."""
+    label: str = ""
+    """Column with the label: a class id or name; a number; the target text; one tag per word; the answer's text."""
+    labels: tuple[str, ...] = ()
+    """Class names in the order of their ids (classify, tag)."""
+    metrics: tuple[str, ...] = ()
+    """Names from `trunkline.training.scoring.metrics.METRICS`; systems are compared by the first. Empty: those of the
+    head."""
+    train: str = "train"
+    """Split name on the hub, or a file: .csv, .tsv, .jsonl or .parquet ('*' for several)."""
+    validation: str = "validation"
+    """As `train`."""
+    hub: str = ""
+    """Dataset id on the Hugging Face hub, such as 'nyu-mll/glue'."""
+    subset: str = ""
+    """Configuration of the hub dataset, such as 'sst2'."""
+    generated: bool = False
+    """Rows are made by trunkline.training.data.generated instead of read."""
+    start: str = ""
+    """Span only: column with the place of the answer in the last text column, in characters; empty: its first."""
+    empty: Literal["drop", "error"] = "drop"
+    """What happens to a row without any text: dropped and counted, or an error."""
+    too_long: Literal["truncate", "drop", "error"] = "truncate"
+    """What happens to a row longer than the sequence limit; dropped and truncated rows are counted."""
+    unlabelled: Literal["drop", "error"] = "error"
+    """What happens to a row without a label (empty, null, -1 or -100)."""
+    max_target_tokens: int = 100
+    """Generate only: longest target text, in tokens; longer ones are cut and counted as truncated."""
+
+    references: References = "best"
+    """Generate only: of several references for a document, whether the best ROUGE counts or the average over all."""
+
+    def __post_init__(self):
+        def require(condition: bool, message: str) -> None:
+            if not condition:
+                raise ValueError(f"task '{self.name}': {message}")
+
+        characters = set(self.name) - set("abcdefghijklmnopqrstuvwxyz0123456789-_")
+        require(bool(self.name) and not characters, "name must be made of a-z, 0-9, '-' and '_'")
+        require(len(self.text) > 0, "text names no column")
+        one = self.head in (*SUMMARIES, "language-model")
+        require(not one or len(self.text) == 1, f"head '{self.head}' takes one text column, got {list(self.text)}")
+        require(self.head in LANGUAGE or bool(self.label), f"head '{self.head}' needs a label column")
+        classes = self.head in ("classify", "tag")
+        require(not classes or len(self.labels) > 0, f"head '{self.head}' needs labels: the class names in id order")
+        require(classes or not self.labels, f"labels belong to classify and tag, not to '{self.head}'")
+        require(len(set(self.labels)) == len(self.labels), f"labels name a class twice: {list(self.labels)}")
+        known = get_args(References)
+        require(self.references in known, f"references must be one of {', '.join(known)}, got '{self.references}'")
+        require(self.max_target_tokens >= 1, f"max_target_tokens must be at least 1, got {self.max_target_tokens}")

@@ -1,0 +1,80 @@
+"""Tiles and blocks together: what one kernel leaves out, the other fills in."""
+
+from dataclasses import replace
+from itertools import accumulate
+
+import pytest
+import torch
+from torch import Tensor
+
+from parity import assert_as_accurate
+from trunkline.engine.foreign.plans import _most_narrow_tiles, _stream_plan
+from trunkline.kernels.attention.attention import attention, attention_reference
+from trunkline.kernels.attention.pack_plan import PackPlan
+
+MIXED = [5, 200, 64, 0, 131, 128]
+CACHED = [5, 260, 64, 0, 131, 1]  # keys, where they are not as many as queries
+
+
+def bounds(lengths: list[int]) -> Tensor:
+    return torch.tensor([*accumulate(lengths, initial=0)], dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("keys", "settings"),
+    [
+        (MIXED, {"causal": True}),
+        (MIXED, {"causal": False, "window": (40, 10), "dropout": 0.2, "seed": 3}),
+        (CACHED, {"causal": True}),
+    ],
+    ids=["causal", "window and dropout", "cached"],
+)
+def test_mixed_lengths_match_the_definition(keys, settings, device):
+    plan = PackPlan.of(bounds(MIXED)) if keys is MIXED else PackPlan.of(bounds(MIXED), bounds(keys))
+    plan = plan.to(device)
+    assert len(plan.blocks) > 0
+    assert bool(len(plan.tiles)) == (keys is MIXED)
+    q = torch.randn(sum(MIXED), 2, 32, device=device)
+    k, v = torch.randn(2, sum(keys), 1, 32, device=device)
+    assert_as_accurate(
+        lambda q, k, v: attention(q, k, v, plan, **settings),
+        lambda q, k, v: attention_reference(q, k, v, plan, **settings),
+        (q, k, v),
+        floor=1e-5,
+    )
+
+
+def test_rows_are_those_of_all_outputs(device):
+    plan, rows = PackPlan.of(bounds(MIXED)).to(device), torch.tensor([527, 0, 204, 204], device=device)
+    q, k, v = torch.randn(3, sum(MIXED), 1, 16, device=device)
+    out = attention(q, k, v, plan, causal=True)
+    assert torch.equal(attention(q, k, v, plan, causal=True, rows=rows), out[rows])
+
+
+def results(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan) -> tuple[Tensor, ...]:
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    out = attention(*leaves, plan, causal=True)
+    return out.detach(), *torch.autograd.grad(out, leaves, q + 1)
+
+
+@pytest.mark.parametrize("keys", [[70, 3, 130], [70, 200, 5]], ids=["tiles and blocks", "cached"])
+def test_empty_tiles_and_blocks_do_nothing(keys, device):
+    """A plan that is made inside a compiled graph has room for the worst case, and most of it is empty."""
+    cu_seqlens, cu_seqlens_k = bounds([70, 3, 130]), bounds(keys)
+    queries, keys, cross = 203, sum(keys), keys != [70, 3, 130]
+    plan = PackPlan.of(cu_seqlens, cu_seqlens_k)
+    spans, tiles, blocks, key_blocks = _stream_plan(cu_seqlens, cu_seqlens_k, queries, keys, cross)
+    assert min(len(tiles) - len(plan.tiles), len(blocks) - len(plan.blocks)) > 1
+    roomy = replace(
+        plan,
+        spans=spans,
+        tiles=tiles,
+        narrow_tiles=_most_narrow_tiles(queries),
+        blocks=blocks,
+        key_blocks=key_blocks if cross else blocks,
+    )
+    q = torch.randn(queries, 2, 16, device=device)
+    k, v = torch.randn(2, keys, 1, 16, device=device)
+    tight = results(q, k, v, plan.to(device))
+    for got, expected in zip(results(q, k, v, roomy.to(device)), tight, strict=True):
+        assert torch.equal(got, expected)

@@ -1,0 +1,388 @@
+"""Rows from every kind of source, and every fault of a file found, with file and row."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from trunkline.engine.tasks.task import Task
+from trunkline.training.data.sources import Rows, read_rows
+
+
+def table_task(source: str = "train", **fields) -> Task:
+    return Task("toy", "classify", ("text",), "label", ("no", "yes"), train=source, **fields)
+
+
+def read(folder: Path, name: str, content: bytes) -> Rows:
+    """The rows of a file with that content."""
+    (folder / name).write_bytes(content)
+    return read_rows(table_task(name), "train", base=folder)
+
+
+def parquet(**columns) -> bytes:
+    buffer = pyarrow.BufferOutputStream()
+    pyarrow.parquet.write_table(pyarrow.table(columns), buffer)
+    return buffer.getvalue().to_pybytes()
+
+
+def in_format(name: str, text: str = "text") -> bytes:
+    """One row, text 'a' and label '1', in the format of that file name."""
+    if name.endswith(".parquet"):
+        return parquet(**{text: ["a"], "label": ["1"]})
+    if name.endswith(".jsonl"):
+        return json.dumps({text: "a", "label": "1"}).encode()
+    separator = {".csv": ",", ".tsv": "\t"}[Path(name).suffix]
+    return f"{text}{separator}label\na{separator}1\n".encode()
+
+
+def error_of(read_something, *arguments, **options) -> str:
+    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the callers check the words)
+        read_something(*arguments, **options)
+    return str(caught.value)
+
+
+# What a good file means
+
+
+def test_csv_has_quoted_commas_quotes_and_line_ends(tmp_path):
+    rows = read(tmp_path, "a.csv", b'label,text\r\nyes,"a, ""b""\r\nc"\r\nno,d "e" f\r\n')
+    assert rows.columns == {"text": ['a, "b"\r\nc', 'd "e" f'], "label": ["yes", "no"]}
+    assert (len(rows), rows.where(1)) == (2, "a.csv, row 2")
+
+
+@pytest.mark.parametrize(("name", "separator"), [("a.csv", ","), ("a.tsv", "\t")])
+def test_values_of_a_table_are_strings_as_written(tmp_path, name, separator):
+    values = ["null", "NA", "1e5", "007", "2020-01-01", "true", " x ", "", "-1"]
+    lines = [f"text{separator}label", *(f"{value}{separator}{value}" for value in values)]
+    assert read(tmp_path, name, "\n".join(lines).encode()).columns == {"text": values, "label": values}
+
+
+def test_tsv_rows_that_start_with_a_quote_stay_apart(tmp_path):
+    texts = ['"it opens here', "plain", 'and closes here"', '"both"', "next\x85line, line\u2028separator, \rreturn"]
+    content = "text\tlabel\n" + "".join(f"{text}\t1\n" for text in texts)
+    rows = read(tmp_path, "a.tsv", content.encode())
+    assert rows.columns["text"] == texts
+    assert len(rows) == content.count("\n") - 1
+
+
+def test_tsv_with_the_line_ends_of_windows(tmp_path):
+    assert read(tmp_path, "a.tsv", b"text\tlabel\r\na\tyes\r\nb\tno\r\n").columns["label"] == ["yes", "no"]
+
+
+def test_jsonl_keeps_types_and_order(tmp_path):
+    rows = read(
+        tmp_path, "a.jsonl", b'{"text": "2020-01-01", "label": 1, "more": []}\n{"label": null, "text": ["a", "b"]}\n'
+    )
+    assert rows.columns == {"text": ["2020-01-01", ["a", "b"]], "label": [1, None]}
+    assert rows.where(0) == "a.jsonl, row 1"
+
+
+def test_parquet_keeps_types_lists_and_nulls(tmp_path):
+    content = parquet(idx=[7, 8], label=[0, -1], text=[["one.", "two."], None])
+    assert read(tmp_path, "a.parquet", content).columns == {"text": [["one.", "two."], None], "label": [0, -1]}
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_parquet_reads_only_the_wanted_columns(tmp_path, wanted):
+    offsets, broken = pyarrow.py_buffer(b"\0\0\0\0\2\0\0\0"), pyarrow.py_buffer(b"\xff\xfe")
+    broken_text = pyarrow.Array.from_buffers(pyarrow.string(), 1, [None, offsets, broken])
+    if wanted:
+        message = error_of(read, tmp_path, "a.parquet", parquet(text=broken_text, label=[1]))
+        assert "a.parquet" in message
+        assert "UTF8 sequence at string index 0" in message
+    else:
+        assert read(tmp_path, "a.parquet", parquet(text=["a"], label=[1], other=broken_text)).columns["text"] == ["a"]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl"])
+def test_a_byte_order_mark_is_not_part_of_the_first_column(tmp_path, name):
+    content = "\ufeff".encode() + in_format(name)
+    assert read(tmp_path, name, content).columns == {"text": ["a"], "label": ["1"]}
+
+
+def test_a_csv_value_may_be_as_long_as_a_book(tmp_path):
+    book = "word " * 300_000
+    assert read(tmp_path, "a.csv", f'text,label\n"{book}",1\n'.encode()).columns["text"] == [book]
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv"])
+def test_an_empty_line_in_a_file_of_one_column_is_an_empty_text(tmp_path, name):
+    (tmp_path / name).write_bytes(b"text\na\n\nb\n\n\n")
+    rows = read_rows(Task("toy", "language-model", ("text",), train=name), "train", base=tmp_path)
+    assert rows.columns == {"text": ["a", "", "b"]}
+    assert rows.where(2) == f"{name}, row 3"
+
+
+def test_of_alternative_columns_the_first_present_is_read(tmp_path):
+    task = Task("toy", "generate", ("document|dialogue",), "summary|target", train="*.csv")
+    (tmp_path / "1.csv").write_bytes(b"target,dialogue\nt1,d1\n")
+    (tmp_path / "2.csv").write_bytes(b"dialogue,document,summary\nwrong,d2,t2\n")
+    rows = read_rows(task, "train", base=tmp_path)
+    assert rows.columns == {"document|dialogue": ["d1", "d2"], "summary|target": ["t1", "t2"]}
+
+
+def test_the_start_of_an_answer_is_a_column_too(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"question": "q", "context": "c", "answer": "a", "at": 3}')
+    task = Task("toy", "span", ("question", "context"), "answer", start="at", train="a.jsonl")
+    assert read_rows(task, "train", base=tmp_path).columns["at"] == [3]
+
+
+# What is wrong with a file
+
+
+WHOLE = parquet(text=["a" * 999], label=[1])
+DAMAGED = WHOLE[:30] + bytes(30) + WHOLE[60:]
+FAULTS = {  # file, its bytes, words of the error
+    "short row": ("a.csv", b"text,label\na,1\nb\n", "a.csv, row 2: expected 2 fields, as in the header, got 1"),
+    "long row": ("a.csv", b"text,label\na,1\nb,c,1\n", "a.csv, row 2: expected 2 fields, as in the header, got 3"),
+    "short row of a tsv": ("a.tsv", b"text\tlabel\na\t1\nb c\n", "a.tsv, row 2: expected 2 fields"),
+    "empty line": ("a.csv", b'text,label\n"a\nb",1\n\nc,1\n', "a.csv, row 2: expected 2 fields"),
+    "open quote": ("a.csv", b'text,label\na,1\nb,"2\nc,3\n', "a.csv, row 2: unexpected end of data"),
+    "text after a quote": ("a.csv", b'text,label\n"a"b,1\n', "a.csv, row 1: ',' expected after '\"'"),
+    "latin-1": ("a.csv", b"text,label\na,1\nb\xe9,1\n", "a.csv is not UTF-8: byte 0xe9 at offset 16, line 3"),
+    "utf-16": ("a.tsv", b"\xff\xfet\0", "a.tsv is not UTF-8: byte 0xff at offset 0, line 1"),
+    "surrogate": ("a.jsonl", b'{"text": "\xed\xa0\x80"}', "a.jsonl is not UTF-8: byte 0xed at offset 10, line 1"),
+    "cut off": (
+        "a.jsonl",
+        b'{"text": "a", "label": 1}\n{"text": "b", "la',
+        "a.jsonl, row 2: not JSON: Unterminated string",
+    ),
+    "empty line of a jsonl": ("a.jsonl", b'{"text": "a", "label": 1}\n\n{}', "a.jsonl, row 2: not JSON"),
+    "not an object": ("a.jsonl", b'["a", 1]\n', 'a.jsonl, row 1: expected a JSON object, got ["a", 1]'),
+    "missing key": (
+        "a.jsonl",
+        b'{"text": "a", "label": 1}\n{"text": "b", "label": 0}\n{"text": "c", "lable": 0}\n',
+        "a.jsonl, row 3: no key 'label', found ['text', 'lable']",
+    ),
+    "truncated": ("a.parquet", parquet(text=["a"], label=[1])[:-9], "a.parquet is not a valid Parquet file"),
+    "damaged": ("a.parquet", DAMAGED, "a.parquet is not a valid Parquet file: Corrupt snappy compressed data"),
+    "column twice": ("a.csv", b"text,text,label\na,b,1\n", "a.csv has two columns 'text'"),
+    "empty csv": ("a.csv", b"", "a.csv is empty"),
+    "empty jsonl": ("a.jsonl", b"\n", "a.jsonl is empty"),
+    "only a header": ("a.csv", b"text,label\n", "no rows in a.csv"),
+    "no rows": ("a.parquet", parquet(text=[], label=[]), "no rows in a.parquet"),
+}
+
+
+@pytest.mark.parametrize(("name", "content", "words"), FAULTS.values(), ids=FAULTS)
+def test_fault_is_an_error_with_task_file_and_row(tmp_path, name, content, words):
+    message = error_of(read, tmp_path, name, content)
+    assert message.startswith("task 'toy', train split: ")
+    assert words in message
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.parquet"])
+def test_missing_column_names_the_wanted_and_the_found(tmp_path, name):
+    message = error_of(read, tmp_path, name, in_format(name, "sentence"))
+    assert f"{name} has no column 'text': wanted ['text', 'label'], found ['sentence', 'label']" in message
+
+
+# Which files
+
+
+def test_where_names_the_shard_and_the_row_inside_it(tmp_path):
+    for shard, texts in enumerate((["a0", "a1"], [], ["c0"], ["d0", "d1"])):
+        (tmp_path / f"part-{shard}.parquet").write_bytes(
+            parquet(text=pyarrow.array(texts, "string"), label=[0] * len(texts))
+        )
+    rows = read_rows(table_task("part-*.parquet"), "train", base=tmp_path)
+    assert rows.columns["text"] == ["a0", "a1", "c0", "d0", "d1"]
+    places = [("0", 1), ("0", 2), ("2", 1), ("3", 1), ("3", 2)]
+    assert [rows.where(row) for row in range(5)] == [f"part-{shard}.parquet, row {row}" for shard, row in places]
+    with pytest.raises(IndexError):
+        rows.where(5)
+
+
+def test_a_fault_names_its_own_shard(tmp_path):
+    (tmp_path / "1.csv").write_bytes(b"text,label\na,1\nb,1\n")
+    (tmp_path / "2.csv").write_bytes(b"text,label\nc,1\nd\n")
+    assert "2.csv, row 2: " in error_of(read_rows, table_task("*.csv"), "train", base=tmp_path)
+
+
+def test_files_are_relative_to_the_base_or_the_working_directory(tmp_path, monkeypatch):
+    for folder in ("here", "there"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.csv").write_text(f"text,label\n{folder},1\n")
+    monkeypatch.chdir(tmp_path / "here")
+    assert read_rows(table_task("a.csv"), "train").columns["text"] == ["here"]
+    assert read_rows(table_task("a.csv"), "train", base=tmp_path / "there").columns["text"] == ["there"]
+    rows = read_rows(table_task(str(tmp_path / "t*" / "*.csv")), "train", base=tmp_path / "here")
+    assert rows.columns["text"] == ["there"]
+
+
+def test_each_split_has_its_own_file(tmp_path):
+    (tmp_path / "1.csv").write_bytes(b"text,label\ntrained,1\n")
+    (tmp_path / "2.csv").write_bytes(b"text,label\nvalidated,1\n")
+    task = table_task("1.csv", validation="2.csv")
+    assert read_rows(task, "train", base=tmp_path).columns["text"] == ["trained"]
+    assert read_rows(task, "validation", base=tmp_path).columns["text"] == ["validated"]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("no.csv", "no.csv: No such file or directory; expected a .csv, .tsv, .jsonl or .parquet file"),
+        ("folder.csv", "folder.csv: Is a directory; expected a .csv, .tsv, .jsonl or .parquet file"),
+        ("no-*.csv", "no file matches "),
+        ("a.xlsx", "expected a .csv, .tsv, .jsonl or .parquet file, or a hub dataset, got 'a.xlsx'"),
+    ],
+)
+def test_nothing_to_read_says_where_and_what_would_do(tmp_path, source, words):
+    (tmp_path / "folder.csv").mkdir()
+    message = error_of(read_rows, table_task(source), "train", base=tmp_path)
+    assert message.startswith("task 'toy', train split: ")
+    assert words in message
+    assert source in message
+    if source.endswith(".csv"):
+        assert str(tmp_path) in message
+
+
+# A folder laid out like the hub
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "glue/sst2/train-00000-of-00001.parquet",
+        "glue/train.parquet",
+        "nyu-mll/glue/sst2/train.csv",
+        "nyu-mll/glue/train.tsv",
+        "sst2/train.jsonl",
+        "train-00000-of-00001.parquet",
+    ],
+)
+def test_layouts_of_a_local_folder(tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_bytes(in_format(name))
+    rows = read_rows(table_task(hub="nyu-mll/glue", subset="sst2"), "train", tmp_path)
+    assert rows.columns == {"text": ["a"], "label": ["1"]}
+    assert rows.where(0) == f"{name}, row 1"
+
+
+def test_the_folder_of_the_subset_comes_first(tmp_path):
+    (tmp_path / "glue" / "sst2").mkdir(parents=True)
+    for folder in ("", "glue", "glue/sst2"):
+        (tmp_path / folder / "train.csv").write_text(f"text,label\n{folder},1\n")
+    task = table_task(hub="nyu-mll/glue", subset="sst2")
+    assert read_rows(task, "train", tmp_path).columns["text"] == ["glue/sst2"]
+
+
+def test_a_split_is_not_taken_for_one_with_a_longer_name(tmp_path):
+    (tmp_path / "validation_matched-00000-of-00001.parquet").write_bytes(parquet(text=["matched"], label=[1]))
+    (tmp_path / "validation-00000-of-00001.parquet").write_bytes(parquet(text=["plain"], label=[1]))
+    for split, text in (("validation", "plain"), ("validation_matched", "matched")):
+        rows = read_rows(table_task(hub="a/b", validation=split), "validation", tmp_path)
+        assert rows.columns["text"] == [text]
+
+
+def test_shards_of_a_folder_are_read_in_order(tmp_path):
+    for shard in (3, 1, 4, 0, 2):
+        (tmp_path / f"train-0000{shard}-of-00005.parquet").write_bytes(parquet(text=[str(shard)], label=[1]))
+    rows = read_rows(table_task(hub="a/b"), "train", tmp_path)
+    assert rows.columns["text"] == ["0", "1", "2", "3", "4"]
+    assert rows.where(3) == "train-00003-of-00005.parquet, row 1"
+
+
+def test_a_missing_shard_is_found(tmp_path):
+    for shard in (0, 2):
+        (tmp_path / f"train-0000{shard}-of-00003.parquet").write_bytes(parquet(text=["a"], label=[1]))
+    message = error_of(read_rows, table_task(hub="a/b"), "train", tmp_path)
+    assert "train-00000-of-00003.parquet is one of 3 files, found 2" in message
+
+
+def test_an_absent_data_set_names_the_folders_tried(tmp_path):
+    message = error_of(read_rows, table_task(hub="nyu-mll/glue", subset="sst2"), "train", tmp_path)
+    assert "task 'toy', train split: no train-*.parquet, nor train as a .csv, .tsv, .jsonl or .parquet file" in message
+    for folder in ("glue/sst2", "nyu-mll/glue/sst2", "sst2"):
+        assert f"{tmp_path / folder}," in message
+
+
+# The hub
+
+
+def test_hub_that_cannot_be_reached_says_which_folder_would_serve():
+    pytest.importorskip("datasets")
+    program = (
+        "from trunkline.training.data.sources import read_rows; from trunkline.engine.tasks.task import Task;"
+        "read_rows(Task('toy', 'regress', ('text',), 'label', hub='nyu-mll/glue', subset='sst2'), 'train')"
+    )
+    environment = {"HF_HUB_OFFLINE": "1", "PYTHONPATH": ":".join(sys.path)}
+    process = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    message = process.stderr.splitlines()[-1]
+    assert message.startswith("ValueError: task 'toy', train split: cannot load nyu-mll/glue sst2 train from the hub")
+    assert "Couldn't reach" in message
+    assert "data=DIR with DIR/glue/sst2/train-*.parquet" in message
+
+
+def test_hub_without_its_package_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    message = error_of(read_rows, table_task(hub="knkarthick/samsum"), "validation")
+    assert "trunkline[hub]" in message
+    assert "data=DIR with DIR/samsum/validation-*.parquet" in message
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Path:
+    """A data set of two subsets, as the hub has it."""
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    configurations = []
+    for subset in ("one", "two"):
+        (tmp_path / "hub" / subset).mkdir(parents=True)
+        (tmp_path / "hub" / subset / "train.parquet").write_bytes(
+            parquet(label=[1, -1], text=[subset, f"{subset} more"])
+        )
+        configurations.append({"config_name": subset, "data_files": [{"split": "train", "path": f"{subset}/train*"}]})
+    (tmp_path / "hub" / "README.md").write_text(f"---\nconfigs: {json.dumps(configurations)}\n---\n")
+    return tmp_path / "hub"
+
+
+def test_hub_rows(hub):
+    rows = read_rows(table_task(hub=str(hub), subset="two"), "train")
+    assert rows.columns == {"text": ["two", "two more"], "label": [1, -1]}
+    assert rows.where(1) == f"{hub} two train, row 2"
+    assert rows.digest == read_rows(table_task(hub=str(hub), subset="two"), "train").digest
+    assert rows.digest != read_rows(table_task(hub=str(hub), subset="one"), "train").digest
+
+
+def test_hub_faults_name_the_task(hub):
+    assert "task 'toy', validation split: Unknown split" in error_of(
+        read_rows, table_task(hub=str(hub), subset="one"), "validation"
+    )
+    task = Task("toy", "regress", ("sentence",), "label", hub=str(hub), subset="one")
+    assert "one train has no column 'sentence': wanted ['sentence', 'label'], found ['label', 'text']" in error_of(
+        read_rows, task, "train"
+    )
+
+
+# The key of a cache
+
+
+def test_digest_follows_the_content(tmp_path):
+    content = b"text,label\na,1\nb,1\n"
+    digest = read(tmp_path, "a.csv", content).digest
+    assert len(bytes.fromhex(digest)) == 32
+    assert read(tmp_path, "renamed.csv", content).digest == digest
+    assert read(tmp_path, "a.csv", content.replace(b"b,1", b"c,1")).digest != digest
+
+
+def test_digest_follows_the_order_of_the_shards(tmp_path):
+    digests = set()
+    for texts in ("ab", "ba", "aa"):
+        for shard, text in enumerate(texts):
+            (tmp_path / f"{shard}.tsv").write_text(f"text\tlabel\n{text}\t1\n")
+        digests.add(read_rows(table_task("*.tsv"), "train", base=tmp_path).digest)
+    assert len(digests) == 3
+
+
+def test_digest_follows_the_format(tmp_path):
+    rows = []
+    for name in ("a.csv", "a.tsv"):
+        (tmp_path / name).write_bytes(b'text\n"a"\n')  # the same bytes, but another text
+        rows.append(read_rows(Task("toy", "language-model", ("text",), train=name), "train", base=tmp_path))
+    assert [row.columns["text"] for row in rows] == [["a"], ['"a"']]
+    assert rows[0].digest != rows[1].digest

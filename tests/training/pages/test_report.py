@@ -1,0 +1,354 @@
+import json
+import math
+import re
+from html import escape
+from itertools import pairwise
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from trunkline.training.pages.report import write_report
+
+HEADS = {
+    "sst2": ("classify", "accuracy", "majority class", 0.509, 0.84),
+    "mnli": ("classify", "accuracy", "majority class", 0.354, 0.61),
+    "cola": ("classify", "matthews", "majority class", 0.0, 0.21),
+    "rte": ("classify", "accuracy", "majority class", 0.527, 0.52),
+    "stsb": ("regress", "pearson", "mean of the training labels", 0.0, 0.47),
+    "dialogsum": ("generate", "rouge1", "first 3 lines of the document", 0.309, 0.335),
+    "entities": ("tag", "tag_accuracy", "majority class", 0.81, 0.93),
+    "answers": ("span", "span_exact", "most frequent training span", 0.02, 0.31),
+    "books": ("language-model", "perplexity", None, None, 88.0),
+}
+
+CONFIG = """name: demo
+model:
+  width: 256
+  layers: 6
+  heads: 8
+mixing:
+  method: temperature   # <b>größer</b> is flatter
+  temperature: 2.0
+tasks: [sst2, mnli, cola, rte, stsb, dialogsum, entities, answers, books]
+"""
+
+TALK = """#Person1#: Hello, how are you doing today?
+#Person2#: I've been having trouble breathing lately.
+#Person1#: Have you had any type of cold lately?
+#Person2#: No, I haven't had a cold. I just have a heavy feeling in my chest when I try to breathe.
+#Person1#: I am going to send you to a pulmonary specialist who can run tests on you for asthma."""
+
+
+def sample(text: str, reference: object, prediction: object) -> dict[str, object]:
+    return {"input": text, "reference": reference, "prediction": prediction}
+
+
+SAMPLES = {
+    "classify": sample("a gorgeous, witty, seductive movie <script>alert(1)</script>", "positive", "positive"),
+    "regress": sample("A plane is taking off. | An air plane is taking off.", 5.0, 4.618273),
+    "generate": sample(
+        TALK,
+        "#Person2# has trouble breathing. The doctor asks #Person2# about it and will send #Person2# to a specialist.",
+        "#Person1# asks #Person2# about a cold and will send #Person2# to a doctor.",
+    ),
+    "tag": sample("Angela Merkel besuchte gestern Zürich .", "B-PER I-PER O O B-LOC O", "B-PER I-PER O O O O"),
+    "span": sample("Who wrote Faust? Faust is a play by Johann Wolfgang von Goethe.", "Goethe", "Goethe"),
+    "language-model": sample("It was a bright cold day in April,", "and the clocks were striking thirteen.", "and the"),
+}
+OTHER_SAMPLES = SAMPLES | {
+    "classify": sample("unflinchingly bleak and desperate; 一部沉闷的电影 &amp; more", "negative", "positive"),
+    "regress": sample("The man is playing the flute. | The man is playing the guitar.", 1.6, 2.2),
+}
+
+
+def write_run(folder: Path, tasks: int = 9, steps: int = 2000, every: int = 10) -> Path:
+    """A run folder as the training loop leaves it, with every head, noise, and text that HTML would misread."""
+    random = Random(0)
+    folder.mkdir()
+    names = [name if round == 0 else f"{name}-{round}" for round in range(4) for name in HEADS][:tasks]
+    heads = {name: HEADS[name.split("-")[0]] for name in names}
+    about, events = {}, []
+    for step in range(every, steps + 1, every):
+        loss = {}
+        for name in names:
+            start, end = (9.0, 4.5) if heads[name][0] in ("generate", "language-model") else (1.1, 0.05)
+            loss[name] = (end + (start - end) * math.exp(-4 * step / steps)) * math.exp(random.gauss(0, 0.12))
+        examples = {name: random.randint(5, 60) + 3 * index for index, name in enumerate(names)}
+        events.append(
+            {
+                "event": "step",
+                "step": step,
+                "seconds": step * 0.35,
+                "tokens": step * 2048,
+                "real_tokens": step * 2030,
+                "tokens_per_second": 6100 + random.gauss(0, 150) - (900 if step == every else 0),
+                "padding_waste": abs(random.gauss(0.01, 0.003)),
+                "learning_rate": 3e-4,
+                "gradient_norm": 1.2,
+                "loss": loss,
+                "examples": examples,
+            }
+        )
+        if step % (steps // 10) == 0:
+            metrics = {}
+            for name in names:
+                head, metric, _, baseline, final = heads[name]
+                first = 900.0 if metric == "perplexity" else (baseline or 0.0) * 0.9
+                value = final + (first - final) * math.exp(-5 * step / steps) + random.gauss(0, 0.004)
+                metrics[name] = {"loss": loss[name] * 1.1, metric: value}
+                if head == "generate":
+                    metrics[name] |= {"rouge2": value / 3, "rougeL": value * 0.8, "rougeLsum": value * 0.85}
+            events.append({"event": "evaluation", "step": step, "seconds": step * 0.36, "metrics": metrics})
+    for name in names:
+        head, metric, baseline, trivial, _ = heads[name]
+        about[name] = {
+            "head": head,
+            "metric": metric,
+            "metrics": events[-1]["metrics"][name],
+            "baseline": {"name": baseline, "metrics": {metric: trivial}} if baseline else None,
+            "first_loss": events[0]["loss"][name],
+            "last_loss": events[-2]["loss"][name],
+            "train_examples": 2000,
+            "validation_examples": 872,
+            "examples_seen": sum(event["examples"][name] for event in events if event["event"] == "step"),
+            "dropped": {"empty": 2 if name == "sst2" else 0, "too_long": 0, "unlabelled": 0},
+            "truncated": 1403 if head == "generate" else 0,
+        }
+    summary = {
+        "name": folder.name,
+        "command": f"trunkline train --name {folder.name}",
+        "device": "cpu",
+        "steps": steps,
+        "tokens": steps * 2048,
+        "real_tokens": steps * 2030,
+        "tokens_per_second": 6098.2,
+        "padding_waste": 0.0112,
+        "wall_time_seconds": 740.2,
+        "peak_memory_bytes": 1_310_000_000,
+        "parameters": 5_312_000,
+        "best_step": steps,
+        "tasks": about,
+        "environment": {
+            "trunkline": "0.1.0",
+            "python": "3.11.7",
+            "torch": "2.13.0",
+            "platform": "Linux-6.1-x86_64",
+            "processor": "AMD EPYC",
+            "cores": 2,
+            "gpu": None,
+        },
+    }
+    samples = {name: [SAMPLES[heads[name][0]]] * 3 + [OTHER_SAMPLES[heads[name][0]]] * 5 for name in names}
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+    (folder / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    (folder / "samples.json").write_text(json.dumps(samples), encoding="utf-8")
+    (folder / "config.yaml").write_text(CONFIG, encoding="utf-8")
+    return folder
+
+
+def edit(path: Path, change) -> None:
+    """Rewrite a JSON file through `change`, which alters what it is given."""
+    content = json.loads(path.read_text(encoding="utf-8"))
+    change(content)
+    path.write_text(json.dumps(content), encoding="utf-8")
+
+
+def page_of(run: Path) -> str:
+    return write_report(run).read_text(encoding="utf-8")
+
+
+def table_row(page: str, task: str) -> list[str]:
+    """The cells of a task in the summary table, as text."""
+    (row,) = re.findall(rf'<tr>\s*<td><span class="name">{task}</span>.*?</tr>', page, re.DOTALL)
+    return [
+        re.sub(r"<[^>]*>", " ", cell).strip().split(maxsplit=1) for cell in re.findall(r"<td.*?</td>", row, re.DOTALL)
+    ]
+
+
+def cards(page: str, section: str) -> list[str]:
+    """The tasks that have a chart in a section."""
+    start = page.index(f'<h2 id="{section}">')
+    return re.findall(r'<section class="card"><header><b>(.*?)</b>', page[start : page.index("<h2", start + 1)])
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    return write_run(tmp_path_factory.mktemp("runs") / "demo", steps=200)
+
+
+@pytest.fixture(scope="module")
+def page(run) -> str:
+    return page_of(run)
+
+
+def test_sections_come_in_order(page):
+    sections = ["summary", "loss", "scores", "mix", "throughput", "samples", "configuration", "environment"]
+    assert re.findall(r'<h2 id="(.*?)">', page) == sections
+    assert "<h1>demo</h1>" in page
+
+
+def test_verdict_counts_tasks_above_their_baseline(page):
+    assert (
+        "7 of 8 tasks above the trivial baseline (1 more without a baseline)." in page
+    )  # rte is below, books has none
+
+
+def test_table_shows_scores_beside_the_baseline(run, page):
+    evaluations = [
+        json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines() if "evaluation" in line
+    ]
+    scores = [event["metrics"]["dialogsum"]["rouge1"] for event in evaluations]
+    row = table_row(page, "dialogsum")
+    assert row[2] == ["0.309", "first 3 lines of the document"]
+    assert row[3] == [f"{scores[0]:.3f}"]
+    assert row[4][0] == f"{max(scores):.3f}"
+    assert row[5] == [f"{scores[-1]:.3f}", "above"]
+    assert row[8] == ["1,403"]
+    assert table_row(page, "rte")[5][1] == "not above"
+    assert table_row(page, "sst2")[9] == ["2", "2 empty"]
+
+
+def test_less_perplexity_is_better(tmp_path):
+    run = write_run(tmp_path / "demo", steps=200)
+
+    def worsen(summary):
+        summary["tasks"]["books"]["metrics"]["perplexity"] = 120.0
+        summary["tasks"]["books"]["baseline"] = {"name": "unigram", "metrics": {"perplexity": 100.0}}
+
+    edit(run / "summary.json", worsen)
+    row = table_row(page_of(run), "books")
+    assert row[1] == ["perplexity", "↓"]
+    assert row[5] == ["120.0", "not above"]
+    assert float(row[4][0]) < 120.0 < float(row[3][0])  # the best is the least
+
+
+def test_every_task_has_its_charts(page):
+    assert cards(page, "loss") == list(HEADS)
+    assert cards(page, "scores") == list(HEADS)
+
+
+def test_baseline_is_drawn_where_there_is_one(page):
+    dashed = [name for name in HEADS if "stroke-dasharray: 4" in chart(page, f"score-{name}")]
+    assert dashed == [name for name in HEADS if name != "books"]
+
+
+def chart(page: str, name: str) -> str:
+    (svg,) = (svg for svg in re.findall(r"<svg.*?</svg>", page, re.DOTALL) if f'id="{name}-figure_1"' in svg)
+    return svg
+
+
+def test_loss_axis_is_logarithmic_over_more_than_a_decade(page):
+    def slopes(name: str, scale) -> list[float]:
+        labels = re.findall(r'text-anchor: end[^>]* y="([\d.]+)"[^>]*>([\d.]+)</text>', chart(page, f"loss-{name}"))
+        ticks = [(float(height), scale(float(value))) for height, value in labels]
+        return [(low - high) / (more - less) for (low, less), (high, more) in pairwise(ticks)]
+
+    for name, scale in (("sst2", math.log), ("books", float)):  # 1.1 to 0.07, and 9 to 4.5
+        found = slopes(name, scale)
+        assert len(found) > 1
+        assert found == pytest.approx([found[0]] * len(found), rel=1e-3)
+
+
+def test_samples_are_marked_and_escaped(page):
+    assert "<script" not in page
+    assert escape("a gorgeous, witty, seductive movie <script>alert(1)</script>") in page
+    assert escape("一部沉闷的电影 &amp; more") in page
+    assert escape("# <b>größer</b> is flatter") in page
+    samples = page[page.index("<h3>sst2") : page.index("<h3>mnli")]
+    assert re.findall("[✓✗]", samples) == ["✓"] * 3 + ["✗"] * 3  # of eight samples six are shown
+    assert not re.findall("[✓✗]", page[page.index("<h3>stsb") : page.index("<h3>dialogsum")])
+
+
+def test_page_loads_nothing(page):
+    assert not re.findall(r"https?://|<script|<link|@import|\bsrc=", page)
+    assert page.count("<style") == 1  # a chart's own would reach beyond the chart
+
+
+def test_ids_are_unique_and_references_resolve(page):
+    ids = re.findall(r'\bid="(.*?)"', page)
+    assert len(ids) == len(set(ids))
+    references = re.findall(r'href="#(.*?)"', page) + re.findall(r"url\(#(.*?)\)", page)
+    assert len(references) > 100
+    assert set(references) <= set(ids)
+
+
+def test_same_files_give_the_same_page(tmp_path, page):
+    assert page_of(write_run(tmp_path / "demo", steps=200)) == page
+
+
+def test_many_tasks_keep_their_charts_and_share_the_last_colour(tmp_path):
+    page = page_of(write_run(tmp_path / "demo", tasks=30, steps=100))
+    assert len(cards(page, "loss")) == 30
+    assert len(re.findall(r'<i class="box"', page)) == 12
+    assert re.search(r"19 others \(\d+%\)", page)
+
+
+def test_unfinished_run_says_so(tmp_path):
+    run = write_run(tmp_path / "demo", steps=200)
+    (run / "summary.json").unlink()
+    (run / "samples.json").unlink()
+    log = (run / "metrics.jsonl").read_text()
+    cut = log.index('{"event": "step", "step": 120')
+    (run / "metrics.jsonl").write_text(log[: cut + 40])  # killed while writing a line
+    page = page_of(run)
+    assert "Unfinished run" in page
+    assert "the state at step 110" in page
+    assert cards(page, "scores") == list(HEADS)
+    assert table_row(page, "books")[1] == ["perplexity", "↓"]
+    assert "There is no samples.json yet." in page
+
+
+def test_run_without_any_event(tmp_path):
+    run = write_run(tmp_path / "demo", steps=100)
+    (run / "summary.json").unlink()
+    (run / "metrics.jsonl").write_text("")
+    page = page_of(run)
+    assert "the state at step 0" in page
+    assert "<svg" not in page
+
+
+def test_run_without_evaluations(tmp_path):
+    run = write_run(tmp_path / "demo", steps=100)
+    lines = (run / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (run / "metrics.jsonl").write_text("".join(line for line in lines if "evaluation" not in line))
+    edit(run / "summary.json", lambda summary: [about["metrics"].clear() for about in summary["tasks"].values()])
+    page = page_of(run)
+    assert "No evaluation has run." in page
+    assert cards(page, "loss") == list(HEADS)
+    assert table_row(page, "sst2")[3:6] == [["–"]] * 3
+
+
+@pytest.mark.parametrize(("step", "score"), [(0, 0.99), (10, math.nan)], ids=["untrained", "not finite"])
+def test_scores_that_are_never_the_best(tmp_path, step, score):
+    run = write_run(tmp_path / "demo", steps=100)
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    first = next(index for index, line in enumerate(lines) if "evaluation" in line)
+    event = json.loads(lines[first]) | {"step": step}
+    event["metrics"]["stsb"]["pearson"] = score
+    lines[first] = json.dumps(event)
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    row = table_row(page_of(run), "stsb")
+    assert row[3] == [f"{score:.3f}"]
+    assert 0.4 < float(row[4][0]) < 0.99
+
+
+def test_resumed_run_takes_the_later_of_repeated_steps(tmp_path):
+    run = write_run(tmp_path / "demo", steps=100)
+    page = page_of(run)
+    log = run / "metrics.jsonl"
+    event = json.loads(log.read_text().splitlines()[0]) | {"step": 50, "loss": {"sst2": 1e9}}
+    log.write_text(json.dumps(event) + "\n" + log.read_text())
+    assert page_of(run) == page
+
+
+def test_folder_without_metrics_is_named(tmp_path):
+    with pytest.raises(ValueError, match=rf"{re.escape(str(tmp_path))} is not the folder of a run.*metrics\.jsonl"):
+        write_report(tmp_path)
+
+
+def test_broken_line_is_named(tmp_path):
+    run = write_run(tmp_path / "demo", steps=100)
+    (run / "metrics.jsonl").write_text('{"event": "step",\n')
+    with pytest.raises(ValueError, match=r"metrics\.jsonl, line 1: expected a JSON object"):
+        write_report(run)

@@ -1,0 +1,61 @@
+"""The doctor finds broken arithmetic and data that cannot be used, before a run does."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from conftest import tiny_rows, write_jsonl
+from trunkline.training import doctor
+from trunkline.training.config_file import load_config
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.mark.parametrize("factor", [0.0, 1.001, float("nan")])
+def test_attention_that_errs_is_reported(monkeypatch, factor):
+    right = doctor.attention
+    monkeypatch.setattr(doctor, "attention", lambda *inputs, **options: right(*inputs, **options) * factor)
+    with pytest.raises(ValueError, match="attention on .* errs by .*, expected less than 1e-4"):
+        doctor.check_installation()
+
+
+def test_the_installation_is_listed(capsys):
+    doctor.check_installation()
+    told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert torch.__version__ in told["torch"]
+    assert "largest error" in told["attention"]
+    assert told.keys() >= {"python", "processor", "gpu", *doctor.OPTIONAL}
+
+
+def test_an_absent_package_is_named_with_its_purpose(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "OPTIONAL", {"no_such_package": "wonders"})
+    doctor.check_installation()
+    assert "no_such_package not installed (wonders)" in capsys.readouterr().out
+
+
+def test_examples_of_every_task_are_counted(tiny_config, tmp_path, capsys):
+    folder = tmp_path / "farm"
+    shutil.copytree(tiny_config.parent, folder)
+    rows = tiny_rows("colour", 30, seed=0)
+    write_jsonl(folder / "colour.jsonl", [*rows, {"text": "", "label": "red"}, {"text": "a " * 500, "label": "red"}])
+    doctor.check_data(load_config(folder / "tiny.yaml"))
+    told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "31 train,     20 validation" in told["colour"]
+    assert told["colour"].endswith("128 at most, 1 empty, 1 truncated")
+    assert "60 train" in told["prose"]
+    assert told["prose"].endswith("at most")
+    assert told["vocabulary"].endswith("; the data is ready")
+    assert not list(folder.glob("runs"))
+
+
+def test_what_is_wrong_with_the_data_or_the_model_is_an_error(tiny_config, tmp_path):
+    config = load_config(tiny_config)
+    with pytest.raises(ValueError, match="task 'colour', train split: cannot read .*colour.jsonl"):
+        doctor.check_data(replace(config, base=str(tmp_path)))
+    bidirectional = replace(config, trunk=replace(config.trunk, causal=False))
+    with pytest.raises(ValueError, match="task 'retell' predicts next tokens, which needs a causal trunk"):
+        doctor.check_data(bidirectional)
+    assert not Path(config.run).exists()

@@ -1,0 +1,100 @@
+"""One encoded split of a task: what every example is, as flat arrays.
+
+n examples
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from trunkline.engine.network.heads import HEADS
+from trunkline.engine.network.packing import Example
+from trunkline.engine.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows that are not, or not wholly, among the examples."""
+
+    empty: int = 0
+    too_long: int = 0
+    unlabelled: int = 0
+    truncated: int = 0
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """One split of one task, as flat arrays."""
+
+    task: Task
+    causal: bool
+    tokens: np.ndarray  # all examples' tokens, int32
+    bounds: np.ndarray  # (n + 1,) first token of each example
+    labels: np.ndarray  # all examples' labels, float64; what they say is the head's business
+    label_bounds: np.ndarray  # (n + 1,)
+    references: Sequence[str | list[str]]  # (n,) generate, extract: the texts to be matched; empty otherwise
+    counts: Counts
+    again: Any = field(init=False, default=None, repr=False, compare=False)  # as __reduce__; lost when it is changed
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Data that is mapped from a file goes to another process by name."""
+        return self.again or super().__reduce_ex__(protocol)
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """(n,) tokens of each example"""
+        return np.diff(self.bounds)
+
+    def tokens_of(self, i: int) -> np.ndarray:
+        return self.tokens[self.bounds[i] : self.bounds[i + 1]]
+
+    def label_of(self, i: int) -> np.ndarray:
+        return self.labels[self.label_bounds[i] : self.label_bounds[i + 1]]
+
+    def prompt_of(self, i: int) -> np.ndarray:
+        """What stands before the text to be generated; of other heads, everything."""
+        tokens = self.tokens_of(i)
+        return tokens[: int(self.label_of(i)[0])] if self.task.head == "generate" else tokens
+
+    def example(
+        self, i: int, task: int, prompt_weight: float = 0.0, class_weights: Sequence[float] | None = None
+    ) -> Example:
+        """Example `i`, with its labelled rows, as one of task number `task` of a model.
+
+        Args:
+            prompt_weight: above 0, the next tokens of a prompt are learnt too, each counting that much of a target's.
+            class_weights: factor of each class's rows; None: 1.
+        """
+        tokens, label = self.tokens_of(i), self.label_of(i)
+        if prompt_weight and self.task.head == "generate":
+            labels = HEADS["language-model"].label(tokens, label, self.causal)
+            labels = labels._replace(weights=np.where(labels.rows < label[0] - 1, prompt_weight, 1))
+        else:
+            labels = HEADS[self.task.head].label(tokens, label, self.causal)
+        if class_weights is not None:
+            labels = labels._replace(weights=labels.weights * np.take(class_weights, labels.targets.astype(int)))
+        return Example(task, tokens, *labels)
+
+    def reference(self, i: int) -> Any:
+        """The label as metrics want it: a class, a number, a text, tags, a span, or the number of predicted tokens."""
+        label = self.label_of(i)
+        match self.task.head:
+            case "classify":
+                return int(label[0])
+            case "regress":
+                return float(label[0])
+            case "generate" | "extract":
+                return self.references[i]
+            case "tag":
+                return label[label >= 0].astype(int).tolist()
+            case "span":
+                first, _, start, last = label.astype(int).tolist()
+                return start - first, last - first
+            case "language-model" | "masked-language-model":
+                return int((HEADS[self.task.head].label(self.tokens_of(i), label, self.causal).weights > 0).sum())

@@ -1,0 +1,133 @@
+"""What is left of a run: summary.json and samples.json."""
+
+import json
+import resource
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trunkline.engine.tasks.task import SUMMARIES
+from trunkline.training.data.corpus import Corpus
+from trunkline.training.data.encoded import Encoded
+from trunkline.training.environment import command, environment
+from trunkline.training.pages.report import SAMPLES
+from trunkline.training.run.progress import Progress
+from trunkline.training.scoring.evaluation import Scored, spaced
+from trunkline.training.scoring.metrics import metric_names, score_task, trivial_baselines
+
+if TYPE_CHECKING:
+    from trunkline.engine.engine import Engine
+
+
+def summarise(engine: "Engine", corpus: Corpus, progress: Progress, final: dict[str, Scored]) -> dict[str, Any]:
+    """Writes summary.json and samples.json into the run folder and returns the summary."""
+    run = Path(engine.config.run)
+    tasks = {
+        split.task.name: _task_summary(engine, corpus, train, split, progress, final[split.task.name])
+        for train, split in zip(corpus.train, corpus.validation, strict=True)
+    }
+    summary = {
+        "name": run.name,
+        "command": command(),
+        "device": str(engine.device),
+        "steps": progress.step,
+        "steps_left_out": progress.left_out,
+        "tokens": progress.tokens,
+        "real_tokens": progress.real_tokens,
+        "training_flops": progress.flops,
+        "tokens_per_second": progress.real_tokens / progress.seconds,
+        "padding_waste": 1 - progress.real_tokens / progress.tokens,
+        "training_seconds": progress.seconds,
+        "wall_time_seconds": progress.wall_seconds,
+        "compile_seconds": progress.compile_seconds,
+        "peak_memory_bytes": peak_memory(engine.device),
+        "parameters": sum(p.numel() for p in engine.model.parameters()),
+        "best_step": progress.best_step,
+        "tasks": tasks,
+        "environment": environment(),
+    }
+    samples = {
+        split.task.name: _samples(corpus, split, final[split.task.name])
+        for split in corpus.validation
+        if final[split.task.name].examples
+    }
+    for name, content in (("summary.json", summary), ("samples.json", samples)):
+        (run / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    return summary
+
+
+def _task_summary(
+    engine: "Engine", corpus: Corpus, train: Encoded, validation: Encoded, progress: Progress, final: Scored
+) -> dict[str, Any]:
+    task = train.task
+    baselines = _baselines(corpus, train, validation, final)
+    return {
+        "head": task.head,
+        "metric": metric_names(task)[0],
+        "metrics": final.metrics,
+        "intervals": final.intervals,
+        "references": _references(validation, final),
+        "baseline": {"name": next(iter(baselines)), **next(iter(baselines.values()))} if baselines else None,
+        "baselines": baselines,
+        "first_loss": progress.first_loss[task.name],
+        "last_loss": final.metrics["loss"],
+        "train_examples": len(train),
+        "validation_examples": len(validation),
+        "examples_seen": progress.examples.get(task.name, 0),
+        "dropped": {name: getattr(train.counts, name) for name in ("empty", "too_long", "unlabelled")},
+        "truncated": train.counts.truncated,
+    }
+
+
+def _baselines(corpus: Corpus, train: Encoded, validation: Encoded, final: Scored) -> dict[str, dict[str, float]]:
+    """The scores of the trivial predictions, by name, on the examples that the model was scored on."""
+    task = train.task
+    sums_up = task.head in SUMMARIES
+    documents = [corpus.tokenizer.decode(validation.prompt_of(i)) for i in final.examples] if sums_up else []
+    references = [validation.reference(i) for i in final.examples]
+    trivial = trivial_baselines(task, [train.reference(i) for i in range(len(train))], documents, references)
+    return {name: score_task(task, predictions, references)._asdict() for name, predictions in trivial.items()}
+
+
+def _references(validation: Encoded, final: Scored) -> str | None:
+    """What of several references for a document counts, in words; None where no document has several."""
+    own = [validation.reference(i) for i in final.examples] if validation.references else []
+    most = max((1 if isinstance(reference, str) else len(reference) for reference in own), default=1)
+    return f"{validation.task.references} of up to {most} references" if most > 1 else None
+
+
+def _samples(corpus: Corpus, split: Encoded, scored: Scored) -> list[dict[str, Any]]:
+    """Some validation examples with what was predicted, evenly spaced."""
+    return [
+        {
+            "input": corpus.tokenizer.decode(split.prompt_of(scored.examples[place])),
+            "reference": _in_words(corpus, split, scored.examples[place], split.reference(scored.examples[place])),
+            "prediction": _in_words(corpus, split, scored.examples[place], scored.predictions[place]),
+        }
+        for place in spaced(len(scored.examples), SAMPLES)
+    ]
+
+
+def _in_words(corpus: Corpus, split: Encoded, i: int, value: Any) -> str:
+    """A label or prediction of example `i` as a reader wants it."""
+    match split.task.head:
+        case "classify":
+            return split.task.labels[value]
+        case "regress":
+            return f"{value:.2f}"
+        case "tag":
+            return " ".join(split.task.labels[tag] for tag in value)
+        case "span":
+            first = int(split.label_of(i)[0])  # of the text in the example
+            return corpus.tokenizer.decode(split.tokens_of(i)[first + value[0] : first + value[1] + 1])
+        case _:
+            return value if isinstance(value, str) else " / ".join(value)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the GPU's memory, or of this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,333 @@
+"""A run: all that training holds from its first step to its last, and the parts of a step.
+
+`train` in loop.py says in which order they come.
+
+N tasks
+"""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from signal import Signals
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from trunkline.engine.network.compiled import CompiledModel, FixedShapes
+from trunkline.engine.network.memory import keep_freed_memory
+from trunkline.engine.network.model import MultiTaskModel
+from trunkline.engine.network.packing import PackedBatch
+from trunkline.training.balancing.adaptive import Adaptive
+from trunkline.training.balancing.balancer import Balancer
+from trunkline.training.config_file import save_config
+from trunkline.training.data.batches import Members, Packer, make_mixer, planned_and_packed, weight_sums
+from trunkline.training.data.corpus import load_corpus
+from trunkline.training.data.mixing import Mixer
+from trunkline.training.flops import training_flops
+from trunkline.training.pages.report import write_report
+from trunkline.training.pages.summary import summarise
+from trunkline.training.run import checkpoint
+from trunkline.training.run.faults import Guard, Parts, in_words, named_culprits
+from trunkline.training.run.folder import fingerprint, open_folder
+from trunkline.training.run.interruption import Interruption
+from trunkline.training.run.optimizer import learning_rate, make_optimizer
+from trunkline.training.run.profiling import Profile
+from trunkline.training.run.progress import Display, Interval, Log, Progress
+from trunkline.training.scoring.evaluation import Scored, evaluate, mean_score
+from trunkline.training.scoring.metrics import metric_names
+
+if TYPE_CHECKING:
+    from trunkline.engine.engine import Engine
+
+LOOKED_AT = 16  # batches at the beginning, in the middle and at the end of a run, to which a compiled graph is fitted
+LOG_EVERY = 10  # steps between lines of metrics.jsonl
+CHECKPOINTS = 2  # of the newest that are kept: one to fall back to
+FIRST_LOOK = 32  # validation examples of each task before the first step: their loss is near that of a uniform guess
+
+
+class Run:
+    """A context; what `Engine.fit` says of its arguments, results and errors goes for this."""
+
+    def __init__(self, engine: "Engine", resume: bool, overwrite: bool):
+        self.began = time.perf_counter()
+        self.engine, self.folder = engine, Path(engine.config.run)
+        keep_freed_memory()
+        open_folder(self.folder, resume, overwrite)
+        self.corpus = load_corpus(engine.config, engine.tokenizer, tell=print)
+        self.model = engine.build(self.corpus.tokenizer)
+        self.config = config = engine.config
+
+        self.names = [task.name for task in self.corpus.tasks]
+        weights = [config.weights.get(name, 1.0) for name in self.names]
+        self.weights = torch.tensor(weights, device=engine.device)  # (N,)
+        self.mixer = make_mixer(config, self.corpus)
+        self.optimizer = make_optimizer(self.model, config.optimizer)
+        self.packer = Packer(self.corpus.train, config)
+        self.compiled = _compiled(engine, self.packer, self.mixer)
+        self.balancer = Balancer(config.balancing, self.model, config.seed, self.compiled)
+        self.adaptive = Adaptive(config.mixing, self.corpus.tasks, self.model, self.mixer, config.batch.accumulate)
+        self.fingerprint = fingerprint(config, self.corpus)
+        self.progress = self._resume() if resume else Progress()
+        self.began -= self.progress.wall_seconds
+        self.progress.compile_seconds += self.compiled.seconds if self.compiled else 0.0
+
+        (self.folder / "checkpoints").mkdir(exist_ok=True)  # from here on the folder holds a run
+        save_config(config, self.folder / "config.yaml")
+        self.corpus.tokenizer.save(self.folder)
+        shown = {task.name: metric_names(task)[0] for task in self.corpus.tasks}
+        self.display = Display(shown, config.steps, self.progress.step)
+        self.log = Log(self.folder, self.progress.step)
+        self.interruption = Interruption()
+        self.profile = Profile(config.profile, self.folder, engine.device, self.display.tell)
+        self.parts = Parts(self.packer, self.corpus.tokenizer, self.progress, self.display.tell)
+        self.guard = Guard(self.optimizer, self.names, config.optimizer.give_up_after, self.progress)
+        self.interval = Interval(self.names, engine.device)
+        self.ready = self._batches_from(self.progress.step)
+        self.stop: Signals | None = None  # whose asking ends the run after the step
+        self.open = ExitStack()
+
+    def __enter__(self) -> "Run":
+        for part in (self.display, self.log, self.profile, self.interruption):
+            self.open.enter_context(part)
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.open.__exit__(*error)
+
+    # What is due
+
+    @property
+    def goes_on(self) -> bool:
+        return self.progress.step < self.config.steps and not self.adaptive.all_stopped
+
+    @property
+    def evaluates_now(self) -> bool:
+        return self.progress.step % self.config.evaluation.every == 0 or self.progress.step == self.config.steps
+
+    @property
+    def logs_now(self) -> bool:
+        return self.progress.step % LOG_EVERY == 0 or self.evaluates_now or self.stop is not None
+
+    # The parts of a step
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around a step: sets its learning rate, counts its time, and says what it left out."""
+        started = time.perf_counter()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config.optimizer, self.progress.step, self.config.steps)
+        yield
+        self.progress.step += 1
+        self.stop = self.interruption.asked  # once a step, so that all of what follows agrees
+        if self.logs_now or self.engine.device.type == "cpu":
+            self._name_left_out()  # waits for the device
+        self.profile.step()
+        self.progress.seconds += time.perf_counter() - started
+        self.interval.seconds += time.perf_counter() - started
+
+    def next_batches(self) -> tuple[tuple[Members, ...], tuple[PackedBatch, ...]]:
+        with self.profile.part("batching"):
+            members, batches = zip(*islice(self.ready, self.config.batch.accumulate), strict=True)
+            if self.compiled:
+                batches = tuple(self.compiled.shapes.pad(batch) for batch in batches)
+        return members, batches
+
+    def gradients(self, members: Sequence[Members], batches: Sequence[PackedBatch]) -> tuple[Tensor, Tensor]:
+        """Gives every parameter the gradient of a step; the tasks' loss sums and row weights, (N,), come back."""
+        step = self.progress.step
+        total_weight = weight_sums(batches, len(self.names)).to(self.engine.device, non_blocking=True)
+        return self.parts.run(partial(self._gradients, total_weight), batches, members, self.balancer.holds(step))
+
+    def _gradients(self, total_weight: Tensor, batches: Sequence[PackedBatch]) -> tuple[Tensor, Tensor]:
+        step, device = self.progress.step, self.engine.device
+        torch.manual_seed(self.config.seed * 1_000_003 + step)  # dropout
+        self.model.train()
+        self._zero_grad()  # of an attempt that ran out of memory
+        self.balancer.start(step)
+        # loss_t = sum w l / sum w over the whole step; a task that is absent contributes nothing
+        factor = torch.where(total_weight > 0, self.weights / total_weight, 0.0)
+        loss, weight = torch.zeros(2, len(self.names), device=device)
+        for batch in batches:
+            with self.profile.part("forward"), self.engine.autocast():
+                sums = self.balancer.forward(batch.to(device), factor, step)
+            with self.profile.part("backward"):
+                self.balancer.backward(sums.loss * factor, step)
+            loss += sums.loss.detach()
+            weight += sums.weight
+        with self.profile.part("backward"):
+            self.balancer.finish(total_weight, step)
+        return loss, weight
+
+    def judge(self, loss: Tensor) -> Tensor:
+        """Clips the gradient and tells the optimizer whether the step is finite; the gradient's norm comes back."""
+        with self.profile.part("optimizer"):
+            norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
+            self.guard.judge(self.progress.step + 1, loss, norm)
+        return norm
+
+    def update(self) -> None:
+        with self.profile.part("optimizer"):
+            self.optimizer.step()  # a step that is not finite changes nothing
+            self.adaptive.hold()
+            self._zero_grad()
+
+    def count(self, batches: Sequence[PackedBatch], loss: Tensor, weight: Tensor) -> None:
+        self.interval.add(batches, loss, weight)
+        self.interval.flops += sum(training_flops(self.model, batch) for batch in batches)
+
+    def _zero_grad(self) -> None:
+        self.optimizer.zero_grad(set_to_none=not (self.compiled and self.compiled.cuda_graphs))
+
+    def _batches_from(self, step: int) -> Iterator[tuple[Members, PackedBatch]]:
+        accumulate = self.config.batch.accumulate
+        numbers = range(step * accumulate, self.config.steps * accumulate)
+        return planned_and_packed(self.packer, self.mixer, numbers, self.engine.device)
+
+    def _name_left_out(self) -> None:
+        for step, tasks in self.guard.look():
+            numbers = range((step - 1) * self.config.batch.accumulate, step * self.config.batch.accumulate)
+            members = [member for number in numbers for member in self.mixer.batch(number)]
+            with self.engine.autocast():
+                examples = named_culprits(self.model, self.packer, self.corpus.tokenizer, members)
+            self.log.write(event="left_out", step=step, tasks=tasks, examples=examples)
+            self.display.tell(in_words(step, tasks, examples))
+        self.guard.check()
+
+    # Between steps
+
+    def first_look(self) -> None:
+        """Losses before the first step."""
+        if self.progress.step == 0:
+            before = self._evaluation(FIRST_LOOK, texts=0)
+            self.progress.first_loss = {name: task.metrics["loss"] for name, task in before.items()}
+
+    def write_log(self, norm: Tensor) -> None:
+        """A line of metrics.jsonl, on what happened since the last one."""
+        interval, progress = self.interval, self.progress
+        losses = interval.losses()
+        progress.add(interval)
+        self.log.write(
+            event="step",
+            step=progress.step,
+            seconds=progress.seconds,
+            tokens=progress.tokens,
+            real_tokens=progress.real_tokens,
+            tokens_per_second=interval.tokens_per_second,
+            padding_waste=interval.padding_waste,
+            learning_rate=self.optimizer.param_groups[0]["lr"],
+            gradient_norm=float(norm),
+            left_out=progress.left_out,
+            loss=losses,
+            examples=interval.examples,
+            **self.balancer.log(),
+        )
+        self.display.step(progress.step, losses, interval.tokens_per_second)
+        self.interval = Interval(self.names, self.engine.device)
+
+    def evaluate(self) -> None:
+        """Scores on a part of the validation splits; the best weights so far are kept."""
+        scored = self._evaluation(self.config.evaluation.examples, self.config.evaluation.texts)
+        progress, mean = self.progress, mean_score(self.corpus.tasks, scored)
+        if mean > progress.best_score:
+            progress.best_score, progress.best_step = mean, progress.step
+            tensors = {"model": self.model.state_dict()}
+            checkpoint.save(self.folder / "checkpoints", "best", tensors, {"step": progress.step})
+        if self.config.mixing.reacts:  # what is packed already is of the mix before
+            self.ready = self._batches_from(progress.step)
+
+    def _evaluation(self, examples: int, texts: int) -> dict[str, Scored]:
+        step, scored = self.progress.step, self._scores(examples, texts)
+        metrics = {name: task.metrics for name, task in scored.items()}
+        self.log.write(event="evaluation", step=step, seconds=self.progress.seconds, metrics=metrics)
+        self.display.evaluation(step, metrics)
+        if step < self.config.steps and (choice := self.adaptive.evaluated(step, metrics)):
+            self.log.write(event="mix", step=step, **choice)
+        return scored
+
+    def _scores(self, examples: int, texts: int | None) -> dict[str, Scored]:
+        with self.engine.autocast():
+            return evaluate(
+                self.model,
+                self.corpus.tokenizer,
+                self.corpus.validation,
+                tokens=self.config.batch.tokens,
+                search=self.config.search,
+                examples=examples,
+                texts=texts,
+            )
+
+    def save(self) -> None:
+        self.progress.wall_seconds = time.perf_counter() - self.began
+        tensors = {
+            "model": self.model.state_dict(),
+            "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.model.named_parameters()),
+        }
+        state = {
+            "progress": asdict(self.progress),
+            "balancing": self.balancer.state_dict(),
+            "mixing": self.adaptive.state_dict(),
+            "settings": self.fingerprint,
+        }
+        self.saved = checkpoint.save(self.folder / "checkpoints", f"step-{self.progress.step}", tensors, state)
+        checkpoint.prune(self.folder / "checkpoints", CHECKPOINTS)
+
+    def _resume(self) -> Progress:
+        """Puts the newest valid checkpoint into model, optimizer, balancer and mix.
+
+        Raises:
+            ValueError: there is none, or it belongs to a run with other settings or data.
+        """
+        path = checkpoint.newest(self.folder / "checkpoints", warn=print)
+        if path is None:
+            raise ValueError(f"run folder {self.folder} has no checkpoint to resume from")
+        tensors, state = checkpoint.load(path)
+        checkpoint.check_same(state["settings"], self.fingerprint)
+        self.model.load_state_dict(tensors["model"])
+        checkpoint.load_optimizer_tensors(self.optimizer, self.model.named_parameters(), tensors.get("optimizer", {}))
+        self.balancer.load_state_dict(state["balancing"])
+        self.adaptive.load_state_dict(state["mixing"])
+        progress = Progress(**state["progress"])
+        print(f"resuming at step {progress.step}")
+        return progress
+
+    def stop_if_asked(self) -> None:
+        if self.stop:
+            self.display.tell(f"{self.stop.name}: saved {self.saved}; go on with --resume")
+            self.interruption.stop()
+
+    def finish(self) -> dict[str, Any]:
+        """Scores all validation examples and writes the model, the summary and the report.
+
+        It takes the weights of the last step, where the learning rate has come down, and not those of the best one:
+        that was chosen on few examples and fewer texts, and for its luck with them. It stays in checkpoints/best.
+        """
+        self.display.tell("scoring on all validation examples")
+        final = self._scores(examples=0, texts=None)
+        self.engine.save(self.folder / "model")
+        self.progress.wall_seconds = time.perf_counter() - self.began
+        summary = summarise(self.engine, self.corpus, self.progress, final)
+        write_report(self.folder)
+        return summary
+
+
+def _compiled(engine: "Engine", packer: Packer, mixer: Mixer) -> CompiledModel | None:
+    """The engine's model, compiled for the batches of the run; None where it stays as it is."""
+    if not engine.compiles or not isinstance(engine.model, MultiTaskModel):  # a Bi-LSTM stays as it is
+        return None
+    batches = engine.config.steps * engine.config.batch.accumulate
+    starts = (0, batches // 2, max(0, batches - LOOKED_AT))
+    numbers = sorted({number for start in starts for number in range(start, min(start + LOOKED_AT, batches))})
+    examples = packer.batches(mixer, numbers)
+    model, held = engine.model.train(), engine.config.balancing.method != "fixed" and engine.config.batch.accumulate > 1
+    # a CUDA graph has memory for one batch; where weights come from losses, those of a step are held until the last
+    cuda_graphs = False if held else None
+    compiled = CompiledModel(model, FixedShapes.of(examples, model.groups), cuda_graphs)
+    with engine.autocast():
+        compiled.warm_up(examples[0].to(engine.device))
+    print(f"compiled the model in {compiled.seconds:.0f} s")
+    return compiled

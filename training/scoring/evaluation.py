@@ -1,0 +1,141 @@
+"""Scores a model on the validation splits: loss and metrics of every task, and what it predicted."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+
+from trunkline.engine.network.bilstm import Model
+from trunkline.engine.network.generate import Search
+from trunkline.engine.network.heads import HEADS
+from trunkline.engine.network.packing import pack
+from trunkline.engine.tasks.task import LANGUAGE, Task
+from trunkline.engine.text.tokenizer import Tokenizer
+from trunkline.training.data.encoded import Encoded
+from trunkline.training.scoring.metrics import first_score, metric_names, score, score_task
+
+TEXTS_AT_ONCE = 64  # prompts that are continued together
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One task's scores, and the predictions they come from."""
+
+    metrics: dict[str, float]  # 'loss', the mean over labelled rows, and the task's metrics
+    examples: list[int]  # of the validation split that were predicted
+    predictions: list[Any]
+    intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # of ROUGE: 95 %, over the documents
+
+
+def evaluate(
+    model: Model,
+    tokenizer: Tokenizer,
+    validation: Sequence[Encoded],
+    *,
+    tokens: int,
+    search: Search,
+    examples: int = 0,
+    texts: int | None = None,
+) -> dict[str, Scored]:
+    """Scores every task.
+
+    Args:
+        validation: the splits, in the order of the model's tasks.
+        tokens: budget of a packed batch.
+        examples: of each task, evenly spaced over the split; 0: all.
+        texts: of those, how many texts are generated and scored; None: all. With 0, such a task has a loss only.
+    """
+    model.eval()
+    with torch.inference_mode():
+        return {
+            split.task.name: _evaluate_task(model, tokenizer, split, task, tokens, search, examples, texts)
+            for task, split in enumerate(validation)
+        }
+
+
+def mean_score(tasks: Sequence[Task], scored: Mapping[str, Scored]) -> float:
+    """What checkpoints are compared by: the mean of the tasks' first metrics, or less the loss where there is none."""
+    return fmean(first_score(task, scored[task.name].metrics) for task in tasks)
+
+
+def _evaluate_task(
+    model: Model,
+    tokenizer: Tokenizer,
+    split: Encoded,
+    task: int,
+    tokens: int,
+    search: Search,
+    examples: int,
+    texts: int | None,
+) -> Scored:
+    chosen = spaced(len(split), examples)
+    loss, weight = 0.0, 0.0
+    predicted: dict[int, Any] = {}
+    for members in _batches(split, chosen, tokens):
+        batch = pack([split.example(i, task) for i in members], len(model.tasks)).to(model.device)
+        sums, logits = model.score(batch, task)  # (R, C)
+        loss += float(sums.loss[task])
+        weight += float(sums.weight[task])
+        if HEADS[split.task.head].group != "vocabulary":
+            ordered = [members[place] for place in batch.order]
+            rows = [len(split.example(i, task).rows) for i in ordered]
+            for i, own in zip(ordered, logits.float().cpu().split(rows), strict=True):
+                predicted[i] = HEADS[split.task.head].predict(own)
+    mean = loss / weight
+    if split.task.head in LANGUAGE:
+        return Scored({"loss": mean, **score(metric_names(split.task), [mean], [int(weight)])}, [], [])
+    if split.task.head == "generate":
+        count = len(chosen) if texts is None else texts
+        chosen = [chosen[place] for place in spaced(len(chosen), count)] if count else []
+        predicted = _texts(model, tokenizer, split, task, chosen, search)
+    elif split.task.head == "extract":
+        predicted = {i: _sentences(tokenizer, split, i, predicted[i]) for i in chosen}
+    predictions = [predicted[i] for i in chosen]
+    if not chosen:
+        return Scored({"loss": mean}, [], [])
+    metrics, intervals = score_task(split.task, predictions, [split.reference(i) for i in chosen])
+    return Scored({"loss": mean, **metrics}, chosen, predictions, intervals)
+
+
+def _texts(
+    model: Model, tokenizer: Tokenizer, split: Encoded, task: int, chosen: Sequence[int], search: Search
+) -> dict[int, str]:
+    """Texts generated for the prompts of these examples."""
+    texts: dict[int, str] = {}
+    by_length = sorted(chosen, key=lambda i: len(split.prompt_of(i)))
+    for first in range(0, len(by_length), TEXTS_AT_ONCE):
+        members = by_length[first : first + TEXTS_AT_ONCE]
+        prompts = [split.prompt_of(i) for i in members]
+        made = model.generate(prompts, task, tokenizer.end, search)
+        texts.update(zip(members, map(tokenizer.decode, made), strict=True))
+    return texts
+
+
+def _sentences(tokenizer: Tokenizer, split: Encoded, i: int, places: Sequence[int]) -> str:
+    """These sentences of example `i`, a line each."""
+    ends = split.example(i, 0).rows + 1
+    starts = [0, *ends]
+    return "\n".join(tokenizer.decode(split.tokens_of(i)[starts[place] : ends[place]]) for place in places)
+
+
+def spaced(count: int, wanted: int) -> list[int]:
+    """`wanted` of `count` indices, evenly spaced; all if `wanted` is 0 or there are no more."""
+    if wanted == 0 or wanted >= count:
+        return list(range(count))
+    return np.linspace(0, count - 1, wanted).round().astype(int).tolist()
+
+
+def _batches(split: Encoded, chosen: Sequence[int], tokens: int) -> list[list[int]]:
+    """Examples in batches of at most `tokens`, shortest first."""
+    batches: list[list[int]] = []
+    room = 0
+    for i in sorted(chosen, key=lambda i: split.lengths[i]):
+        if split.lengths[i] > room:
+            batches.append([])
+            room = tokens
+        batches[-1].append(i)
+        room -= split.lengths[i]
+    return batches
