@@ -27,7 +27,7 @@ gpu: $(READY)
 
 # With TRITON=3.6.0 that release of Triton, in a folder of its own, takes the place of the one in VENV.
 certify: $(READY) $(TRITON:%=$(VENV)/triton-%)
-	PYTHONPATH=$(TRITON:%=$(VENV)/triton-%:)src $(BIN)trunkline certify --jobs 2
+	PYTHONPATH=$(TRITON:%=$(VENV)/triton-%:)src $(BIN)python -m trunkline.benchmarks.microbenchmarks.certify --jobs 2
 
 $(VENV)/triton-%: | $(READY)
 	$(BIN)pip install --quiet --no-deps --target $@ triton==$*

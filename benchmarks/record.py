@@ -8,6 +8,7 @@ writes results/<device>/README.md, its plots, and the part of README.md between 
 import json
 import platform
 from collections import Counter
+from collections.abc import Collection
 from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
@@ -20,6 +21,7 @@ from trunkline.training.environment import environment
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 BEGIN, END = "<!-- results -->", "<!-- end of results -->"
+IN_README = ("step", "step-small", "step-llama-1b")
 
 
 def results_folder(environment: dict[str, Any]) -> Path:
@@ -82,8 +84,8 @@ def _times(outcome: list[float] | Exception) -> dict[str, Any]:
     return {"median": median(outcome), "rounds": outcome}
 
 
-def tables(folder: Path) -> str:
-    """What was measured on one device, in Markdown: the parts whose JSON is there."""
+def tables(folder: Path, parts: Collection[str] = ()) -> str:
+    """What was measured on one device, in Markdown: these parts, or all whose JSON is there."""
     makers = {
         "step": _speed,
         "step-small": _speed,
@@ -97,7 +99,8 @@ def tables(folder: Path) -> str:
         "comparison": _comparison,
         "what_helps": _what_helps,
     }
-    found = {name: folder / f"{name}.json" for name in makers if (folder / f"{name}.json").exists()}
+    chosen = [name for name in makers if name in (parts or makers)]
+    found = {name: path for name in chosen if (path := folder / f"{name}.json").exists()}
     return "".join(makers[name](json.loads(path.read_text(encoding="utf-8"))) for name, path in found.items())
 
 
@@ -337,13 +340,13 @@ def _chart(plot: Path, seen_from: Path) -> str:
 
 
 def report(results: Path = RESULTS, readme: Path = ROOT / "README.md") -> None:
-    """Tables and plots of every device, and the README's part between the marks."""
+    """Tables and plots of every device, and the README's part between the marks: the speed of a step."""
     folders = sorted(folder for folder in results.iterdir() if folder.is_dir())
     for folder in folders:
         report_device(folder)
     before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
     _, _, after = rest.partition(END)
-    made = "".join(_chart(folder / "step.png", readme.parent) + tables(folder) for folder in folders)
+    made = "".join(_chart(folder / "step.png", readme.parent) + tables(folder, IN_README) for folder in folders)
     readme.write_text(f"{before}{BEGIN}\n{made}\n{END}{after}", encoding="utf-8")
 
 

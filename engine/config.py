@@ -37,8 +37,11 @@ class Config:
     layers and dropout from `trunk`."""
     projection: Literal["", "none", "gelu", "tanh"] = ""
     """Activation of a per-task projection before every head; empty: no projection; none: a linear one."""
+    counting: Literal["examples", "tasks"] = "examples"
+    """What counts alike in a step: every example, whatever its task; or every task, whose loss is then the mean over as
+    few examples as it has in the step. Of balancing 'fixed' alone: the other methods weigh tasks."""
     weights: dict[str, float] = field(default_factory=dict)
-    """Factor of each task's mean loss in the sum over tasks, by name; 1 where none is given."""
+    """Factor of each task's loss, by name; 1 where none is given."""
     balancing: Balancing = Balancing()
     """How the tasks are weighed besides, in every step anew; the name of a method, or its fields."""
     class_weights: dict[str, list[float]] = field(default_factory=dict)
@@ -138,6 +141,7 @@ class Config:
             "evaluation.every": (self.evaluation.every, 1),
             "evaluation.examples": (self.evaluation.examples, 0),
             "evaluation.texts": (self.evaluation.texts, 0),
+            "evaluation.last_examples": (self.evaluation.last_examples, 0),
             "search.max_new_tokens": (self.search.max_new_tokens, 1),
             "search.beams": (self.search.beams, 1),
             "search.min_new_tokens": (self.search.min_new_tokens, 0),

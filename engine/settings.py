@@ -44,10 +44,18 @@ class Batch:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with a linear warm-up and a cosine to a tenth of the learning rate."""
+    """AdamW with a linear warm-up and a cosine to 0."""
 
-    learning_rate: float = 1e-3
-    """Highest learning rate."""
+    learning_rate: float | Literal["auto"] = "auto"
+    """Highest learning rate; auto: 1e-3, and 1e-4 for a trunk that `init` takes from a checkpoint of others."""
+    head_learning_rate: float | None = None
+    """That of heads and projections; None: as `learning_rate`, and 1e-3 on a trunk from a checkpoint of others."""
+    layer_decay: float = 1.0
+    """Factor of the rate from each block of the trunk to the one below it: below 1, what is near the input, and the
+    embeddings most of all, moves least (Howard and Ruder, arXiv:1801.06146, section 3.1)."""
+    freeze: tuple[str, ...] = ()
+    """Parts of the trunk that stay as they are: trunk, embeddings, blocks.N, blocks.N-M (both ends included), or the
+    name of a module of the trunk such as final_norm."""
     warmup: float = 0.05
     """Share of the steps in which it rises."""
     weight_decay: float = 0.01
@@ -67,9 +75,12 @@ class Evaluation:
     every: int = 200
     """Steps between evaluations during training; each writes a checkpoint."""
     examples: int = 256
-    """Of each task, during training; 0: all. The last evaluation takes all."""
+    """Of each task, during training; 0: all."""
+    last_examples: int = 0
+    """Of each task, in the last evaluation; 0: all."""
     texts: int = 16
-    """Of each generating task, texts written and scored during training; 0: none. The last evaluation takes all."""
+    """Of each generating task, texts written and scored during training; 0: none. The last evaluation takes all of its
+    examples."""
 
 
 @dataclass(frozen=True)

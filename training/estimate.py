@@ -30,6 +30,7 @@ from trunkline.training.data.batches import Packer, make_mixer
 from trunkline.training.data.corpus import load_corpus
 from trunkline.training.flops import training_flops
 from trunkline.training.pages.units import duration, quantity
+from trunkline.training.run.optimizer import freeze
 
 LOOKED_AT, GONE_THROUGH = 32, 2  # batches of the run; and of these, those with the most labelled rows
 CUBLAS = 32 << 20  # bytes that cuBLAS works in, on H100 and later
@@ -120,6 +121,7 @@ def step_memory(config: Config, batches: Sequence[PackedBatch], device: str) -> 
     activations = made = 0
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = make_model(config).train()
+        freeze(model, config.optimizer.freeze)
         assert isinstance(model, MultiTaskModel)
         model.trunk.checkpointing = config.checkpointing
         for batch in written:
@@ -131,8 +133,9 @@ def step_memory(config: Config, batches: Sequence[PackedBatch], device: str) -> 
                     loss.backward()
             activations, made = max(activations, sum(saved.values())), max(made, allocations.peak)
     weights = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
-    gradients = sum(parameter.nbytes for parameter in model.parameters())
-    optimizer = sum(2 * parameter.nbytes + 4 for parameter in model.parameters())  # two means and the step
+    learnt = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    gradients = sum(parameter.nbytes for parameter in learnt)
+    optimizer = sum(2 * parameter.nbytes + 4 for parameter in learnt)  # two means and the step
     peak = weights + optimizer + max(made, gradients) + (CUBLAS if device == "cuda" else 0)
     return Memory(weights, gradients, optimizer, activations, peak)
 

@@ -22,7 +22,7 @@ from trunkline.benchmarks.systems.hugging_face import WAYS, HuggingFaceModel, ba
 from trunkline.engine.engine import Engine
 from trunkline.training.data.corpus import Corpus, load_corpus
 from trunkline.training.data.mixing import shares
-from trunkline.training.run.optimizer import learning_rate, make_optimizer
+from trunkline.training.run.optimizer import make_optimizer, share_of_rate
 from trunkline.training.scoring.metrics import metric_names, score
 
 CLOCK = 10_000  # parts that the time is divided into for the learning rate
@@ -84,7 +84,7 @@ def train(model: HuggingFaceModel, corpus: Corpus, config, way: str, seconds: fl
     steps, began = 0, time.perf_counter()
     while (elapsed := time.perf_counter() - began) < seconds:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(config.optimizer, int(CLOCK * elapsed / seconds), CLOCK)
+            group["lr"] = group["rate"] * share_of_rate(config.optimizer, int(CLOCK * elapsed / seconds), CLOCK)
         model(next(stream), torch.device("cpu"), weights).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.optimizer.clip)
         optimizer.step()

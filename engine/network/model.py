@@ -5,9 +5,9 @@
 T tokens, R labelled rows, N tasks, D width, K columns of the table of small heads, V vocabulary
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -46,6 +46,8 @@ class MultiTaskModel(nn.Module):
 
     class_offsets: Tensor  # (tasks of the table + 1,) int32, first column of each and the end of the last
     regression: Tensor  # (tasks of the table,) bool
+    center: Tensor  # (tasks of the table,) what a regression's labels are around, and 0
+    spread: Tensor  # (tasks of the table,) the unit of a regression's loss, and 1
 
     def __init__(self, trunk: Trunk, tasks: Sequence["Task"], projection: str = "", label_smoothing: float = 0.0):
         super().__init__()
@@ -78,6 +80,26 @@ class MultiTaskModel(nn.Module):
         regression = torch.tensor([task.head == "regress" for task in tasks[: self.num_small]], dtype=torch.bool)
         self.register_buffer("class_offsets", offsets, persistent=False)
         self.register_buffer("regression", regression, persistent=False)
+        self.register_buffer("center", torch.zeros(self.num_small))
+        self.register_buffer("spread", torch.ones(self.num_small))
+
+    def set_units(self, labels: Mapping[int, np.ndarray]) -> None:
+        """Lets regressions start from the mean of their labels, and measures their errors in standard deviations.
+
+        What is learnt then does not depend on the labels' unit, and an error counts as much as that of a class.
+
+        Args:
+            labels: of training, by the place of the task; labels that are all the same have no spread and keep theirs.
+        """
+        for task, values in labels.items():
+            self.center[task] = float(np.mean(values))
+            if (spread := float(np.std(values))) > 0:
+                self.spread[task] = spread
+
+    def _load_from_state_dict(self, state_dict: dict, prefix: str, *others: Any) -> None:
+        for name in ("center", "spread"):  # which earlier versions did not save: they had labels' own units
+            state_dict.setdefault(prefix + name, getattr(self, name))
+        super()._load_from_state_dict(state_dict, prefix, *others)
 
     @property
     def vocabulary_weight(self) -> Tensor:
@@ -130,6 +152,7 @@ class MultiTaskModel(nn.Module):
         a, b = ends[:2] or (sum(rows.counts[:first_span]), sum(rows.counts[:first_vocabulary]))
         sums = []
         if first_span:
+            value = (rows.value[:a] - self.center[rows.task[:a]]) / self.spread[rows.task[:a]]
             sums.append(
                 task_loss(
                     x[:a],
@@ -137,7 +160,7 @@ class MultiTaskModel(nn.Module):
                     self.bias.to(x.dtype),
                     rows.offsets[: first_span + 1],
                     rows.target[:a],
-                    rows.value[:a],
+                    value,
                     rows.weight[:a],
                     self.class_offsets,
                     self.regression,
@@ -213,7 +236,11 @@ class MultiTaskModel(nn.Module):
         x = self.project(x, offsets)
         if task < self.num_small:
             first, last = self.class_offsets[task : task + 2].tolist()
-            return F.linear(x, self.weight[first:last].to(x.dtype), self.bias[first:last].to(x.dtype))
+            logits = F.linear(x, self.weight[first:last].to(x.dtype), self.bias[first:last].to(x.dtype))
+            if not self.regression[task]:
+                return logits
+            exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            return exact * self.spread[task] + self.center[task]
         if task < self.num_small + self.num_spans:
             return F.linear(x, self.span_weight[task - self.num_small].to(x.dtype))
         return (self.vocabulary_weight.to(x.dtype) @ x.T).T  # of few rows: on a CPU half the time of x @ weight.T

@@ -259,7 +259,7 @@ def tile_options(kernel: str, dtype: torch.dtype, D: int, plain: bool) -> dict[s
     """Tiles, warps and stages of the loads' pipeline: the largest whose sums stay in registers, on every architecture.
 
     kernel: "forward", "query gradient" or "key gradient". plain: neither soft cap nor dropout, which take registers of
-    their own. Found by `trunkline certify`, which says what spills: nothing here does, in Triton 3.6.0 and in 3.9.0.
+    their own. Found by `make certify`, which says what spills: nothing here does, in Triton 3.6.0 and in 3.9.0.
     """
     capability = compute_capability()
     if dtype == torch.float32:

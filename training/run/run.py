@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trunkline.engine.network.bilstm import BiLSTM, Model
 from trunkline.engine.network.compiled import CompiledModel, FixedShapes
 from trunkline.engine.network.memory import keep_freed_memory
 from trunkline.engine.network.model import MultiTaskModel
@@ -32,10 +33,11 @@ from trunkline.training.flops import training_flops
 from trunkline.training.pages.report import write_report
 from trunkline.training.pages.summary import summarise
 from trunkline.training.run import checkpoint
-from trunkline.training.run.faults import Guard, Parts, in_words, named_culprits
+from trunkline.training.run.faults import Guard, Parts, named_culprits
+from trunkline.training.run.faults import in_words as left_out_in_words
 from trunkline.training.run.folder import fingerprint, open_folder
 from trunkline.training.run.interruption import Interruption
-from trunkline.training.run.optimizer import learning_rate, make_optimizer
+from trunkline.training.run.optimizer import freeze, in_words, make_optimizer, share_of_rate, warning
 from trunkline.training.run.profiling import Profile
 from trunkline.training.run.progress import Display, Interval, Log, Progress
 from trunkline.training.scoring.evaluation import Scored, evaluate, mean_score
@@ -59,7 +61,7 @@ class Run:
         keep_freed_memory()
         open_folder(self.folder, resume, overwrite)
         self.corpus = load_corpus(engine.config, engine.tokenizer, tell=print)
-        self.model = engine.build(self.corpus.tokenizer)
+        self.model = self._build()
         self.config = config = engine.config
 
         self.names = [task.name for task in self.corpus.tasks]
@@ -91,7 +93,21 @@ class Run:
         self.stop: Signals | None = None  # whose asking ends the run after the step
         self.open = ExitStack()
 
+    def _build(self) -> Model:
+        """The engine's model, or a new one in the units of the labels."""
+        engine, config = self.engine, self.engine.config
+        is_new = engine._model is None
+        model = engine.build(self.corpus.tokenizer)
+        if is_new:
+            heads = model.heads if isinstance(model, BiLSTM) else model
+            heads.set_units({t: s.labels for t, s in enumerate(self.corpus.train) if s.task.head == "regress"})
+        on_gpu = engine.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        freeze(model, config.optimizer.freeze, torch.bfloat16 if on_gpu else None)
+        return model
+
     def __enter__(self) -> "Run":
+        for line in filter(None, [*in_words(self.model, self.optimizer), warning(self.model, self.config.optimizer)]):
+            self.display.tell(line)
         for part in (self.display, self.log, self.profile, self.interruption):
             self.open.enter_context(part)
         return self
@@ -119,8 +135,9 @@ class Run:
     def step(self) -> Iterator[None]:
         """Around a step: sets its learning rate, counts its time, and says what it left out."""
         started = time.perf_counter()
+        share = share_of_rate(self.config.optimizer, self.progress.step, self.config.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config.optimizer, self.progress.step, self.config.steps)
+            group["lr"] = share * group["rate"]
         yield
         self.progress.step += 1
         self.stop = self.interruption.asked  # once a step, so that all of what follows agrees
@@ -140,17 +157,27 @@ class Run:
     def gradients(self, members: Sequence[Members], batches: Sequence[PackedBatch]) -> tuple[Tensor, Tensor]:
         """Gives every parameter the gradient of a step; the tasks' loss sums and row weights, (N,), come back."""
         step = self.progress.step
-        total_weight = weight_sums(batches, len(self.names)).to(self.engine.device, non_blocking=True)
-        return self.parts.run(partial(self._gradients, total_weight), batches, members, self.balancer.holds(step))
+        device = self.engine.device
+        total_weight = weight_sums(batches, len(self.names)).to(device, non_blocking=True)
+        share = self._shares(batches).to(device, non_blocking=True)
+        work = partial(self._gradients, total_weight, share)
+        return self.parts.run(work, batches, members, self.balancer.holds(step))
 
-    def _gradients(self, total_weight: Tensor, batches: Sequence[PackedBatch]) -> tuple[Tensor, Tensor]:
+    def _shares(self, batches: Sequence[PackedBatch]) -> Tensor:
+        """(N,) what each task's loss counts in a step, besides the weights of the config."""
+        if self.config.counting == "tasks" or self.config.balancing.method != "fixed":
+            return torch.ones(len(self.names))
+        examples = torch.tensor([batch.examples for batch in batches], dtype=torch.float32).sum(0)
+        return examples / examples.sum()
+
+    def _gradients(self, total_weight: Tensor, share: Tensor, batches: Sequence[PackedBatch]) -> tuple[Tensor, Tensor]:
         step, device = self.progress.step, self.engine.device
         torch.manual_seed(self.config.seed * 1_000_003 + step)  # dropout
         self.model.train()
         self._zero_grad()  # of an attempt that ran out of memory
         self.balancer.start(step)
         # loss_t = sum w l / sum w over the whole step; a task that is absent contributes nothing
-        factor = torch.where(total_weight > 0, self.weights / total_weight, 0.0)
+        factor = torch.where(total_weight > 0, share * self.weights / total_weight, 0.0)
         loss, weight = torch.zeros(2, len(self.names), device=device)
         for batch in batches:
             with self.profile.part("forward"), self.engine.autocast():
@@ -195,7 +222,7 @@ class Run:
             with self.engine.autocast():
                 examples = named_culprits(self.model, self.packer, self.corpus.tokenizer, members)
             self.log.write(event="left_out", step=step, tasks=tasks, examples=examples)
-            self.display.tell(in_words(step, tasks, examples))
+            self.display.tell(left_out_in_words(step, tasks, examples))
         self.guard.check()
 
     # Between steps
@@ -219,7 +246,7 @@ class Run:
             real_tokens=progress.real_tokens,
             tokens_per_second=interval.tokens_per_second,
             padding_waste=interval.padding_waste,
-            learning_rate=self.optimizer.param_groups[0]["lr"],
+            learning_rate=max(group["lr"] for group in self.optimizer.param_groups),
             gradient_norm=float(norm),
             left_out=progress.left_out,
             loss=losses,
@@ -306,8 +333,9 @@ class Run:
         It takes the weights of the last step, where the learning rate has come down, and not those of the best one:
         that was chosen on few examples and fewer texts, and for its luck with them. It stays in checkpoints/best.
         """
-        self.display.tell("scoring on all validation examples")
-        final = self._scores(examples=0, texts=None)
+        most = self.config.evaluation.last_examples
+        self.display.tell(f"scoring on {most or 'all'} validation examples" + " of each task" * (most > 0))
+        final = self._scores(most, texts=None)
         self.engine.save(self.folder / "model")
         self.progress.wall_seconds = time.perf_counter() - self.began
         summary = summarise(self.engine, self.corpus, self.progress, final)

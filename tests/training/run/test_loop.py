@@ -23,7 +23,7 @@ from trunkline.engine.settings import Batch, Evaluation, Optimizer
 from trunkline.training.config_file import load_config
 from trunkline.training.data.mixing import Mixer
 from trunkline.training.run import checkpoint
-from trunkline.training.run.optimizer import learning_rate, make_optimizer
+from trunkline.training.run.optimizer import make_optimizer, share_of_rate
 from trunkline.training.scoring.metrics import higher_is_better
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -201,7 +201,7 @@ def test_metrics_have_a_line_for_every_interval_and_evaluation(finished):
     assert [event["step"] for event in steps] == [4, 8, 10, 12, 16, 20, 24]
     assert [event["step"] for event in events if event["event"] == "evaluation"] == [0, 4, 8, 12, 16, 20, 24]
     assert [event["tokens"] for event in steps] == [event["step"] * 2 * 512 for event in steps]
-    rates = [learning_rate(Optimizer(learning_rate=0.003), event["step"] - 1, 24) for event in steps]
+    rates = [0.003 * share_of_rate(Optimizer(), event["step"] - 1, 24) for event in steps]
     assert [event["learning_rate"] for event in steps] == pytest.approx(rates)
     before = {"step": 0, "real_tokens": 0}
     for event in steps:
@@ -316,8 +316,8 @@ def test_long_gradients_are_scaled_down(tmp_path):
 
 
 def test_learning_rate_rises_and_falls():
-    settings = Optimizer(learning_rate=1.0, warmup=0.1)
-    rates = [learning_rate(settings, step, 100) for step in range(100)]
+    settings = Optimizer(warmup=0.1)
+    rates = [share_of_rate(settings, step, 100) for step in range(100)]
     assert rates[:10] == pytest.approx([0.1 * (step + 1) for step in range(10)])
     assert rates[10] == 1.0
     assert 0 < rates[99] < 0.001
@@ -328,7 +328,7 @@ def test_learning_rate_rises_and_falls():
 @pytest.mark.parametrize("steps", [1, 2, 3])
 @pytest.mark.parametrize("warmup", [0.0, 0.5, 1.0])
 def test_learning_rate_of_short_runs(steps, warmup):
-    rates = [learning_rate(Optimizer(learning_rate=1.0, warmup=warmup), step, steps) for step in range(steps)]
+    rates = [share_of_rate(Optimizer(warmup=warmup), step, steps) for step in range(steps)]
     assert all(0 < rate <= 1 for rate in rates)
     assert max(rates) == 1.0
 
