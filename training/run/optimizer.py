@@ -76,7 +76,7 @@ def share_of_rate(settings: Optimizer, step: int, steps: int) -> float:
 
 
 def freeze(model: Model, parts: Sequence[str], dtype: torch.dtype | None = None) -> None:
-    """Parts of the trunk get no gradient, and so no optimizer state.
+    """Parts of the trunk get no gradient, and so no optimizer state; everything else does.
 
     Args:
         parts: as `Optimizer.freeze`.
@@ -85,10 +85,11 @@ def freeze(model: Model, parts: Sequence[str], dtype: torch.dtype | None = None)
     Raises:
         ValueError: a part that the trunk does not have; names those it has.
     """
-    if not parts:
-        return
+    model.requires_grad_(True)
     if isinstance(model, BiLSTM):
-        raise ValueError("optimizer.freeze is for a trunk; architecture bilstm has none")
+        if parts:
+            raise ValueError("optimizer.freeze is for a trunk; architecture bilstm has none")
+        return
     for parameter in _members(model.trunk, parts):
         parameter.requires_grad_(False)
         if dtype is not None and parameter.ndim > 1:

@@ -316,3 +316,46 @@ def test_untied_vocabulary_is_a_matrix_of_its_own():
     assert "vocabulary" not in tied.state_dict()
     without = MultiTaskModel(Trunk(SHAPES["untied"]), in_model_order(SMALL))
     assert "vocabulary" not in without.state_dict()  # nothing would use it
+
+
+# Units of regressions
+
+
+def test_a_regression_learns_in_units_of_its_labels_and_answers_in_theirs():
+    """The same texts with labels in other units: the same loss, and predictions in those units."""
+    texts = [np.array([1, 2, 3, 9]), np.array([4, 5, 9]), np.array([6, 7, 8, 9])]
+    labels = np.array([1.0, 2.5, 4.0])
+
+    def losses_and_answers(factor: float, offset: float) -> tuple[Tensor, Tensor]:
+        model = make(GPT, [Task("stars", "regress", ("text",), "label")])
+        own = factor * labels + offset
+        model.set_units({0: own})
+        examples = [
+            Example(0, t, np.array([len(t) - 1]), values=np.array([v])) for t, v in zip(texts, own, strict=True)
+        ]
+        batch = pack(examples, 1)
+        batch = replace(batch, rows=replace(batch.rows, value=batch.rows.value.double()))
+        sums, answers = model.score(batch, 0)
+        return sums.loss, (answers[:, 0] - offset) / factor
+
+    loss, answers = losses_and_answers(1.0, 0.0)
+    for factor, offset in ((250_000.0, 1e6), (1e-3, -7.0)):
+        other, others = losses_and_answers(factor, offset)
+        torch.testing.assert_close(other, loss, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(others, answers, rtol=1e-6, atol=1e-6)
+
+
+def test_labels_that_are_all_the_same_have_no_spread():
+    model = make(GPT, [Task("stars", "regress", ("text",), "label")])
+    model.set_units({0: np.array([3.0, 3.0])})
+    assert (float(model.center[0]), float(model.spread[0])) == (3.0, 1.0)
+
+
+def test_weights_saved_without_units_are_of_the_labels_own():
+    model = make(GPT, SMALL)
+    model.set_units({1: np.array([0.0, 10.0])})
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ("center", "spread")}
+    other = make(GPT, SMALL)
+    other.load_state_dict(state)
+    assert not other.center.any()
+    assert bool((other.spread == 1).all())

@@ -270,20 +270,24 @@ def test_accumulated_batches_make_the_step_of_one_batch(tiny_config, tmp_path, m
     torch.testing.assert_close(split, whole, rtol=1e-3, atol=1e-6)
 
 
-def test_every_task_counts_by_the_mean_over_its_own_rows(tiny_config, tmp_path, monkeypatch):
-    """The total is the sum of weight_t * (sum w l / sum w), however unevenly the tasks are present; others add 0."""
+@pytest.mark.parametrize("counting", ["examples", "tasks"])
+def test_what_counts_alike_in_a_step(tiny_config, tmp_path, monkeypatch, counting):
+    """Every example, each with the mean over its task's rows; or the mean of every task, however few its rows are."""
 
     def gradients(*members: tuple[int, int]) -> dict[str, torch.Tensor]:
         monkeypatch.setattr(Mixer, "batch", lambda mixer, number: list(members))
         name = "-".join(f"{task}.{i}" for task, i in members)
         overrides = [f"run={tmp_path / name}", "steps=1", "trunk.dropout=0", "optimizer.clip=1e9"]
-        config = load_config(tiny_config, [*overrides, "weights={closeness: 0.5}"])
+        config = load_config(tiny_config, [*overrides, "weights={closeness: 0.5}", f"counting={counting}"])
         return first_gradients(replace(config, batch=Batch(512, 1, 128)))
 
     colour, closeness = (0, 0), [(1, i) for i in range(3)]
     together, alone = gradients(colour, *closeness), gradients(colour)
     others = [gradients(member) for member in closeness]
-    expected = {name: alone[name] + sum(other[name] for other in others) / 3 for name in together}
+    of_colour, of_closeness = (1 / 4, 1 / 4) if counting == "examples" else (1, 1 / 3)
+    expected = {
+        name: of_colour * alone[name] + of_closeness * sum(other[name] for other in others) for name in together
+    }
     torch.testing.assert_close(together, expected, rtol=1e-3, atol=1e-6)
 
 
@@ -357,8 +361,9 @@ def test_only_matrices_decay():
     assert len(decayed["params"]) + len(others["params"]) == len(names)
 
 
-def test_losses_that_are_never_finite_stop_the_run_and_name_task_and_examples(copy, tmp_path):
-    """The square of a label that is too large is not."""
+def test_losses_that_are_never_finite_stop_the_run_and_name_task_and_examples(copy, tmp_path, monkeypatch):
+    """The square of a label that is too large is not, in the label's own unit."""
+    monkeypatch.setattr(MultiTaskModel, "set_units", lambda *_: None)
     shutil.copytree(copy.config.base, tmp_path / "farm")
     rows = tiny_rows("closeness", 60, seed=0)
     write_jsonl(tmp_path / "farm" / "closeness.jsonl", [{**row, "score": 1e30} for row in rows])
