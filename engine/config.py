@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
 from trunkline.engine.foreign import pretrained
+from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.generate import Search
 from trunkline.engine.network.trunk import Checkpointing, TrunkConfig
 from trunkline.engine.settings import ADAPTIVE, GRADIENT_METHODS, Balancing, Batch, Evaluation, Mixing, Optimizer
@@ -95,7 +96,7 @@ class Config:
                 f"config: batch.max_length {self.batch.max_length} is more than a batch holds, "
                 f"batch.tokens {self.batch.tokens}"
             )
-        generates = any(task.head == "generate" for task in self.all_tasks)
+        generates = any(HEADS[task.head].writes for task in self.all_tasks)
         positions = self.batch.max_length + (self.search.max_new_tokens if generates else 0)
         if positions > self.trunk.max_positions:
             raise ValueError(
@@ -119,7 +120,7 @@ class Config:
                 f"{', '.join(missing)} lack"
             )
         for task in self.all_tasks:
-            others = task.max_target_tokens + 2 if task.head == "generate" else len(task.text)
+            others = HEADS[task.head].room(task)
             if self.batch.max_length <= others:
                 raise ValueError(
                     f"config: batch.max_length {self.batch.max_length} leaves no room for the text of task "

@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,14 @@ from safetensors.torch import load_file, save_file
 
 from trunkline.engine.config import Config, restore_config, trunk_of, with_vocabulary
 from trunkline.engine.foreign.pretrained import SETTINGS, WEIGHTS
+from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import BiLSTM, Model
 from trunkline.engine.network.generate import Search
-from trunkline.engine.network.heads import HEADS
 from trunkline.engine.network.model import MultiTaskModel, in_model_order
 from trunkline.engine.network.packing import Example, pack
 from trunkline.engine.network.trunk import Trunk, TrunkConfig, preset
 from trunkline.engine.tasks.task import Task
-from trunkline.engine.text.layout import Laid, Layout, describe, prediction_rows
+from trunkline.engine.text.layout import Laid, Layout
 from trunkline.engine.text.tokenizer import Tokenizer
 
 # what it is made from
@@ -198,7 +199,7 @@ class Engine:
             if HEADS[task.head].group == "vocabulary":
                 raise ValueError(f"predict: task '{task.name}' writes text: use generate()")
             for place, text in enumerate(parts):
-                needed = text[-1:] if task.head in ("tag", "span") else text
+                needed = text[-1:] if HEADS[task.head].reads_last else text
                 if len(text) != len(task.text) or not any(part.strip() for part in needed):
                     raise ValueError(
                         f"predict: task '{task.name}' takes {len(task.text)} text(s) {list(task.text)}, "
@@ -215,9 +216,10 @@ class Engine:
 
     def _predict(self, laid: Sequence[Laid], asked: Sequence[int]) -> dict[str, list[Any]]:
         """What tasks, by their places, say of each text, from one pass."""
-        wanted = [[prediction_rows(self.tasks[t], text) for t in asked] for text in laid]
+        wanted = [[HEADS[self.tasks[t].head].rows(text) for t in asked] for text in laid]
         examples = [
-            Example(asked[0], text.tokens, np.concatenate(rows)) for text, rows in zip(laid, wanted, strict=True)
+            Example(asked[0], text.tokens, np.array([*chain.from_iterable(rows)], np.int64))
+            for text, rows in zip(laid, wanted, strict=True)
         ]
         predictions: dict[str, list[Any]] = {self.tasks[t].name: [None] * len(laid) for t in asked}
         model = self.model.eval()
@@ -228,9 +230,9 @@ class Engine:
             own = iter(x.split(sizes))
             for place in batch.order:
                 for t in asked:
-                    task = self.tasks[t]
-                    value = HEADS[task.head].predict(model.logits(next(own), t).float().cpu())
-                    predictions[task.name][place] = describe(task, value, laid[place])
+                    task, head = self.tasks[t], HEADS[self.tasks[t].head]
+                    value = head.predict(model.logits(next(own), t).float().cpu())
+                    predictions[task.name][place] = head.describe(task, value, laid[place])
         return predictions
 
     def generate(self, texts: Sequence[str], task: str, search: Search | None = None) -> list[str]:
@@ -245,7 +247,7 @@ class Engine:
             ValueError: an unknown task, or one that does not generate.
         """
         t = self._index(task)
-        if self.tasks[t].head != "generate":
+        if not HEADS[self.tasks[t].head].writes:
             raise ValueError(f"generate: task '{task}' has head '{self.tasks[t].head}': use predict()")
         layout = Layout(self._tokenizer, self.config.batch.max_length, causal=True)
         prompts = [layout.prompt(text, self.tasks[t].max_target_tokens).tokens for text in texts]

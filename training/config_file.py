@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from trunkline.engine.config import Config, balancing_of, trunk_of
+from trunkline.engine.heads.registry import head_of
 from trunkline.engine.network.trunk import PRESETS
 from trunkline.engine.tasks.task import Task
 
@@ -133,3 +134,12 @@ def _check_keys(settings: Any, of: type, where: str) -> None:
             for number, task in enumerate(value):
                 if not isinstance(task, str):
                     _check_keys(task, Task, f"tasks[{number}].")
+                    _check_head(task.get("head"), f"tasks[{number}].head")
+
+
+def _check_head(name: Any, where: str) -> None:
+    if isinstance(name, str):
+        try:
+            head_of(name)
+        except ValueError as error:
+            raise ValueError(f"config: {where}: {error}") from error

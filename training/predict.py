@@ -4,8 +4,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.tasks.task import Task
-from trunkline.training.data.cells import text_of
+from trunkline.engine.text.cells import text_of
 from trunkline.training.data.sources import MissingColumnError, Rows, read_columns
 
 if TYPE_CHECKING:
@@ -70,7 +71,7 @@ def of_file(engine: "Engine", path: Path, names: Sequence[str]) -> Iterator[dict
 
 
 def _answering(engine: "Engine") -> list[Task]:
-    return [task for task in engine.tasks if not task.head.endswith("language-model")]
+    return [task for task in engine.tasks if HEADS[task.head].labelled]
 
 
 def _texts(task: Task, rows: Rows) -> list[Text]:

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_sequence
 
+from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.generate import Search, writer_of
-from trunkline.engine.network.heads import HEADS
 from trunkline.engine.network.model import MultiTaskModel, in_model_order
 from trunkline.engine.network.packing import Example, PackedBatch, pack
 from trunkline.engine.network.trunk import Trunk, TrunkConfig, occurred_before
@@ -177,7 +177,7 @@ class BiLSTM(nn.Module):
         assert list(tasks) == in_model_order(tasks)
         if config.hidden_size % 2:
             raise ValueError(f"bilstm: hidden_size must be even, half for each direction; got {config.hidden_size}")
-        if language := [task.name for task in tasks if task.head in ("language-model", "masked-language-model")]:
+        if language := [task.name for task in tasks if not HEADS[task.head].labelled]:
             raise ValueError(f"bilstm: task '{language[0]}' is a language model, which it cannot be")
         self.tasks = tuple(tasks)
         answering = [task for task in tasks if HEADS[task.head].group != "vocabulary"]
@@ -188,7 +188,7 @@ class BiLSTM(nn.Module):
             {
                 str(place): AdditiveAttention(config.hidden_size)
                 for place, task in enumerate(answering)
-                if task.head in ("classify", "regress")
+                if HEADS[task.head].pools
             }
         )
         if len(answering) < len(tasks):

@@ -14,9 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trunkline.engine.heads.head import GROUPS
+from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.generate import Search, generate
-from trunkline.engine.network.heads import GROUPS, HEADS, span_loss
 from trunkline.engine.network.packing import PackedBatch
+from trunkline.engine.network.span_loss import span_loss
 from trunkline.engine.network.trunk import Trunk
 from trunkline.kernels.linear_cross_entropy import linear_cross_entropy
 from trunkline.kernels.task_loss import LossSums, task_loss
@@ -55,7 +57,7 @@ class MultiTaskModel(nn.Module):
             raise ValueError(f"model: tasks must be in the order of in_model_order, got {[t.name for t in tasks]}")
         D, N = trunk.config.hidden_size, len(tasks)
         groups = [HEADS[task.head].group for task in tasks]
-        following = [task.name for task in tasks if task.head in ("generate", "language-model")]
+        following = [task.name for task in tasks if HEADS[task.head].follows]
         if following and not trunk.config.causal:
             name = following[0]
             raise ValueError(f"model: task '{name}' predicts next tokens, which needs a causal trunk")
@@ -77,7 +79,7 @@ class MultiTaskModel(nn.Module):
             self.projection_weight = nn.Parameter(torch.zeros(N, D, D))
             self.projection_bias = nn.Parameter(torch.zeros(N, D))
         offsets = torch.tensor([0, *columns]).cumsum(0).to(torch.int32)
-        regression = torch.tensor([task.head == "regress" for task in tasks[: self.num_small]], dtype=torch.bool)
+        regression = torch.tensor([HEADS[task.head].squared for task in tasks[: self.num_small]], dtype=torch.bool)
         self.register_buffer("class_offsets", offsets, persistent=False)
         self.register_buffer("regression", regression, persistent=False)
         self.register_buffer("center", torch.zeros(self.num_small))

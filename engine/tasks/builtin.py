@@ -5,7 +5,7 @@ Class names and their order are those of the data sets on the hub.
 
 from difflib import get_close_matches
 
-from trunkline.engine.tasks.task import Head, Task
+from trunkline.engine.tasks.task import Task
 
 _ENTAILMENT = ("entailment", "neutral", "contradiction")
 _PAIR = ("sentence1", "sentence2")
@@ -26,7 +26,7 @@ def _glue(
     text: tuple[str, ...],
     metrics: tuple[str, ...],
     labels: tuple[str, ...] = (),
-    head: Head = "classify",
+    head: str = "classify",
     validation: str = "validation",
 ) -> Task:
     return Task(name, head, text, "label", labels, metrics, validation=validation, hub="nyu-mll/glue", subset=name)

@@ -6,9 +6,8 @@ Adding a task is one `Task(...)`, in Python or as ten lines of YAML.
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Head = Literal["classify", "regress", "generate", "extract", "tag", "span", "language-model", "masked-language-model"]
-SUMMARIES: tuple[Head, ...] = ("generate", "extract")  # whose label is a text of several words, to be matched
-LANGUAGE: tuple[Head, ...] = ("language-model", "masked-language-model")  # which learn from the text alone
+from trunkline.engine.heads.registry import head_of
+
 References = Literal["best", "average"]
 
 
@@ -25,9 +24,10 @@ class Task:
 
     name: str
     """Unique in a run; lower case letters, digits, '-' and '_'."""
-    head: Head
-    """What is predicted: a class, a number, a text, the sentences of the text that come nearest to one, a class per
-    word, a span of the text, the next token, or the tokens that were masked."""
+    head: str
+    """What is predicted. classify: a class; regress: a number; tag: a class per word; span: a stretch of the text;
+    generate: a text; extract: the sentences of the text that come nearest to one; language-model: the next token;
+    masked-language-model: the tokens that were masked."""
     text: tuple[str, ...]
     """Columns with the input text, joined by the separator token. 'a|b' takes the first of both that the file has."""
     label: str = ""
@@ -69,12 +69,10 @@ class Task:
         characters = set(self.name) - set("abcdefghijklmnopqrstuvwxyz0123456789-_")
         require(bool(self.name) and not characters, "name must be made of a-z, 0-9, '-' and '_'")
         require(len(self.text) > 0, "text names no column")
-        one = self.head in (*SUMMARIES, "language-model")
-        require(not one or len(self.text) == 1, f"head '{self.head}' takes one text column, got {list(self.text)}")
-        require(self.head in LANGUAGE or bool(self.label), f"head '{self.head}' needs a label column")
-        classes = self.head in ("classify", "tag")
-        require(not classes or len(self.labels) > 0, f"head '{self.head}' needs labels: the class names in id order")
-        require(classes or not self.labels, f"labels belong to classify and tag, not to '{self.head}'")
+        try:
+            head_of(self.head).check(self)
+        except ValueError as error:
+            raise ValueError(f"task '{self.name}': {error}") from error
         require(len(set(self.labels)) == len(self.labels), f"labels name a class twice: {list(self.labels)}")
         known = get_args(References)
         require(self.references in known, f"references must be one of {', '.join(known)}, got '{self.references}'")

@@ -1,4 +1,4 @@
-"""How a text becomes a sequence of tokens, which of them a task's head looks at, and what its prediction is in words.
+"""How a text becomes a sequence of tokens.
 
 text classification   text [SEPARATOR text] END           (bidirectional trunks: END first)
 tag, span, extract    the same; the label is at tokens of the text
@@ -7,16 +7,12 @@ language-model        END text END, in pieces of the longest length
 masked-language-model as a classification, some tokens hidden
 """
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from trunkline.engine.network.heads import pooled
-from trunkline.engine.tasks.task import Task
-from trunkline.engine.text.sentences import sentences_of
 from trunkline.engine.text.tokenizer import Ids, Tokenizer
 
 
@@ -63,42 +59,3 @@ class Layout:
         laid = room.lay([document], encoded and [encoded])
         laid.tokens[-1] = self.tokenizer.summary
         return laid
-
-
-def word_rows(laid: Laid) -> np.ndarray:
-    """(words,) the last token of every word of the last text column; words are what white space separates.
-
-    -1 where no token ends with the word: it was cut off, or its end is a character that the tokenizer leaves out.
-    """
-    last = {end: laid.first + i for i, (_, end) in enumerate(laid.offsets)}  # of several that end there, the last
-    return np.array([last.get(word.end(), -1) for word in re.finditer(r"\S+", laid.text)], np.int64)
-
-
-def prediction_rows(task: Task, laid: Laid) -> np.ndarray:
-    """Offsets of the tokens whose hidden states a task's head looks at."""
-    match task.head:
-        case "tag":
-            rows = word_rows(laid)
-            return rows[rows >= 0]
-        case "span":
-            return np.arange(laid.first, laid.end)
-        case "extract":
-            return laid.first + np.array([token for _, token in sentences_of(laid.text, laid.offsets)])
-        case _:
-            return np.array([pooled(laid.tokens, laid.causal)])
-
-
-def describe(task: Task, value: Any, laid: Laid) -> Any:
-    """A head's prediction in words: class names for ids, the text of a span."""
-    match task.head:
-        case "classify":
-            return task.labels[value]
-        case "tag":
-            return [task.labels[tag] for tag in value]
-        case "extract":
-            sentences = sentences_of(laid.text, laid.offsets)
-            return "\n".join(sentences[place][0] for place in value)
-        case "span":
-            return laid.text[laid.offsets[value[0]][0] : laid.offsets[value[1]][1]].strip()
-        case _:
-            return value

@@ -289,7 +289,10 @@ def test_an_unknown_key_is_an_error_with_the_nearest(settings, wrong, right):
         ({"tasks": "sst2"}, "tasks"),
         ({"tasks": 5}, "tasks"),
         ({"tasks": ["sst2", 5]}, "tasks[1]"),
-        ({"tasks": [FIELDS | {"head": "clasify"}]}, '"head"'),
+        (
+            {"tasks": [FIELDS | {"head": "clasify"}]},
+            "tasks[0].head: there is no head 'clasify'; did you mean",
+        ),
         ({"tasks": [FIELDS | {"labels": [False, True]}]}, '"labels"'),  # what YAML makes of [no, yes]
         ({"tasks": [FIELDS | {"text": "a"}]}, '"text"'),
         ({"tasks": [FIELDS | {"generated": "perhaps"}]}, '"generated"'),

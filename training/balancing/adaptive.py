@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import Model
-from trunkline.engine.network.heads import HEADS
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.settings import ADAPTIVE, Mixing
 from trunkline.engine.tasks.task import Task

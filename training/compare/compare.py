@@ -22,7 +22,7 @@ import yaml
 
 from trunkline.engine.config import Config
 from trunkline.engine.engine import Engine
-from trunkline.engine.tasks.task import LANGUAGE
+from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.text.tokenizer import FILE
 from trunkline.training.compare.systems import SYSTEMS, Basis, Match, Part, ordinary
 from trunkline.training.config_file import load_config, save_config
@@ -68,7 +68,7 @@ class Comparison(Config):
             raise ValueError(f"compare: warm_up must be at least 0 and below 1, got {self.warm_up}")
         if self.architecture != "trunk" or not self.trunk.causal or self.seed:
             raise ValueError("compare: architecture, trunk.causal and seed are set for every system; leave them out")
-        if language := [task.name for task in self.all_tasks if task.head in LANGUAGE]:
+        if language := [task.name for task in self.all_tasks if not HEADS[task.head].labelled]:
             raise ValueError(f"compare: '{language[0]}' is a language model, which not every system can be")
         if self.steps < 2 * len(self.tasks):
             raise ValueError(

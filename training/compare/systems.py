@@ -14,7 +14,7 @@ as many of them in all:
 - bert spends a share of the steps, `warm_up`, on guessing masked tokens of the tasks' own text, summaries included.
 
 A bidirectional encoder cannot write. bert's summaries are extracted: it marks the sentences of the document that come
-nearest to the summary (training/data/oracle.py) and gives back as many of the likeliest as their probabilities add
+nearest to the summary (engine/heads/extract.py) and gives back as many of the likeliest as their probabilities add
 up to, of equals the first. A decoder on top would have to learn to write from the few summaries alone, with most of the
 parameters left to the encoder; picking sentences is what such an encoder can do, and what lead-1 and lead-3 do without
 one. Its summaries are the document's words, which ROUGE rewards: they are to be read beside the leads.
@@ -33,9 +33,10 @@ import torch
 
 from trunkline.engine.config import Config, with_vocabulary
 from trunkline.engine.engine import make_model
+from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.trunk import TrunkConfig
 from trunkline.engine.settings import Mixing
-from trunkline.engine.tasks.task import SUMMARIES, Task
+from trunkline.engine.tasks.task import Task
 from trunkline.training.data.batches import Packer, make_mixer
 from trunkline.training.data.corpus import Corpus, load_corpus
 from trunkline.training.data.mixing import WINDOW, shares
@@ -189,7 +190,7 @@ def half(trunk: TrunkConfig) -> TrunkConfig:
 
 def masked_text(task: Task) -> Task:
     """The task of guessing masked tokens in what a task's model reads, and of summaries in what it writes."""
-    text = (*task.text, task.label) if task.head in SUMMARIES else task.text
+    text = (*task.text, task.label) if HEADS[task.head].learns_words else task.text
     return replace(
         task, head="masked-language-model", text=text, label="", labels=(), metrics=(), start="", unlabelled="drop"
     )

@@ -16,7 +16,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from trunkline.engine.tasks.task import SUMMARIES, Task
+from trunkline.engine.heads.registry import HEADS
+from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.tokenizer import Tokenizer
 from trunkline.training.data.encoded import Counts, Encoded
 
@@ -84,7 +85,7 @@ def _mapped(path: Path, task: Task, causal: bool) -> Encoded:
         bounds=tokens.offsets.to_numpy(),
         labels=labels.values.to_numpy(),
         label_bounds=labels.offsets.to_numpy(),
-        references=References(batch["references"]) if task.head in SUMMARIES else [],
+        references=References(batch["references"]) if HEADS[task.head].learns_words else [],
         counts=Counts(**json.loads(batch.schema.metadata[b"counts"])),
     )
     object.__setattr__(data, "again", (_mapped, (path, task, causal)))

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trunkline.engine.config import Config
+from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.model import in_model_order
-from trunkline.engine.tasks.task import SUMMARIES, Task
+from trunkline.engine.tasks.task import Task
+from trunkline.engine.text.cells import text_of
 from trunkline.engine.text.tokenizer import Tokenizer
 from trunkline.training.data import cache
-from trunkline.training.data.cells import text_of
 from trunkline.training.data.encoded import Encoded
 from trunkline.training.data.encoding import encode
 from trunkline.training.data.sources import Source, find_rows
@@ -53,7 +54,7 @@ def load_corpus(
     if tokenizer is None:
         training = [(task, sources[task, "train"]) for task in tasks]
         tokenizer = _tokenizer(config, training, tell)
-    if any(task.head == "masked-language-model" for task in tasks):
+    if any(HEADS[task.head].hides for task in tasks):
         tokenizer.mask()  # before anything is encoded: it may be new to the vocabulary
 
     def encoded(task: Task, split: str) -> Encoded:
@@ -81,7 +82,7 @@ def _tokenizer(config: Config, training: list[tuple[Task, Source]], tell: Callab
     def texts() -> Iterator[str]:
         for task, source in training:
             rows = source.read()
-            columns = [*task.text, *([task.label] if task.head in SUMMARIES else [])]
+            columns = [*task.text, *([task.label] if HEADS[task.head].learns_words else [])]
             for column in columns:
                 characters = 0
                 for row, value in enumerate(rows.columns[column][:TOKENIZER_TEXTS]):

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from trunkline.engine.network.heads import HEADS
+from trunkline.engine.heads.head import Piece
+from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.packing import Example
 from trunkline.engine.tasks.task import Task
 
@@ -57,10 +58,13 @@ class Encoded:
     def label_of(self, i: int) -> np.ndarray:
         return self.labels[self.label_bounds[i] : self.label_bounds[i + 1]]
 
+    def piece(self, i: int) -> Piece:
+        """Example `i`, as its head encoded it."""
+        return Piece(self.tokens_of(i), self.label_of(i), self.references[i] if self.references else None)
+
     def prompt_of(self, i: int) -> np.ndarray:
         """What stands before the text to be generated; of other heads, everything."""
-        tokens = self.tokens_of(i)
-        return tokens[: int(self.label_of(i)[0])] if self.task.head == "generate" else tokens
+        return HEADS[self.task.head].prompt(self.piece(i))
 
     def example(
         self, i: int, task: int, prompt_weight: float = 0.0, class_weights: Sequence[float] | None = None
@@ -71,30 +75,15 @@ class Encoded:
             prompt_weight: above 0, the next tokens of a prompt are learnt too, each counting that much of a target's.
             class_weights: factor of each class's rows; None: 1.
         """
-        tokens, label = self.tokens_of(i), self.label_of(i)
-        if prompt_weight and self.task.head == "generate":
-            labels = HEADS["language-model"].label(tokens, label, self.causal)
-            labels = labels._replace(weights=np.where(labels.rows < label[0] - 1, prompt_weight, 1))
+        tokens, label, head = self.tokens_of(i), self.label_of(i), HEADS[self.task.head]
+        if prompt_weight:
+            labels = head.label_with_prompt(tokens, label, self.causal, prompt_weight)
         else:
-            labels = HEADS[self.task.head].label(tokens, label, self.causal)
+            labels = head.label(tokens, label, self.causal)
         if class_weights is not None:
             labels = labels._replace(weights=labels.weights * np.take(class_weights, labels.targets.astype(int)))
         return Example(task, tokens, *labels)
 
     def reference(self, i: int) -> Any:
         """The label as metrics want it: a class, a number, a text, tags, a span, or the number of predicted tokens."""
-        label = self.label_of(i)
-        match self.task.head:
-            case "classify":
-                return int(label[0])
-            case "regress":
-                return float(label[0])
-            case "generate" | "extract":
-                return self.references[i]
-            case "tag":
-                return label[label >= 0].astype(int).tolist()
-            case "span":
-                first, _, start, last = label.astype(int).tolist()
-                return start - first, last - first
-            case "language-model" | "masked-language-model":
-                return int((HEADS[self.task.head].label(self.tokens_of(i), label, self.causal).weights > 0).sum())
+        return HEADS[self.task.head].reference(self.piece(i))

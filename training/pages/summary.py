@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trunkline.engine.tasks.task import SUMMARIES
+from trunkline.engine.heads.registry import HEADS
 from trunkline.training.data.corpus import Corpus
 from trunkline.training.data.encoded import Encoded
 from trunkline.training.environment import command, environment
 from trunkline.training.pages.report import SAMPLES
 from trunkline.training.run.progress import Progress
 from trunkline.training.scoring.evaluation import Scored, spaced
-from trunkline.training.scoring.metrics import metric_names, score_task, trivial_baselines
+from trunkline.training.scoring.metrics import metric_names, score_task
 
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
@@ -84,10 +84,10 @@ def _task_summary(
 def _baselines(corpus: Corpus, train: Encoded, validation: Encoded, final: Scored) -> dict[str, dict[str, float]]:
     """The scores of the trivial predictions, by name, on the examples that the model was scored on."""
     task = train.task
-    sums_up = task.head in SUMMARIES
-    documents = [corpus.tokenizer.decode(validation.prompt_of(i)) for i in final.examples] if sums_up else []
+    head = HEADS[task.head]
+    documents = [corpus.tokenizer.decode(validation.prompt_of(i)) for i in final.examples] if head.learns_words else []
     references = [validation.reference(i) for i in final.examples]
-    trivial = trivial_baselines(task, [train.reference(i) for i in range(len(train))], documents, references)
+    trivial = head.trivial([train.reference(i) for i in range(len(train))], documents, references)
     return {name: score_task(task, predictions, references)._asdict() for name, predictions in trivial.items()}
 
 
@@ -112,18 +112,7 @@ def _samples(corpus: Corpus, split: Encoded, scored: Scored) -> list[dict[str, A
 
 def _in_words(corpus: Corpus, split: Encoded, i: int, value: Any) -> str:
     """A label or prediction of example `i` as a reader wants it."""
-    match split.task.head:
-        case "classify":
-            return split.task.labels[value]
-        case "regress":
-            return f"{value:.2f}"
-        case "tag":
-            return " ".join(split.task.labels[tag] for tag in value)
-        case "span":
-            first = int(split.label_of(i)[0])  # of the text in the example
-            return corpus.tokenizer.decode(split.tokens_of(i)[first + value[0] : first + value[1] + 1])
-        case _:
-            return value if isinstance(value, str) else " / ".join(value)
+    return HEADS[split.task.head].in_words(split.task, value, split.piece(i), corpus.tokenizer)
 
 
 def peak_memory(device: torch.device) -> int:

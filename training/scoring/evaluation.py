@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import Model
 from trunkline.engine.network.generate import Search
-from trunkline.engine.network.heads import HEADS
 from trunkline.engine.network.packing import pack
-from trunkline.engine.tasks.task import LANGUAGE, Task
+from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.tokenizer import Tokenizer
 from trunkline.training.data.encoded import Encoded
 from trunkline.training.scoring.metrics import first_score, metric_names, score, score_task
@@ -71,7 +71,7 @@ def _evaluate_task(
     examples: int,
     texts: int | None,
 ) -> Scored:
-    chosen = spaced(len(split), examples)
+    chosen, head = spaced(len(split), examples), HEADS[split.task.head]
     loss, weight = 0.0, 0.0
     predicted: dict[int, Any] = {}
     for members in _batches(split, chosen, tokens):
@@ -79,20 +79,18 @@ def _evaluate_task(
         sums, logits = model.score(batch, task)  # (R, C)
         loss += float(sums.loss[task])
         weight += float(sums.weight[task])
-        if HEADS[split.task.head].group != "vocabulary":
+        if head.group != "vocabulary":
             ordered = [members[place] for place in batch.order]
             rows = [len(split.example(i, task).rows) for i in ordered]
             for i, own in zip(ordered, logits.float().cpu().split(rows), strict=True):
-                predicted[i] = HEADS[split.task.head].predict(own)
+                predicted[i] = head.answer(head.predict(own), split.piece(i), tokenizer)
     mean = loss / weight
-    if split.task.head in LANGUAGE:
+    if not head.labelled:
         return Scored({"loss": mean, **score(metric_names(split.task), [mean], [int(weight)])}, [], [])
-    if split.task.head == "generate":
+    if head.writes:
         count = len(chosen) if texts is None else texts
         chosen = [chosen[place] for place in spaced(len(chosen), count)] if count else []
         predicted = _texts(model, tokenizer, split, task, chosen, search)
-    elif split.task.head == "extract":
-        predicted = {i: _sentences(tokenizer, split, i, predicted[i]) for i in chosen}
     predictions = [predicted[i] for i in chosen]
     if not chosen:
         return Scored({"loss": mean}, [], [])
@@ -112,13 +110,6 @@ def _texts(
         made = model.generate(prompts, task, tokenizer.end, search)
         texts.update(zip(members, map(tokenizer.decode, made), strict=True))
     return texts
-
-
-def _sentences(tokenizer: Tokenizer, split: Encoded, i: int, places: Sequence[int]) -> str:
-    """These sentences of example `i`, a line each."""
-    ends = split.example(i, 0).rows + 1
-    starts = [0, *ends]
-    return "\n".join(tokenizer.decode(split.tokens_of(i)[starts[place] : ends[place]]) for place in places)
 
 
 def spaced(count: int, wanted: int) -> list[int]:

@@ -1,21 +1,20 @@
-"""Scores of predictions against references, and the trivial predictions every model has to beat.
+"""Scores of predictions against references.
 
-A metric function computes all scores of its kind of label at once (the four ROUGE values share their tokens), so
-`METRICS` names the same function several times. Scores are in [0, 1] or [-1, 1]; only perplexity is better when lower.
+A metric's function computes all scores of its kind of label at once (the four ROUGE values share their tokens), so
+`METRICS` names the same function several times. A metric says itself whether a lower value is the better one.
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from itertools import chain
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from trunkline.engine.tasks.task import Head, References, Task
-from trunkline.engine.text.sentences import sentences, units
+from trunkline.engine.heads.registry import HEADS
+from trunkline.engine.tasks.task import References, Task
+from trunkline.engine.text.sentences import sentences
 
-Metric = Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
 RESAMPLES = 1000  # of the documents, for a confidence interval
 
 
@@ -37,17 +36,21 @@ def classification(predictions: Sequence[int], references: Sequence[int]) -> dic
 
 
 def regression(predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
-    """Correlations of numbers: 0.0 where either side is constant, NaN where a prediction is not finite."""
+    """Scores of numbers, all NaN where a prediction is not finite.
+
+    Correlations, 0.0 where either side is constant; mean absolute and root mean squared error, in the labels' units.
+    """
     import numpy as np
     from scipy.stats import pearsonr, spearmanr
 
     x, y = np.asarray(predictions, np.float64), np.asarray(references, np.float64)
     if not np.isfinite(x).all():
-        return {"pearson": math.nan, "spearman": math.nan}
+        return dict.fromkeys(("pearson", "spearman", "mae", "rmse"), math.nan)
+    errors = {"mae": float(np.abs(x - y).mean()), "rmse": math.sqrt(np.square(x - y).mean())}
     # What float32 rounds away around a constant is no correlation; scipy warns of it below 1e-13 of the mean.
     if any(values.std() <= 1e-7 * abs(values.mean()) for values in (x, y)):
-        return {"pearson": 0.0, "spearman": 0.0}
-    return {"pearson": float(pearsonr(x, y).statistic), "spearman": float(spearmanr(x, y).statistic)}
+        return {"pearson": 0.0, "spearman": 0.0, **errors}
+    return {"pearson": float(pearsonr(x, y).statistic), "spearman": float(spearmanr(x, y).statistic), **errors}
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> dict[str, float]:
@@ -157,33 +160,32 @@ def language_modelling(predictions: Sequence[float], references: Sequence[int]) 
     return {"perplexity": math.exp(min(loss, 700.0))}  # exp overflows from 710 on
 
 
-METRICS: dict[str, Metric] = {
-    "accuracy": classification,
-    "f1": classification,
-    "macro_f1": classification,
-    "matthews": classification,
-    "pearson": regression,
-    "spearman": regression,
-    "rouge1": rouge,
-    "rouge2": rouge,
-    "rougeL": rouge,
-    "rougeLsum": rouge,
-    "tag_accuracy": tagging,
-    "tag_f1": tagging,
-    "span_exact": spans,
-    "span_f1": spans,
-    "perplexity": language_modelling,
-}
+class Metric(NamedTuple):
+    """What a score is computed by, and which way is better."""
 
-DEFAULTS: dict[Head, tuple[str, ...]] = {
-    "classify": ("accuracy",),
-    "regress": ("pearson", "spearman"),
-    "generate": ("rouge1", "rouge2", "rougeL", "rougeLsum"),
-    "extract": ("rouge1", "rouge2", "rougeL", "rougeLsum"),
-    "tag": ("tag_accuracy", "tag_f1"),
-    "span": ("span_exact", "span_f1"),
-    "language-model": ("perplexity",),
-    "masked-language-model": ("perplexity",),
+    compute: Callable[[Sequence[Any], Sequence[Any]], dict[str, float]]
+    """Predictions and references to scores by name, this one among them."""
+    higher_is_better: bool = True
+
+
+METRICS: dict[str, Metric] = {
+    "accuracy": Metric(classification),
+    "f1": Metric(classification),
+    "macro_f1": Metric(classification),
+    "matthews": Metric(classification),
+    "pearson": Metric(regression),
+    "spearman": Metric(regression),
+    "mae": Metric(regression, higher_is_better=False),
+    "rmse": Metric(regression, higher_is_better=False),
+    "rouge1": Metric(rouge),
+    "rouge2": Metric(rouge),
+    "rougeL": Metric(rouge),
+    "rougeLsum": Metric(rouge),
+    "tag_accuracy": Metric(tagging),
+    "tag_f1": Metric(tagging),
+    "span_exact": Metric(spans),
+    "span_f1": Metric(spans),
+    "perplexity": Metric(language_modelling, higher_is_better=False),
 }
 
 
@@ -193,10 +195,10 @@ def metric_names(task: Task) -> tuple[str, ...]:
     Raises:
         ValueError: a name is unknown or is no metric of the task's head.
     """
-    defaults = DEFAULTS[task.head]
+    defaults = HEADS[task.head].metrics
     for name in task.metrics:
-        if _function(name) is not METRICS[defaults[0]]:
-            known = ", ".join(other for other in METRICS if METRICS[other] is METRICS[defaults[0]])
+        if _metric(name).compute is not METRICS[defaults[0]].compute:
+            known = ", ".join(other for other in METRICS if METRICS[other].compute is METRICS[defaults[0]].compute)
             raise ValueError(f"task '{task.name}': metrics of a '{task.head}' head are {known}; got '{name}'")
     return task.metrics or defaults
 
@@ -223,7 +225,7 @@ def score(names: Iterable[str], predictions: Sequence[Any], references: Sequence
     names = list(names)
     for name in names:
         if name not in values:
-            values |= _function(name)(predictions, references)
+            values |= _metric(name).compute(predictions, references)
     return {name: values[name] for name in names}
 
 
@@ -237,7 +239,7 @@ class Scores(NamedTuple):
 def score_task(task: Task, predictions: Sequence[Any], references: Sequence[Any]) -> Scores:
     """A task's metrics, from what `score` takes; several references count as the task says."""
     names = metric_names(task)
-    if METRICS[names[0]] is not METRICS["rouge1"]:
+    if METRICS[names[0]].compute is not rouge:
         return Scores(score(names, predictions, references), {})
     by_document = rouge_by_document(predictions, references, task.references)
     return Scores(
@@ -246,7 +248,7 @@ def score_task(task: Task, predictions: Sequence[Any], references: Sequence[Any]
     )
 
 
-def _function(name: str) -> Metric:
+def _metric(name: str) -> Metric:
     if name not in METRICS:
         nearest = get_close_matches(name, METRICS, n=1, cutoff=0.0)[0]
         raise ValueError(f"unknown metric '{name}'; the nearest known is '{nearest}'")
@@ -254,8 +256,8 @@ def _function(name: str) -> Metric:
 
 
 def higher_is_better(name: str) -> bool:
-    """Whether a larger value is a better one; it is for all but 'loss' and 'perplexity'."""
-    return name not in ("loss", "perplexity")
+    """Whether a larger value of a metric, or of 'loss', is a better one."""
+    return name != "loss" and _metric(name).higher_is_better
 
 
 def first_score(task: Task, metrics: Mapping[str, float]) -> float:
@@ -263,48 +265,3 @@ def first_score(task: Task, metrics: Mapping[str, float]) -> float:
     none or one that is better when lower."""
     name = metric_names(task)[0]
     return metrics[name] if name in metrics and higher_is_better(name) else -metrics["loss"]
-
-
-def trivial_baselines(
-    task: Task, train_labels: Sequence[Any], validation_inputs: Sequence[str], validation_labels: Sequence[Any]
-) -> dict[str, list[Any]]:
-    """What can be predicted without a model, to be scored like a model's predictions.
-
-    Args:
-        train_labels, validation_labels: as the references of `score`.
-        validation_inputs: the documents; only generate and extract read them.
-
-    Returns:
-        By what was taken, in words for a table, a prediction for every validation example. Summaries have two, lead-1
-        and lead-3, first the one whose length is nearer to that of the training texts; language models have none.
-    """
-    count = len(validation_labels)
-    match task.head:
-        case "classify":
-            return {"majority class": [_most_common(train_labels)] * count}
-        case "tag":
-            tag = _most_common(chain.from_iterable(train_labels))
-            return {"majority class": [[tag] * len(tags) for tags in validation_labels]}
-        case "regress":
-            return {"mean of the training labels": [fmean(train_labels)] * count}
-        case "span":
-            return {"most frequent training span": [_most_common(map(tuple, train_labels))] * count}
-        case "generate" | "extract":
-            return _leads(train_labels, validation_inputs)
-        case "language-model" | "masked-language-model":
-            return {}
-
-
-def _most_common(values: Iterable[Any]) -> Any:
-    return Counter(values).most_common(1)[0][0]
-
-
-def _leads(train_labels: Sequence[str | Sequence[str]], documents: Sequence[str]) -> dict[str, list[str]]:
-    """Lead-1 and lead-3, first the one that is nearer to the training texts in mean length."""
-    wanted = fmean(len(label if isinstance(label, str) else label[0]) for label in train_labels)
-    parts = [units(document) for document in documents]
-    leads = {count: ["\n".join(part[:count]) for part in parts] for count in (1, 3)}
-    unit = "line" if 2 * sum("\n" in document.strip() for document in documents) > len(documents) else "sentence"
-    names = {1: f"first {unit} of the document", 3: f"first 3 {unit}s of the document"}
-    nearest = sorted(leads, key=lambda count: abs(fmean(map(len, leads[count])) - wanted))
-    return {names[count]: leads[count] for count in nearest}

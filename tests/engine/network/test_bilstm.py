@@ -9,14 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from encoded import BYTES, CLASSIFY, END, GENERATE, REGRESS, SPAN, SUMMARY, TAG, TEXT, changed, ids, made
+from trunkline.engine.heads.extract import oracle
+from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import AdditiveAttention, BiLSTM, Documents, Lstm
 from trunkline.engine.network.generate import Search
 from trunkline.engine.network.packing import Example, PackedBatch, pack
 from trunkline.engine.network.trunk import Trunk, TrunkConfig
-from trunkline.engine.text.layout import Layout, describe, prediction_rows
+from trunkline.engine.text.layout import Layout
 from trunkline.engine.text.sentences import sentences_of
 from trunkline.training.data.encoded import Encoded
-from trunkline.training.data.oracle import oracle
 from trunkline.training.flops import training_flops
 from trunkline.training.scoring.evaluation import evaluate
 
@@ -222,8 +223,8 @@ def test_extraction_is_learnt_and_comes_back_as_text(causal):
     example = data.example(0, 0)
     assert example.targets.tolist() == [0, 1, 0]
     laid = Layout(BYTES, 64, causal).lay([TALK])
-    assert prediction_rows(EXTRACT, laid).tolist() == example.rows.tolist()
-    assert describe(EXTRACT, [0, 2], laid) == "a: hello there\na: bye"
+    assert HEADS["extract"].rows(laid) == example.rows.tolist()
+    assert HEADS["extract"].describe(EXTRACT, [0, 2], laid) == "a: hello there\na: bye"
 
     class Sure(nn.Module):
         """Always says the second sentence."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trunkline.engine.network.heads import HEADS
+from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.model import MultiTaskModel, in_model_order
 from trunkline.engine.network.packing import Example, PackedBatch, pack
 from trunkline.engine.network.trunk import Trunk, TrunkConfig

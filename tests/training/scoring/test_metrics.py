@@ -1,18 +1,17 @@
 import math
 import sys
 from random import Random
-from typing import get_args
 
 import pytest
 
-from trunkline.engine.tasks.task import Head, Task
+from trunkline.engine.heads.registry import HEADS
+from trunkline.engine.tasks.task import Task
 from trunkline.training.scoring.metrics import (
-    DEFAULTS,
     METRICS,
+    Metric,
     higher_is_better,
     metric_names,
     score,
-    trivial_baselines,
 )
 
 CLASSIFY = Task("sst2", "classify", ("text",), "label", ("negative", "positive"))
@@ -138,7 +137,7 @@ class TestRouge:
             return dict.fromkeys(ROUGE, 1.0)
 
         for name in ROUGE:
-            monkeypatch.setitem(METRICS, name, rouge)
+            monkeypatch.setitem(METRICS, name, Metric(rouge))
         assert list(score(("rougeL", "rouge1"), ["a"], ["a"])) == ["rougeL", "rouge1"]
         assert len(calls) == 1
 
@@ -185,9 +184,10 @@ def test_counts_must_agree(predictions, references):
 
 
 def test_defaults_are_metrics_of_their_head():
-    assert set(DEFAULTS) == set(get_args(Head))
+    for head in HEADS.values():
+        assert {METRICS[name].compute for name in head.metrics} == {METRICS[head.metrics[0]].compute}
     for task in (CLASSIFY, REGRESS, GENERATE, TAG, SPAN, LANGUAGE):
-        assert metric_names(task) == DEFAULTS[task.head]
+        assert metric_names(task) == HEADS[task.head].metrics
 
 
 def test_random_scores_are_those_of_scikit_learn_and_scipy():
@@ -218,18 +218,28 @@ def test_metrics_of_a_task():
         metric_names(wrong)
 
 
-def test_only_loss_and_perplexity_are_better_lower():
-    assert [name for name in ("loss", *METRICS) if not higher_is_better(name)] == ["loss", "perplexity"]
+def test_errors_losses_and_perplexity_are_better_lower():
+    lower = [name for name in ("loss", *METRICS) if not higher_is_better(name)]
+    assert lower == ["loss", "mae", "rmse", "perplexity"]
+    with pytest.raises(ValueError, match="unknown metric 'rsme'; the nearest known is 'rmse'"):
+        higher_is_better("rsme")
+
+
+def test_errors_are_in_the_units_of_the_labels():
+    values = score(("rmse", "mae"), [250_000.0, 240_000.0, 260_000.0], [253_000.0, 240_000.0, 256_000.0])
+    assert values == pytest.approx({"rmse": math.sqrt(25e6 / 3), "mae": 7000 / 3})
+    assert score(("mae", "rmse", "pearson"), [2.0], [-1.5]) == {"mae": 3.5, "rmse": 3.5, "pearson": 0.0}
+    assert all(math.isnan(value) for value in score(("mae", "rmse"), [math.inf], [1.0]).values())
 
 
 def test_baselines_take_the_training_labels():
     texts = ["x", "y"]
-    assert trivial_baselines(CLASSIFY, [1, 0, 1], texts, [0, 0]) == {"majority class": [1, 1]}
-    assert trivial_baselines(TAG, [[0, 1], [1, 1]], texts, [[0, 0, 0], [2]]) == {"majority class": [[1, 1, 1], [1]]}
-    assert trivial_baselines(REGRESS, [1.0, 4.0], texts, [0.0, 0.0]) == {"mean of the training labels": [2.5, 2.5]}
+    assert HEADS["classify"].trivial([1, 0, 1], texts, [0, 0]) == {"majority class": [1, 1]}
+    assert HEADS["tag"].trivial([[0, 1], [1, 1]], texts, [[0, 0, 0], [2]]) == {"majority class": [[1, 1, 1], [1]]}
+    assert HEADS["regress"].trivial([1.0, 4.0], texts, [0.0, 0.0]) == {"mean of the training labels": [2.5, 2.5]}
     spans = [(0, 1), [3, 5], (3, 5)]
-    assert trivial_baselines(SPAN, spans, texts, [(0, 0)] * 2) == {"most frequent training span": [(3, 5)] * 2}
-    assert trivial_baselines(LANGUAGE, [], texts, [1, 1]) == {}
+    assert HEADS["span"].trivial(spans, texts, [(0, 0)] * 2) == {"most frequent training span": [(3, 5)] * 2}
+    assert HEADS["language-model"].trivial([], texts, [1, 1]) == {}
 
 
 ARTICLE = 'Mr. Smith, J. R., left. "Why?" He did not say. It rained. Nobody cared.'
@@ -253,6 +263,6 @@ TALK = "#A#: Hi. How are you?\n\n#B#: Fine.\r\n#A#: Good.\n#B#: Bye."
     ],
 )
 def test_lead_is_as_long_as_the_training_texts(document, summary, name, lead):
-    leads = trivial_baselines(GENERATE, [summary, [summary, "?"]], [document] * 2, ["", ""])
+    leads = HEADS["generate"].trivial([summary, [summary, "?"]], [document] * 2, ["", ""])
     assert next(iter(leads.items())) == (name, [lead] * 2)
     assert len(leads) == 2

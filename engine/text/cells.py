@@ -2,9 +2,10 @@
 
 import math
 import re
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trunkline.engine.tasks.task import Task
+if TYPE_CHECKING:
+    from trunkline.engine.tasks.task import Task
 
 
 def text_of(value: Any) -> str:
@@ -46,7 +47,7 @@ def number_of(value: Any, name: str) -> float:
     return number
 
 
-def class_of(task: Task, label: Any) -> int:
+def class_of(task: "Task", label: Any) -> int:
     """A class given by name, or by id as a number or its digits."""
     if isinstance(label, str):
         if label in task.labels:

@@ -26,9 +26,12 @@ from encoded import (
     made,
     tokens,
 )
-from trunkline.engine.network.heads import GROUPS, HEADS, span_loss
+from trunkline.engine.heads.head import GROUPS
+from trunkline.engine.heads.registry import HEADS
+from trunkline.engine.heads.tag import word_rows
+from trunkline.engine.network.span_loss import span_loss
 from trunkline.engine.tasks.task import Task
-from trunkline.engine.text.layout import Layout, describe, prediction_rows, word_rows
+from trunkline.engine.text.layout import Layout
 from trunkline.engine.text.tokenizer import Tokenizer
 from trunkline.training.data.encoded import Counts, Encoded
 
@@ -90,7 +93,7 @@ def test_tags_stay_at_their_words_where_the_tokenizer_drops_characters():
     example = encoded.example(0, task=0)
     assert (example.rows.tolist(), example.targets.tolist()) == ([0, 1], [0, 1])
     laid = Layout(Tokenizer(inner), 64, causal=True).lay(columns["text"])
-    assert prediction_rows(TAG, laid).tolist() == [0, 1]
+    assert HEADS["tag"].rows(laid) == [0, 1]
 
 
 @pytest.mark.parametrize("text", ["The quick-brown fox, naïve!", "漢字 🎉🎉x a\u00a0b", " a\x85b\x1cc\n\nd  é "])
@@ -144,7 +147,7 @@ def test_an_answer_inside_a_token_has_that_token():
     encoded = made(SPAN, tokenizer=merged, question=["?"], text=["a Bobby b"], label=["ob"])
     assert encoded.reference(0) == (1, 1)
     laid = Layout(merged, 64, causal=True).lay(["?", "a Bobby b"])
-    assert describe(SPAN, (1, 1), laid) == "Bobby"
+    assert HEADS["span"].describe(SPAN, (1, 1), laid) == "Bobby"
 
 
 def test_characters_of_several_tokens_are_in_the_answer_as_a_whole():
@@ -266,7 +269,7 @@ def test_what_is_learnt_is_what_is_looked_at_and_said(task, columns, said, causa
     laid = Layout(tokenizer, 64, causal).lay([columns[column][0] for column in task.text])
     example, head = encoded.example(0, task=0), HEADS[task.head]
     assert laid.tokens.tolist() == example.tokens.tolist()
-    assert prediction_rows(task, laid).tolist() == example.rows.tolist()
+    assert list(head.rows(laid)) == example.rows.tolist()
     logits = torch.zeros(len(example.rows), head.columns(task))
     if task.head == "span":
         logits[example.targets & 1 > 0, 0] = 1.0
@@ -277,7 +280,7 @@ def test_what_is_learnt_is_what_is_looked_at_and_said(task, columns, said, causa
         logits[torch.arange(len(logits)), torch.from_numpy(example.targets).long()] = 1.0
     prediction = head.predict(logits)
     assert prediction == encoded.reference(0)
-    assert describe(task, prediction, laid) == said
+    assert head.describe(task, prediction, laid) == said
 
 
 def test_every_head_has_a_group_and_its_columns():
