@@ -1,5 +1,6 @@
 """What tests of encoded data share: a task for every head, a tokenizer of bytes, and rows made on the spot."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -42,7 +43,7 @@ def ids(text: str, tokenizer: Tokenizer = BYTES) -> list[int]:
 
 
 def changed(task: Task, **fields) -> Task:
-    return Task(**{**vars(task), **fields})
+    return replace(task, **fields)
 
 
 def tokens(encoded: Encoded) -> list[list[int]]:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trunkline.engine.heads.head import Head, Labels, Made, Piece, Row, most_common, pooled
-from trunkline.engine.text.cells import class_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,11 +27,11 @@ class Classify(Head):
         return len(task.labels)
 
     def unlabelled(self, task: "Task", label: Any) -> bool:
-        return super().unlabelled(task, label) or (str(label) in UNLABELLED and label not in task.labels)
+        return super().unlabelled(task, label) or (str(label) in UNLABELLED and not task.class_names.meant(label))
 
     def encode(self, layout: "Layout", task: "Task", row: Row) -> Made:
         laid = layout.lay(row.texts, row.encoded)
-        return Made([Piece(laid.tokens, [class_of(task, row.label)])], laid.cut)
+        return Made([Piece(laid.tokens, [task.class_names.id_of(row.label)])], laid.cut)
 
     def label(self, tokens: "np.ndarray", label: "np.ndarray", causal: bool) -> Labels:
         """`label`: the class id, (1,)."""

@@ -4,9 +4,11 @@ Adding a task is one `Task(...)`, in Python or as ten lines of YAML.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, get_args
 
 from trunkline.engine.heads.registry import head_of
+from trunkline.engine.text.class_names import ClassNames
 
 References = Literal["best", "average"]
 
@@ -60,6 +62,11 @@ class Task:
 
     references: References = "best"
     """Generate only: of several references for a document, whether the best ROUGE counts or the average over all."""
+
+    @cached_property
+    def class_names(self) -> ClassNames:
+        """The labels, for cells to be looked up in."""
+        return ClassNames(self.labels)
 
     def __post_init__(self):
         def require(condition: bool, message: str) -> None:

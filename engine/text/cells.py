@@ -1,11 +1,9 @@
-"""What a row's cells say: texts, numbers and classes, each checked."""
+"""What a row's cells say: texts and numbers, each checked."""
 
 import math
-import re
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from trunkline.engine.tasks.task import Task
+LARGEST = (2 - 2**-23) * 2.0**127  # float32
 
 
 def text_of(value: Any) -> str:
@@ -38,24 +36,17 @@ def references_of(label: Any) -> list[str]:
 
 
 def number_of(value: Any, name: str) -> float:
+    """A number that float32, which training computes in, holds.
+
+    Raises:
+        ValueError: it is none.
+    """
     try:
-        number = float(value)
-    except (TypeError, ValueError):
+        number = math.nan if isinstance(value, str) and "_" in value else float(value)
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise ValueError(f"{name} must be a finite number, got {value!r}")
-    return number
-
-
-def class_of(task: "Task", label: Any) -> int:
-    """A class given by name, or by id as a number or its digits."""
-    if isinstance(label, str):
-        if label in task.labels:
-            return task.labels.index(label)
-        number = int(label) if re.fullmatch(r"-?\d+", label) else None
-    else:
-        number = int(label) if isinstance(label, int | float) and label % 1 == 0 else None
-    if number is None or not 0 <= number < len(task.labels):
-        known = ", ".join(task.labels)
-        raise ValueError(f"label must be a class id in [0, {len(task.labels)}) or one of {known}, got {label!r}")
+    if abs(number) > LARGEST:
+        raise ValueError(f"{name} must be at most {LARGEST:.1e} in size, the largest float32, got {value!r}")
     return number

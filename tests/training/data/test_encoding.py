@@ -84,18 +84,20 @@ def test_arrays_hold_examples_one_after_the_other():
 
 
 def test_a_class_is_a_name_an_id_or_its_digits():
-    labels = ["yes", 1, "1", 1.0, True, "no", 0, "maybe", "2"]
+    labels = ["yes", 1, "1", 1.0, "1.0", True, "no", 0, False, "maybe", "2"]
     encoded = made(CLASSIFY, text=["a"] * len(labels), label=labels)
-    assert [encoded.reference(i) for i in range(len(labels))] == [1, 1, 1, 1, 1, 0, 0, 2, 2]
+    assert [encoded.reference(i) for i in range(len(labels))] == [1, 1, 1, 1, 1, 1, 0, 0, 0, 2, 2]
 
 
 def test_a_name_goes_before_an_id():
-    task = changed(CLASSIFY, labels=("1", "0", "-1"))
-    encoded = made(task, text=["a"] * 4, label=["1", "0", "-1", 1])
-    assert [encoded.reference(i) for i in range(4)] == [0, 1, 2, 1]
+    task, labels = changed(CLASSIFY, labels=("1", "0", "-1")), ["1", "0", "-1", 1, 0, -1, -1.0, "-1.0", "01"]
+    encoded = made(task, text=["a"] * len(labels), label=labels)
+    assert [encoded.reference(i) for i in range(len(labels))] == [0, 1, 2, 0, 1, 2, 2, 2, 0]
 
 
-@pytest.mark.parametrize("label", [3, -2, "3", "-2", "Yes", "perhaps", "1.0", 1.5, math.inf, [1], {"a": 1}, "1 "])
+@pytest.mark.parametrize(
+    "label", [3, -2, "3", "-2", "Yes", "perhaps", "1.5", "3.0", 1.5, math.inf, [1], {"a": 1}, "1 "]
+)
 def test_a_label_that_is_no_class_is_an_error_with_task_file_row_and_value(label):
     message = error_of(CLASSIFY, text=["a", "b", "c"], label=[0, label, 0])
     assert message.startswith("task 'toy': label must be a class id in [0, 3) or one of no, yes, maybe, got ")
@@ -137,10 +139,18 @@ def test_a_number_is_at_the_end_token(causal):
     assert example.targets.tolist() == [0]
 
 
-@pytest.mark.parametrize("label", ["abc", "nan", math.inf, "-inf", [1.0], "1,5"])
+@pytest.mark.parametrize("label", ["abc", "nan", math.inf, "-inf", [1.0], "1,5", "1_000", 10**400])
 def test_a_label_that_is_no_number_is_an_error(label):
     message = error_of(REGRESS, text=["a", "b"], label=[0.0, label])
     assert message == f"task 'score': label must be a finite number, got {label!r} (train.csv, row 2)"
+
+
+@pytest.mark.parametrize("label", [1e39, "-1e39", 10**39])
+def test_a_label_beyond_float32_is_an_error(label):
+    message = error_of(REGRESS, text=["a", "b"], label=[3.4028234e38, label])
+    assert message == (
+        f"task 'score': label must be at most 3.4e+38 in size, the largest float32, got {label!r} (train.csv, row 2)"
+    )
 
 
 # Texts
