@@ -43,7 +43,7 @@ class Extract(Head):
         """The label's cell is a summary; what is learnt is which sentences come nearest to it."""
         references = references_of(row.label)
         laid = layout.lay(row.texts, row.encoded)
-        sentences = sentences_of(laid.text, laid.offsets)
+        sentences = sentences_of(laid.text, laid.offsets, laid.kept)
         of_token = [-1] * len(laid.tokens)
         for _, token in sentences:
             of_token[laid.first + token] = 0
@@ -56,7 +56,7 @@ class Extract(Head):
         return Labels.marked(label)
 
     def rows(self, laid: "Laid") -> Sequence[int]:
-        return [laid.first + token for _, token in sentences_of(laid.text, laid.offsets)]
+        return [laid.first + token for _, token in sentences_of(laid.text, laid.offsets, laid.kept)]
 
     def predict(self, logits: "Tensor") -> list[int]:
         """(sentences, 2) -> places of the likeliest sentences, as many as their probabilities add up to, at least one.
@@ -68,7 +68,7 @@ class Extract(Head):
         return sorted(p.argsort(descending=True, stable=True)[:count].tolist())
 
     def describe(self, task: "Task", value: Sequence[int], laid: "Laid") -> str:
-        sentences = sentences_of(laid.text, laid.offsets)
+        sentences = sentences_of(laid.text, laid.offsets, laid.kept)
         return "\n".join(sentences[place][0] for place in value)
 
     def reference(self, piece: Piece) -> str | list[str] | None:

@@ -37,7 +37,7 @@ class Span(Head):
             raise ValueError(f"label {answer!r} does not stand{place} in column '{task.text[-1]}'")
         laid = layout.lay(row.texts, row.encoded)
         inside = [i for i, (first, last) in enumerate(laid.offsets) if first < end and last > begin]
-        if not inside or laid.offsets[inside[-1]][1] < end:  # the answer was cut off
+        if not inside or inside[-1] >= laid.kept:  # the tokenizer makes nothing of the answer, or it was cut off
             return Made([], laid.cut)
         answered = [laid.first, laid.end, laid.first + inside[0], laid.first + inside[-1]]
         return Made([Piece(laid.tokens, answered)], laid.cut)

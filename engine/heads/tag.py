@@ -1,11 +1,12 @@
 """A class per word."""
 
-import re
+from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from trunkline.engine.heads.head import Head, Labels, Made, Piece, Row, most_common
+from trunkline.engine.text.cells import word_bounds
 
 if TYPE_CHECKING:
     import numpy as np
@@ -15,9 +16,14 @@ if TYPE_CHECKING:
     from trunkline.engine.text.layout import Laid, Layout
     from trunkline.engine.text.tokenizer import Tokenizer
 
+UNREAD = "<unread>"  # in place of the tag of a word that the model does not read
+
 
 class Tag(Head):
-    """A class per word of the last text column, from the word's last token."""
+    """A class per word of the last text column, from the word's last token.
+
+    A word is what white space separates, or, of a text that comes as a list, one of its parts.
+    """
 
     metrics = ("tag_accuracy", "tag_f1")
     named = True
@@ -26,11 +32,16 @@ class Tag(Head):
     def columns(self, task: "Task") -> int:
         return len(task.labels)
 
+    def check(self, task: "Task") -> None:
+        super().check(task)
+        if UNREAD in task.labels:
+            raise ValueError(f"labels: '{UNREAD}' stands for the tag of a word that is not read; take another name")
+
     def encode(self, layout: "Layout", task: "Task", row: Row) -> Made:
         """The label's cell is one tag for each word of the last text column: a list, or separated by white space."""
         label = row.label
         tags = label.split() if isinstance(label, str) else label if isinstance(label, list) else [label]
-        words = row.texts[-1].split()
+        words = word_bounds(row.texts[-1])
         if len(tags) != len(words):
             raise ValueError(f"label must have one tag for each of the {len(words)} words, got {len(tags)}: {label!r}")
         classes = [task.class_names.id_of(tag) for tag in tags]
@@ -53,7 +64,9 @@ class Tag(Head):
         return logits.argmax(-1).tolist()
 
     def describe(self, task: "Task", value: Sequence[int], laid: "Laid") -> list[str]:
-        return [task.labels[tag] for tag in value]
+        """A tag for every word, or UNREAD."""
+        tags = iter(value)
+        return [task.labels[next(tags)] if token >= 0 else UNREAD for token in word_rows(laid)]
 
     def reference(self, piece: Piece) -> list[int]:
         return [int(tag) for tag in piece.label if tag >= 0]
@@ -69,9 +82,15 @@ class Tag(Head):
 
 
 def word_rows(laid: "Laid") -> list[int]:
-    """The last token of every word of the last text column; words are what white space separates.
-
-    -1 where no token ends with the word: it was cut off, or its end is a character that the tokenizer leaves out.
-    """
-    last = {end: laid.first + i for i, (_, end) in enumerate(laid.offsets)}  # of several that end there, the last
-    return [last.get(word.end(), -1) for word in re.finditer(r"\S+", laid.text)]
+    """The last token of every word of the last text column; -1 where the model does not read the word: its end was cut
+    off, or the tokenizer makes no token of it."""
+    starts, words = [start for start, _ in laid.offsets], word_bounds(laid.text)
+    rows = []
+    for place, (first, end) in enumerate(words):
+        token = bisect_left(starts, end) - 1
+        following = words[place + 1][0] if place + 1 < len(words) else len(laid.text)
+        while token >= 0 and laid.offsets[token][1] > max(following, end):  # of a token of two words, the later has it
+            token -= 1
+        read = 0 <= token < laid.kept and laid.offsets[token][1] > first
+        rows.append(laid.first + token if read else -1)
+    return rows

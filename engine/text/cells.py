@@ -1,13 +1,34 @@
 """What a row's cells say: texts and numbers, each checked."""
 
 import math
+import re
+from collections.abc import Sequence
 from typing import Any
 
+WORD = re.compile(r"\S+")
 LARGEST = (2 - 2**-23) * 2.0**127  # float32
 
 
+class Words(str):
+    """A text that came as a list of words or sentences, and the characters that each of them has in it."""
+
+    bounds: list[tuple[int, int]]
+
+    @classmethod
+    def of(cls, parts: Sequence[str]) -> "Words":
+        text, end = cls(" ".join(parts)), -1
+        text.bounds = [(end := end + 1, end := end + len(part)) for part in parts]
+        return text
+
+
+def word_bounds(text: str) -> list[tuple[int, int]]:
+    """First character and end of every word: of a list each part, which may be empty or have spaces in it; else what
+    white space separates."""
+    return text.bounds if isinstance(text, Words) else [word.span() for word in WORD.finditer(text)]
+
+
 def text_of(value: Any) -> str:
-    """A text column's value; a list of sentences is joined.
+    """A text column's value; the parts of a list are joined.
 
     Raises:
         ValueError: it is not text, or has half a character, as JSON can.
@@ -15,7 +36,7 @@ def text_of(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, list):
-        return " ".join(text_of(part) for part in value)
+        return Words.of([text_of(part) for part in value])
     if not isinstance(value, str):
         raise ValueError(f"text must be a string, got {value!r}")
     value.encode()  # an error for half a character

@@ -22,10 +22,15 @@ class Laid(NamedTuple):
     tokens: np.ndarray
     first: int  # first token of the last text column
     end: int  # its end
-    offsets: list[tuple[int, int]]  # characters of that column that each of those tokens covers
+    offsets: list[tuple[int, int]]  # characters of that column that each of its tokens covers, also of those cut off
     text: str  # that column
     causal: bool
     cut: bool  # whether some of the text found no room
+
+    @property
+    def kept(self) -> int:
+        """Tokens of the last text column that found room."""
+        return self.end - self.first
 
 
 @dataclass(frozen=True)
@@ -51,7 +56,7 @@ class Layout:
             sequence.extend(ids[:length].tolist())
         end = len(sequence)
         tokens = np.array(sequence + [self.tokenizer.end] * self.causal)
-        return Laid(tokens, first, end, encoded[-1][1][: lengths[-1]], texts[-1], self.causal, excess > 0)
+        return Laid(tokens, first, end, encoded[-1][1], texts[-1], self.causal, excess > 0)
 
     def prompt(self, document: str, max_target_tokens: int, encoded: Ids | None = None) -> Laid:
         """The document and the SUMMARY token, with room left for the longest target."""

@@ -23,20 +23,22 @@ def sentences(text: str) -> list[str]:
     return [sentence.strip() for sentence in _SENTENCE_END.split(text) if sentence.strip()]
 
 
-def sentences_of(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[str, int]]:
+def sentences_of(text: str, offsets: Sequence[tuple[int, int]], kept: int) -> list[tuple[str, int]]:
     """The sentences of a document (its lines, if it has several), each with its last token.
 
     Args:
-        offsets: characters that each token covers; what stands beyond them was cut off.
+        offsets: characters that each token covers.
+        kept: of these tokens, how many were not cut off.
     """
     starts, place = [start for start, _ in offsets], 0
     found: list[tuple[str, int]] = []
     for sentence in units(text):
-        end = text.index(sentence, place) + len(sentence)
-        place = end
-        token = bisect_left(starts, end) - 1
-        if offsets[token][1] < end:  # its end was cut off, or is a character that the tokenizer leaves out
+        first = text.index(sentence, place)
+        place = first + len(sentence)
+        token = bisect_left(starts, place) - 1
+        if token >= kept:  # its end was cut off
             break
-        if not found or token > found[-1][1]:
+        has_token = token >= 0 and offsets[token][1] > first
+        if has_token and not (found and token == found[-1][1]):
             found.append((sentence, token))
-    return found or [(text[: offsets[-1][1]], len(offsets) - 1)]
+    return found or [(text[: offsets[kept - 1][1]], kept - 1)][:kept]

@@ -24,6 +24,14 @@ MASK = (
 )  # in place of a token that is to be guessed; for masked language models
 
 
+class UntokenizedError(ValueError):
+    """A text that a tokenizer has no tokens for, such as one with an unknown word where it has no token for these."""
+
+    def __init__(self, message: str, place: int):
+        super().__init__(message)
+        self.place = place  # of the text among those that were given
+
+
 class Tokenizer:
     """A `tokenizers.Tokenizer` with the three special tokens that tasks are put together with."""
 
@@ -107,8 +115,21 @@ class Tokenizer:
         Args:
             offsets: whether the characters of the tokens are wanted, which take ten times the memory of the ids.
         """
-        encodings = self.inner.encode_batch(list(texts), add_special_tokens=False)
+        try:
+            encodings = self.inner.encode_batch(list(texts), add_special_tokens=False)
+        except Exception as error:  # of the package's own, without a class and without the place
+            raise self._untokenized(texts) from error
         return [(np.array(e.ids, np.int32), e.offsets if offsets else []) for e in encodings]
+
+    def _untokenized(self, texts: Sequence[str]) -> "UntokenizedError":
+        """The error about the first text that cannot be encoded."""
+        for place, text in enumerate(texts):
+            try:
+                self.inner.encode(text, add_special_tokens=False)
+            except Exception as error:
+                cause = " ".join(str(error).split())
+                return UntokenizedError(f"the tokenizer cannot encode {text[:60]!r}: {cause}", place)
+        raise AssertionError("each text can be encoded, and all of them cannot")
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of the tokens; special ones are left out, and what they separate is joined by ' | '."""

@@ -13,7 +13,7 @@ from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.cells import text_of
 from trunkline.engine.text.layout import Layout
-from trunkline.engine.text.tokenizer import Tokenizer
+from trunkline.engine.text.tokenizer import Tokenizer, UntokenizedError
 from trunkline.training.data.encoded import Counts, Encoded
 from trunkline.training.data.sources import Rows
 
@@ -47,10 +47,19 @@ def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal
                 counts[problem] += 1
         for chunk in _chunks(task, rows, usable):
             columns = [[text_of(rows.columns[column][row]) for row in chunk] for column in task.text]
-            encoded = [tokenizer.encode(column, offsets=head.offsets) for column in columns]
+            try:
+                encoded = [tokenizer.encode(column, offsets=head.offsets) for column in columns]
+            except UntokenizedError as error:
+                row = chunk[error.place]
+                raise
             pieces: list[Piece] = []
             for i, row in enumerate(chunk):
                 texts, ids = [column[i] for column in columns], [column[i] for column in encoded]
+                if not any(len(tokens) for tokens, _ in (ids[-1:] if head.reads_last else ids)):
+                    if task.empty == "error":
+                        raise ValueError(f"empty row: the tokenizer makes no token of {texts!r}; policy is 'error'")
+                    counts["empty"] += 1
+                    continue
                 label = rows.columns[task.label][row] if task.label else None
                 start = rows.columns[task.start][row] if task.start else None
                 made, cut = head.encode(layout, task, Row(texts, ids, label, start))

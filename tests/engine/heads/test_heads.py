@@ -28,9 +28,10 @@ from encoded import (
 )
 from trunkline.engine.heads.head import GROUPS
 from trunkline.engine.heads.registry import HEADS
-from trunkline.engine.heads.tag import word_rows
+from trunkline.engine.heads.tag import UNREAD, word_rows
 from trunkline.engine.network.span_loss import span_loss
 from trunkline.engine.tasks.task import Task
+from trunkline.engine.text.cells import text_of
 from trunkline.engine.text.layout import Layout
 from trunkline.engine.text.tokenizer import Tokenizer
 from trunkline.training.data.encoded import Counts, Encoded
@@ -94,6 +95,80 @@ def test_tags_stay_at_their_words_where_the_tokenizer_drops_characters():
     assert (example.rows.tolist(), example.targets.tolist()) == ([0, 1], [0, 1])
     laid = Layout(Tokenizer(inner), 64, causal=True).lay(columns["text"])
     assert HEADS["tag"].rows(laid) == [0, 1]
+    assert HEADS["tag"].describe(TAG, [0, 1], laid) == ["noun", UNREAD, "verb"]
+
+
+def bert(letters: str) -> Tokenizer:
+    """A tokenizer like BERT's, which leaves out control characters, marks and accents."""
+    pieces = ["[UNK]", "[CLS]", "[SEP]", *letters, *("##" + letter for letter in letters)]
+    inner = tokenizers.Tokenizer(tokenizers.models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
+    inner.normalizer = tokenizers.normalizers.BertNormalizer()
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    return Tokenizer(inner)
+
+
+@either_trunk
+@pytest.mark.parametrize(
+    ("text", "read"),
+    [
+        ("red\u200b mug", [True, True]),
+        ("red \u00ad mug", [True, False, True]),
+        ("\ufeff red mu\u00adg\u00ad", [False, True, True]),
+        ("r\u0301 e\u0301d\u0301 \u0301 g", [True, True, False, True]),
+        ("घर में है", [True, True, True]),  # whose vowel signs are marks
+        ("\u200b \u200b", [False, False]),
+        (["red mug", "", "\u200b", "mug"], [True, False, False, True]),
+        (["", "red"], [False, True]),
+    ],
+    ids=ascii,
+)
+def test_every_word_has_its_own_tag_or_none(text, read, causal):
+    tokenizer = bert("redmugघरमह")
+    text = text_of(text)
+    tags = [place % 3 for place in range(len(read))]
+    laid = Layout(tokenizer, 64, causal).lay([text])
+    head, expected = HEADS["tag"], [tag for tag, seen in zip(tags, read, strict=True) if seen]
+    assert [token >= 0 for token in word_rows(laid)] == read
+    words = [TAG.labels[tag] if seen else UNREAD for tag, seen in zip(tags, read, strict=True)]
+    assert head.describe(TAG, expected, laid) == words
+    good = {"text": [text, "g"], "label": [tags, [0]]}
+    encoded = made(TAG, causal=causal, tokenizer=tokenizer, **good)
+    assert encoded.counts == Counts(empty=int(not any(read)))
+    assert encoded.reference(0) == (expected or [0])
+
+
+def test_the_parts_of_a_list_are_its_words():
+    columns = {"text": [["New York", "", "sleeps", "now"]], "label": [["noun", "other", "verb", "other"]]}
+    encoded = made(TAG, **columns)
+    example = encoded.example(0, task=0)
+    read = [BYTES.decode(encoded.tokens_of(0)[: row + 1]) for row in example.rows]
+    assert [text.split()[-1] for text in read] == ["York", "sleeps", "now"]
+    assert example.targets.tolist() == [0, 1, 2]
+    message = error_of(TAG, text=columns["text"], label=[["noun", "noun", "verb", "other", "other"]])
+    assert "one tag for each of the 4 words, got 5" in message
+
+
+@pytest.mark.parametrize("length", [64, 12, 9, 8, 4, 3])
+def test_a_long_text_has_a_tag_or_a_placeholder_for_every_word(length):
+    laid = Layout(BYTES, length, causal=True).lay(["one two three"])
+    rows = word_rows(laid)
+    assert len(rows) == 3
+    read = [end <= length - 1 for end in (3, 7, 13)]
+    assert [token >= 0 for token in rows] == read
+    assert HEADS["tag"].describe(TAG, [1] * sum(read), laid) == ["verb" if seen else UNREAD for seen in read]
+
+
+def test_of_a_token_of_two_words_the_later_one_has_the_row():
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0, "a b": 1, " c": 2, "d": 3}, "[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("a b| c|d"), "isolated")
+    laid = Layout(Tokenizer(inner), 64, causal=True).lay(["a b cd"])
+    assert laid.offsets == [(0, 3), (3, 5), (5, 6)]
+    assert word_rows(laid) == [-1, 0, 2]
+
+
+def test_the_placeholder_is_no_tag():
+    with pytest.raises(ValueError, match="task 'pos': labels: '<unread>' stands for"):
+        changed(TAG, labels=("noun", UNREAD))
 
 
 @pytest.mark.parametrize("text", ["The quick-brown fox, naïve!", "漢字 🎉🎉x a\u00a0b", " a\x85b\x1cc\n\nd  é "])
