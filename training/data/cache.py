@@ -1,8 +1,9 @@
 """What takes long to make and depends on nothing but its inputs is made once: encoded data and trained tokenizers.
 
-A file's name is the SHA-256 of everything that went into it, so a file is never out of date. Encoded data is not read
-but mapped into memory (Arrow's file format, not compressed): it is there at once however much it is, and the pages that
-nobody looks at cost nothing.
+A file's name is the SHA-256 of everything that went into it, so a file is never out of date, and its last bytes are
+that of what it holds, so a damaged one is found. Encoded data is mapped into memory (Arrow's file format, not
+compressed): checking it takes a second for a gigabyte, and what nobody looks at takes no memory. A run goes on without
+a cache that cannot be written or read.
 """
 
 import json
@@ -10,56 +11,112 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from hashlib import sha256
+from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import pyarrow as pa
+import tokenizers
 
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.tokenizer import Tokenizer
 from trunkline.training.data.encoded import Counts, Encoded
 
-FORMAT = 2  # to be raised when encoding changes; part of every name
+FORMAT = 3  # to be raised when encoding changes; part of every name
+DIGEST = 64  # bytes at the end of every file: a SHA-256 in hexadecimal
+
+PART = 1 << 20  # bytes that are checked at once
+
+Tell = Callable[[str], None]
 
 
 def folder() -> Path:
     """TRUNKLINE_CACHE, or trunkline in the user's cache folder."""
-    user = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return Path(os.environ.get("TRUNKLINE_CACHE") or user / "trunkline")
+    if named := os.environ.get("TRUNKLINE_CACHE"):
+        return Path(named)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trunkline"
 
 
-def encoded(task: Task, key: Sequence[Any], causal: bool, make: Callable[[], Encoded]) -> Encoded:
-    """One encoded split, from the cache or made and kept there.
+def encoded(
+    task: Task, key: Sequence[Any], causal: bool, make: Callable[[], Encoded], tell: Tell = lambda _: None
+) -> Encoded:
+    """One encoded split, from the cache or made and kept there; only made, where the cache cannot be used.
 
     Args:
         key: what the examples depend on besides the task: rows, tokenizer, longest length.
+        tell: is told of a damaged file, which is made anew, and of a cache that cannot be used.
     """
-    path = _path([asdict(task), causal, *key], ".arrow")
-    if not path.is_file():
-        _keep(path, lambda temporary: _write(temporary, make()))
-    return _mapped(path, task, causal)
+    path = _path([asdict(task), causal, *key], ".arrow", tell)
+    if _whole(path, tell):
+        return _mapped(path, task, causal)
+    made = make()
+    return _mapped(path, task, causal) if _keep(path, lambda file: _write(file, made), tell) else made
 
 
-def tokenizer(key: Sequence[Any], make: Callable[[], Tokenizer]) -> Tokenizer:
-    """A trained tokenizer, from the cache or made and kept there."""
-    path = _path(list(key), ".tokenizer.json")
-    if not path.is_file():
-        _keep(path, lambda temporary: make().inner.save(str(temporary)))
-    return Tokenizer.load(str(path))
+def tokenizer(key: Sequence[Any], make: Callable[[], Tokenizer], tell: Tell = lambda _: None) -> Tokenizer:
+    """A trained tokenizer, as `encoded`."""
+    path = _path(list(key), ".tokenizer.json", tell)
+    if not _whole(path, tell):
+        made = make()
+        if not _keep(path, lambda file: file.write_text(made.inner.to_str(), encoding="utf-8"), tell):
+            return made
+    return Tokenizer(tokenizers.Tokenizer.from_str(path.read_bytes()[:-DIGEST].decode()))
 
 
-def _path(key: list[Any], suffix: str) -> Path:
-    return folder() / (sha256(json.dumps([FORMAT, key]).encode()).hexdigest() + suffix)
+def _path(key: list[Any], suffix: str, tell: Tell) -> Path | None:
+    name = sha256(json.dumps([FORMAT, key]).encode()).hexdigest() + suffix
+    try:
+        return folder() / name
+    except RuntimeError as error:  # nobody's home
+        tell(_unusable("the user's home", error))
+        return None
 
 
-def _keep(path: Path, write: Callable[[Path], None]) -> None:
-    """Writes a file that is complete or not there, whatever happens to this process or another one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
-        write(Path(temporary) / path.name)
-        os.replace(Path(temporary) / path.name, path)
+def _whole(path: Path | None, tell: Tell) -> TypeGuard[Path]:
+    """Whether a file is there, and is what was written: a damaged one would be other data, without a word."""
+    if path is None:
+        return False
+    try:
+        if not path.is_file():
+            return False
+        state, left = sha256(), path.stat().st_size - DIGEST
+        with path.open("rb") as file:
+            while left > 0 and (part := file.read(min(left, PART))):
+                state.update(part)
+                left -= len(part)
+            good = left == 0 and file.read() == state.hexdigest().encode()
+    except OSError as error:
+        tell(_unusable(path.parent, error))
+        return False
+    if not good:
+        tell(f"cache: {path} is damaged, and made anew")
+    return good
+
+
+def _keep(path: Path | None, write: Callable[[Path], Any], tell: Tell) -> TypeGuard[Path]:
+    """Writes a file, and its digest at the end, that is complete or not there, whatever happens to this process or
+    another one. Whether it is there."""
+    if path is None:
+        return False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent) as temporary:
+            file = Path(temporary) / path.name
+            write(file)
+            with file.open("r+b") as written:
+                digest = file_digest(written, "sha256").hexdigest().encode()
+                written.write(digest)
+            os.replace(file, path)
+    except OSError as error:
+        tell(_unusable(path.parent, error))
+        return False
+    return True
+
+
+def _unusable(place: Path | str, error: Exception) -> str:
+    why = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return f"cache: {place} cannot be used ({why}), so all is made again in the next run; TRUNKLINE_CACHE names another"
 
 
 def _write(path: Path, data: Encoded) -> None:
@@ -76,7 +133,8 @@ def _write(path: Path, data: Encoded) -> None:
 
 def _mapped(path: Path, task: Task, causal: bool) -> Encoded:
     """The data in a file, none of which is read yet. Pickled, it is the name of the file."""
-    batch = pa.ipc.open_file(pa.memory_map(str(path))).get_batch(0)
+    content = pa.memory_map(str(path)).read_buffer()
+    batch = pa.ipc.open_file(content.slice(0, content.size - DIGEST)).get_batch(0)
     tokens, labels = batch["tokens"], batch["labels"]
     data = Encoded(
         task=task,

@@ -42,6 +42,7 @@ def load_corpus(
     Raises:
         ValueError: anything in the data that cannot be used; names task, file, row and value.
     """
+    tell = _once(tell)
     tasks = in_model_order(config.all_tasks)
     data, base = Path(config.data) if config.data else None, Path(config.base)
     for task in tasks:
@@ -65,7 +66,7 @@ def load_corpus(
 
         source = sources[task, split]
         key = [split, source.digest, tokenizer.digest, config.batch.max_length]
-        return cache.encoded(task, key, config.trunk.causal, make)
+        return cache.encoded(task, key, config.trunk.causal, make, tell)
 
     return Corpus(
         tuple(tasks),
@@ -73,6 +74,18 @@ def load_corpus(
         tuple(encoded(task, "train") for task in tasks),
         tuple(encoded(task, "validation") for task in tasks),
     )
+
+
+def _once(tell: Callable[[str], None]) -> Callable[[str], None]:
+    """As `tell`, for messages that were not told yet."""
+    told: set[str] = set()
+
+    def tell_new(message: str) -> None:
+        if message not in told:
+            told.add(message)
+            tell(message)
+
+    return tell_new
 
 
 def _tokenizer(config: Config, training: list[tuple[Task, Source]], tell: Callable[[str], None]) -> Tokenizer:
@@ -100,4 +113,6 @@ def _tokenizer(config: Config, training: list[tuple[Task, Source]], tell: Callab
         return Tokenizer.train(texts(), config.vocab_size, config.lowercase)
 
     sources = [[task.head, task.text, task.label, source.digest] for task, source in training]
-    return cache.tokenizer([config.vocab_size, config.lowercase, TOKENIZER_TEXTS, TOKENIZER_CHARACTERS, sources], make)
+    return cache.tokenizer(
+        [config.vocab_size, config.lowercase, TOKENIZER_TEXTS, TOKENIZER_CHARACTERS, sources], make, tell
+    )
