@@ -58,7 +58,9 @@ def check_data(config: Config) -> None:
     corpus = load_corpus(config, tell=print)
     Engine.from_config(config).build(corpus.tokenizer)
     for train, validation in zip(corpus.train, corpus.validation, strict=True):
-        counts = "".join(f", {number} {what}" for what, number in vars(train.counts).items() if number)
+        counts = "".join(f", {count}" for count in train.counts.in_words())
+        if of_validation := ", ".join(validation.counts.in_words()):
+            counts += f"; of validation {of_validation}"
         print(
             f"{train.task.name:14} {len(train):>8,} train, {len(validation):>6,} validation, "
             f"{train.lengths.mean():.0f} tokens on average, {train.lengths.max()} at most{counts}"

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trunkline.engine.heads.head import Head, Labels, Made, Piece, Row, most_common, pooled
+from trunkline.engine.text.class_names import class_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,7 +32,7 @@ class Classify(Head):
 
     def encode(self, layout: "Layout", task: "Task", row: Row) -> Made:
         laid = layout.lay(row.texts, row.encoded)
-        return Made([Piece(laid.tokens, [task.class_names.id_of(row.label)])], laid.cut)
+        return Made([Piece(laid.tokens, [class_of(task, row.label)])], laid.cut)
 
     def label(self, tokens: "np.ndarray", label: "np.ndarray", causal: bool) -> Labels:
         """`label`: the class id, (1,)."""

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from trunkline.engine.heads.head import Head, Labels, Made, Piece, Row, most_common
 from trunkline.engine.text.cells import word_bounds
+from trunkline.engine.text.class_names import class_of
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +45,7 @@ class Tag(Head):
         words = word_bounds(row.texts[-1])
         if len(tags) != len(words):
             raise ValueError(f"label must have one tag for each of the {len(words)} words, got {len(tags)}: {label!r}")
-        classes = [task.class_names.id_of(tag) for tag in tags]
+        classes = [class_of(task, tag) for tag in tags]
         laid = layout.lay(row.texts, row.encoded)
         of_token = [-1] * len(laid.tokens)
         for token, tag in zip(word_rows(laid), classes, strict=True):

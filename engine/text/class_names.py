@@ -4,7 +4,10 @@ import re
 from collections.abc import Sequence
 from decimal import Decimal
 from difflib import get_close_matches
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trunkline.engine.tasks.task import Task
 
 NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)(e[-+]?\d{1,3})?", re.IGNORECASE | re.ASCII)
 ID = re.compile(r"(\d{1,9})(\.0*)?", re.ASCII)  # spreadsheets and pandas write a whole number as 1.0, too
@@ -44,30 +47,33 @@ class ClassNames:
             return [self.ids[text]]
         return self.by_number.get(Decimal(text), []) if self.by_number and NUMBER.fullmatch(text) else []
 
-    def id_of(self, label: Any) -> int:
-        """The class that a label means.
-
-        Raises:
-            ValueError: none, or more than one.
-        """
-        meant = self.meant(label)
-        if len(meant) == 1:
-            return meant[0]
-        if meant:
-            several = " or ".join(repr(self.names[place]) for place in meant)
-            raise ValueError(f"label may mean {several}: write the name itself; got {label!r}")
-        if isinstance(label, bool):
-            place = int(label) if self.ids_count and not any(self.by_truth.values()) else -1
-        else:
-            digits = ID.fullmatch(str(label)) if isinstance(label, str | int | float) and self.ids_count else None
-            place = int(digits[1]) if digits else -1
-        if not 0 <= place < len(self.names):
-            raise ValueError(f"label must be {self._expected(label)}, got {label!r}")
-        return place
-
-    def _expected(self, label: Any) -> str:
+    def expected(self, label: Any) -> str:
+        """What a label may be, in words; of many names those nearest to this one."""
         ids = f"a class id in [0, {len(self.names)}) or " if self.ids_count else ""
         if len(self.names) <= LISTED:
             return f"{ids}one of {', '.join(self.names)}"
         nearest = get_close_matches(str(label)[:100], self.names, n=3, cutoff=0.0)
         return f"{ids}one of the {len(self.names):,} names in labels (the nearest are {', '.join(nearest)})"
+
+
+def class_of(task: "Task", label: Any) -> int:
+    """The class that a label means.
+
+    Raises:
+        ValueError: none, or more than one.
+    """
+    names = task.class_names
+    meant = names.meant(label)
+    if len(meant) == 1:
+        return meant[0]
+    if meant:
+        several = " or ".join(repr(names.names[place]) for place in meant)
+        raise ValueError(f"label may mean {several}: write the name itself; got {label!r}")
+    if isinstance(label, bool):
+        place = int(label) if names.ids_count and not any(names.by_truth.values()) else -1
+    else:
+        digits = ID.fullmatch(str(label)) if isinstance(label, str | int | float) and names.ids_count else None
+        place = int(digits[1]) if digits else -1
+    if not 0 <= place < len(names.names):
+        raise ValueError(f"label must be {names.expected(label)}, got {label!r}")
+    return place

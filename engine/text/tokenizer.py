@@ -3,6 +3,8 @@
 The file name is that of Hugging Face: a folder with a tokenizer.json serves here, and one of ours serves there.
 """
 
+import json
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -43,9 +45,11 @@ class Tokenizer:
         self.end, self.separator, self.summary = (self._special(names) for names in (END, SEPARATOR, SUMMARY))
 
     def _special(self, names: tuple[str, ...]) -> int:
-        present = [name for name in names if self.inner.token_to_id(name) is not None]
+        ids = self.inner.get_vocab()
+        users = Counter(ids.values())  # where somebody added a token to a vocabulary with gaps, an id may have two
+        present = [name for name in names if name in ids and (name == names[0] or users[ids[name]] == 1)]
         if not present:
-            self.inner.add_special_tokens([names[0]])
+            self.inner = _with_special(self.inner, names[0])
         token = self.inner.token_to_id((present or names)[0])
         assert token is not None
         return token
@@ -140,3 +144,21 @@ class Tokenizer:
             else:
                 parts[-1].append(int(token))
         return " | ".join(text for part in parts if (text := self.inner.decode(part).strip()))
+
+
+def _with_special(inner: tokenizers.Tokenizer, name: str) -> tokenizers.Tokenizer:
+    """With a special token more.
+
+    The package gives it the number of entries as its id, which in a vocabulary with gaps may be that of a word. There
+    it gets the lowest id that is nobody's.
+    """
+    taken = set(inner.get_vocab().values())
+    free = next(id for id in range(len(taken) + 1) if id not in taken)
+    if free < max(taken, default=-1):
+        settings = json.loads(inner.to_str())
+        own = {token["content"]: token["id"] for token in settings["added_tokens"]}  # which would be numbered anew
+        settings["model"]["vocab"] |= {**own, name: free}
+        inner = tokenizers.Tokenizer.from_str(json.dumps(settings))
+        inner.encode_special_tokens = True
+    inner.add_special_tokens([name])
+    return inner

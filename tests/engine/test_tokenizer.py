@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import tokenizers
 
-from trunkline.engine.text.tokenizer import Tokenizer
+from trunkline.engine.text.tokenizer import Tokenizer, UntokenizedError
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the dog is not amused.",
@@ -201,3 +201,50 @@ def test_a_name_that_stands_for_nothing_is_named(source):
 def test_a_folder_without_a_tokenizer_is_named(tmp_path):
     with pytest.raises(ValueError, match=f"tokenizer '{tmp_path}' is no file, no folder with a tokenizer.json"):
         Tokenizer.load(str(tmp_path))
+
+
+# Vocabularies with gaps, and texts without tokens
+
+
+def with_gaps(ids: dict[str, int]) -> tokenizers.Tokenizer:
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(ids, "[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    return inner
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        {"[UNK]": 0, "red": 1, "green": 2, "blue": 4, "mug": 5, "</s>": 6},
+        {"[UNK]": 3, "red": 1, "green": 2, "blue": 40, "mug": 5},
+        {"[UNK]": 10, "red": 11},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("added", [False, True])
+def test_added_tokens_share_no_id_with_a_word(ids, added):
+    inner = with_gaps(ids)
+    if added:
+        inner.add_special_tokens(["[SEP]"])  # by somebody else, who shares an id already
+        ids = inner.get_vocab()
+    tokenizer = Tokenizer(inner)
+    special = [tokenizer.end, tokenizer.separator, tokenizer.summary, tokenizer.mask()]
+    words = {id for word, id in ids.items() if word not in ("</s>", "[SEP]")}
+    assert len(set(special)) == 4
+    if not added:
+        assert not set(special) & words
+    assert ids_of(tokenizer, "red red nothing") == [ids["red"], ids["red"], ids["[UNK]"]]
+    assert ids_of(tokenizer, "red [SEP] <|summary|>").count(tokenizer.separator) == 0
+    again = Tokenizer(tokenizers.Tokenizer.from_str(tokenizer.inner.to_str()))
+    assert [again.end, again.separator, again.summary, again.mask()] == special
+
+
+def test_a_text_with_an_unknown_word_and_no_token_for_it_is_an_error():
+    letters = {"a": 0, "##b": 1, "[SEP]": 2}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordPiece(letters, unk_token="[UNK]"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = Tokenizer(inner)
+    assert ids_of(tokenizer, "ab a") == [0, 1, 0]
+    with pytest.raises(UntokenizedError, match=r"cannot encode 'a zoo': .*Missing \[UNK\] token") as caught:
+        tokenizer.encode(["a", "ab a", "a zoo", "zoo"])
+    assert caught.value.place == 2

@@ -41,12 +41,14 @@ def test_examples_of_every_task_are_counted(tiny_config, tmp_path, capsys):
     shutil.copytree(tiny_config.parent, folder)
     rows = tiny_rows("colour", 30, seed=0)
     write_jsonl(folder / "colour.jsonl", [*rows, {"text": "", "label": "red"}, {"text": "a " * 500, "label": "red"}])
+    rows = tiny_rows("prose", 20, seed=1)
+    write_jsonl(folder / "prose-validation.jsonl", [*rows, {"text": " "}, {"text": None}])
     doctor.check_data(load_config(folder / "tiny.yaml"))
     told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert "31 train,     20 validation" in told["colour"]
     assert told["colour"].endswith("128 at most, 1 empty, 1 truncated")
     assert "60 train" in told["prose"]
-    assert told["prose"].endswith("at most")
+    assert told["prose"].endswith("at most; of validation 2 empty")
     assert told["vocabulary"].endswith("; the data is ready")
     assert not list(folder.glob("runs"))
 

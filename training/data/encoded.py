@@ -25,6 +25,15 @@ class Counts:
     unlabelled: int = 0
     truncated: int = 0
 
+    def in_words(self) -> list[str]:
+        """What there is any of: '3 empty'."""
+        return [f"{number:,} {what.replace('_', ' ')}" for what, number in vars(self).items() if number]
+
+    @property
+    def dropped(self) -> dict[str, int]:
+        """Rows that are not among the examples, by the reason."""
+        return {"empty": self.empty, "too_long": self.too_long, "unlabelled": self.unlabelled}
+
 
 @dataclass(frozen=True)
 class Encoded:

@@ -151,11 +151,15 @@ def _hub_rows(task: Task, split: str, wanted: Sequence[str]) -> Source:
         import datasets  # optional, and a second of start-up time
 
         table = datasets.load_dataset(task.hub, task.subset or None, split=split)
-    # not installed; offline; not on the hub, or not open to all; a script instead of files
-    except (ImportError, ConnectionError, FileNotFoundError, RuntimeError) as error:
+    # offline, not on the hub, not open to all, a script, a file that does not parse, a full disk: every
+    # one is an error of another class there, and some are of none but Exception
+    except Exception as error:
+        if type(error) is ValueError:  # of an unknown subset or split; it says which there are
+            raise
         local = "/".join(filter(None, ("DIR", task.hub.rpartition("/")[2], task.subset, f"{split}-*.parquet")))
+        cause = " ".join(str(error.__cause__ or error).split())
         raise ValueError(
-            f"cannot load {name} from the hub, which needs a connection and trunkline[hub]: {error}; "
+            f"cannot load {name} from the hub, which needs a connection and trunkline[hub]: {cause[:500]}; "
             f"local files serve as well: data=DIR with {local}"
         ) from error
     chosen = _choose_columns(table.column_names, name, wanted)

@@ -170,6 +170,8 @@ def _row(run: _Run, task: str) -> dict[str, Any]:
         "last_score": last,
         "intervals": about.get("intervals", {}),
         "references": about.get("references"),
+        "validation_dropped": about.get("validation_dropped") or {},
+        "validation_truncated": about.get("validation_truncated", 0),
         "baseline_score": baseline,
         "above": above,
     }

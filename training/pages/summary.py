@@ -76,8 +76,10 @@ def _task_summary(
         "train_examples": len(train),
         "validation_examples": len(validation),
         "examples_seen": progress.examples.get(task.name, 0),
-        "dropped": {name: getattr(train.counts, name) for name in ("empty", "too_long", "unlabelled")},
+        "dropped": train.counts.dropped,
         "truncated": train.counts.truncated,
+        "validation_dropped": validation.counts.dropped,
+        "validation_truncated": validation.counts.truncated,
     }
 
 

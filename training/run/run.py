@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import BiLSTM, Model
 from trunkline.engine.network.compiled import CompiledModel, FixedShapes
 from trunkline.engine.network.memory import keep_freed_memory
@@ -100,7 +101,7 @@ class Run:
         model = engine.build(self.corpus.tokenizer)
         if is_new:
             heads = model.heads if isinstance(model, BiLSTM) else model
-            heads.set_units({t: s.labels for t, s in enumerate(self.corpus.train) if s.task.head == "regress"})
+            heads.set_units({t: s.labels for t, s in enumerate(self.corpus.train) if HEADS[s.task.head].squared})
         on_gpu = engine.device.type == "cuda" and torch.cuda.is_bf16_supported()
         freeze(model, config.optimizer.freeze, torch.bfloat16 if on_gpu else None)
         return model

@@ -256,8 +256,8 @@ def _metric(name: str) -> Metric:
 
 
 def higher_is_better(name: str) -> bool:
-    """Whether a larger value of a metric, or of 'loss', is a better one."""
-    return name != "loss" and _metric(name).higher_is_better
+    """Whether a larger value of a metric, or of 'loss', is a better one; yes, where a report names an unknown one."""
+    return name != "loss" and (name not in METRICS or METRICS[name].higher_is_better)
 
 
 def first_score(task: Task, metrics: Mapping[str, float]) -> float:

@@ -4,9 +4,14 @@ import time
 
 import pytest
 
-from trunkline.engine.text.class_names import ClassNames
+from trunkline.engine.tasks.task import Task
+from trunkline.engine.text.class_names import class_of
 
 STARS = ("1", "2", "3", "4", "5")
+
+
+def of(names: tuple[str, ...]) -> Task:
+    return Task("toy", "classify", ("text",), "label", names)
 
 
 @pytest.mark.parametrize(
@@ -40,7 +45,7 @@ STARS = ("1", "2", "3", "4", "5")
     ids=str,
 )
 def test_what_is_meant(names, label, meant):
-    assert names[ClassNames(names).id_of(label)] == meant
+    assert names[class_of(of(names), label)] == meant
 
 
 @pytest.mark.parametrize(
@@ -67,16 +72,16 @@ def test_what_is_meant(names, label, meant):
 )
 def test_what_means_none_or_several(names, label, words):
     with pytest.raises(ValueError, match="^label m") as caught:
-        ClassNames(names).id_of(label)
+        class_of(of(names), label)
     assert words in str(caught.value)
 
 
 def test_of_many_names_the_nearest_are_told_and_none_is_searched():
-    names = ClassNames([f"c{place}" for place in range(20_000)])
+    task = of(tuple(f"c{place}" for place in range(20_000)))
     with pytest.raises(ValueError, match="one of the 20,000 names in labels .the nearest are ") as caught:
-        names.id_of("c1999x")
+        class_of(task, "c1999x")
     assert "c1999" in str(caught.value)
     assert len(str(caught.value)) < 200
     began = time.process_time()
-    assert [names.id_of(f"c{place}") for place in range(19_000, 20_000)] == [*range(19_000, 20_000)]
+    assert [class_of(task, f"c{place}") for place in range(19_000, 20_000)] == [*range(19_000, 20_000)]
     assert time.process_time() - began < 0.1  # 1,000 labels; a search takes 0.4 s

@@ -318,6 +318,19 @@ def test_hub_that_cannot_be_reached_says_which_folder_would_serve():
     assert "data=DIR with DIR/glue/sst2/train-*.parquet" in message
 
 
+@pytest.mark.parametrize("file", ["train.csv", "train.jsonl", "train.parquet"])
+def test_a_hub_data_set_that_does_not_build_is_an_error_with_its_cause(file, tmp_path, monkeypatch):
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / file).write_text("text,label\na,1\nb,2,3,4\n")
+    task = table_task(hub=str(tmp_path / "broken"))
+    message = error_of(read_rows, task, "train")
+    assert message.startswith(f"task 'toy', train split: cannot load {tmp_path}/broken train from the hub")
+    assert "\n" not in message
+    assert "data=DIR" in message
+
+
 def test_hub_without_its_package_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasets", None)
     message = error_of(read_rows, table_task(hub="knkarthick/samsum"), "validation")

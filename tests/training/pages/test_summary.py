@@ -119,7 +119,7 @@ def test_rows_that_were_left_out_are_counted(tmp_path, one_thread):
     rows = tiny_rows("colour", 20, seed=0)
     left_out = [{"text": " ", "label": "red"}] * 2 + [{"text": "the red cat", "label": None}] * 3
     write_jsonl(tmp_path / "some.jsonl", rows + left_out + [{"text": "the red cat " * 90, "label": "red"}])
-    write_jsonl(tmp_path / "all.jsonl", rows)
+    write_jsonl(tmp_path / "all.jsonl", [*rows, left_out[0], {"text": "the red cat " * 90, "label": "red"}])
     labels, files = ("red", "black", "white", "brown"), {"train": "some.jsonl", "validation": "all.jsonl"}
     engine = Engine(
         TrunkConfig(hidden_size=32, num_layers=1, num_heads=2, max_positions=64),
@@ -132,9 +132,14 @@ def test_rows_that_were_left_out_are_counted(tmp_path, one_thread):
         base=str(tmp_path),
     )
     task = engine.fit()["tasks"]["colour"]
-    assert (task["train_examples"], task["validation_examples"]) == (21, 20)
+    assert (task["train_examples"], task["validation_examples"]) == (21, 21)
     assert task["dropped"] == {"empty": 2, "too_long": 0, "unlabelled": 3}
     assert task["truncated"] == 1
+    assert task["validation_dropped"] == {"empty": 1, "too_long": 0, "unlabelled": 0}
+    assert task["validation_truncated"] == 1
+    page = (tmp_path / "run" / "report.html").read_text()
+    for words in ("2 empty<", "3 unlabelled<", "1 empty of validation<", "1 of validation<"):
+        assert words in page
 
 
 def test_environment_names_versions_and_processor(summary):
