@@ -98,6 +98,7 @@ def tables(folder: Path, parts: Collection[str] = ()) -> str:
         "learning": _learning,
         "comparison": _comparison,
         "what_helps": _what_helps,
+        "fine_tuning": _fine_tuning,
     }
     chosen = [name for name in makers if name in (parts or makers)]
     found = {name: path for name in chosen if (path := folder / f"{name}.json").exists()}
@@ -266,7 +267,28 @@ def _comparison(comparison: dict[str, Any]) -> str:
 
 
 def _what_helps(found: dict[str, Any]) -> str:
-    changes: dict[str, dict[str, Any]] = found["changes"]
+    return f"""
+**What helps the multi-task system**, on {_measured_on(found["environment"])} (`{found["command"]}`): each change by
+itself, mean ± standard deviation over the seeds. Only the pretrained trunk has seen more text than the others. As it
+is, it differs from the comparison's `multitask` in its initial weights: the vocabulary there has bert's mask, too.
+
+{_changes(found["changes"])}
+"""
+
+
+def _fine_tuning(found: dict[str, Any]) -> str:
+    first = next(iter(next(iter(found["changes"].values())).values()))
+    return f"""
+**What the defaults of fine-tuning are worth**, on {_measured_on(found["environment"])} (`{found["command"]}`):
+each put back by itself, after {first["real_tokens"] / 1000:.0f} thousand tokens, on at most 800 examples of every
+validation split; mean ± standard deviation over the seeds.
+
+{_changes(found["changes"])}
+"""
+
+
+def _changes(changes: dict[str, dict[str, Any]]) -> str:
+    """A table of the scores of every change over its seeds."""
     metrics = next(iter(next(iter(changes.values())).values()))["metrics"]
     rows = []
     for change, of_seeds in changes.items():
@@ -275,15 +297,7 @@ def _what_helps(found: dict[str, Any]) -> str:
         cells = " | ".join(f"{fmean(of_task):.3f}{of}" for of_task, of in zip(scores, spread, strict=True))
         rows.append(f"| {change} | {cells} | {len(of_seeds)} |")
     heads = " | ".join(f"{task} ({metric})" for task, metric in metrics.items())
-    return f"""
-**What helps the multi-task system**, on {_measured_on(found["environment"])} (`{found["command"]}`): each change by
-itself, mean ± standard deviation over the seeds. Only the pretrained trunk has seen more text than the others. As it
-is, it differs from the comparison's `multitask` in its initial weights: the vocabulary there has bert's mask, too.
-
-| change | {heads} | seeds |
-|---|{"---|" * (len(metrics) + 1)}
-{chr(10).join(rows)}
-"""
+    return "\n".join([f"| change | {heads} | seeds |", f"|---|{'---|' * (len(metrics) + 1)}", *rows])
 
 
 def _kernel(name: str, content: dict[str, Any]) -> str:

@@ -10,17 +10,13 @@ what the change 'pretrained' starts from; it has seen its text besides the budge
 """
 
 import argparse
-import tempfile
-from dataclasses import replace
-from typing import Any
 
-from trunkline.benchmarks.record import ROOT, record, recorded
-from trunkline.engine.engine import Engine
+from trunkline.benchmarks.record import ROOT
+from trunkline.benchmarks.systems.seeds import keep, scores_of
 from trunkline.training.compare.compare import load_comparison
 from trunkline.training.compare.systems import ordinary
-from trunkline.training.environment import environment
 
-NAME = "what_helps"
+NAME, COMMAND = "what_helps", "python benchmarks/systems/what_helps.py DATA --books BOOKS"
 CONFIG = ROOT / "training" / "configs" / "compare-cpu.yaml"
 CHANGES = {
     "as it is": [],
@@ -49,29 +45,8 @@ def main() -> None:
     for name in chosen:
         for seed in options.seeds:
             overrides = [override.replace("BOOKS", options.books) for override in CHANGES[name]]
-            keep(name, seed, scores(options.data, seed, overrides))
-
-
-def keep(name: str, seed: int, measured: dict[str, Any]) -> None:
-    """Adds one run to the results; others may have come in the meantime."""
-    around = environment()
-    changes = recorded(NAME, around).get("changes", {})
-    changes.setdefault(name, {})[str(seed)] = measured
-    ordered = {change: dict(sorted(changes[change].items())) for change in CHANGES if change in changes}
-    record(NAME, {"command": "python benchmarks/systems/what_helps.py DATA --books BOOKS", "changes": ordered}, around)
-
-
-def scores(data: str, seed: int, overrides: list[str]) -> dict[str, Any]:
-    """The first metric of every task after training, and the seconds of it."""
-    with tempfile.TemporaryDirectory() as folder:
-        config = ordinary(load_comparison(CONFIG, [f"data={data}", f"run={folder}/run", *overrides]))
-        summary = Engine.from_config(replace(config, seed=seed)).fit()
-    tasks = summary["tasks"].items()
-    return {
-        "scores": {name: task["metrics"][task["metric"]] for name, task in tasks},
-        "metrics": {name: task["metric"] for name, task in tasks},
-        "seconds": summary["training_seconds"],
-    }
+            config = ordinary(load_comparison(CONFIG, [f"data={options.data}", *overrides]))
+            keep(NAME, COMMAND, CHANGES, name, seed, scores_of(config, seed))
 
 
 if __name__ == "__main__":
