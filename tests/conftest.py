@@ -15,6 +15,9 @@ from typing import Any
 
 import numpy
 import pytest
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does; before torch is imported
+
 import torch
 
 torch.set_num_threads(2)  # the same order of summation, and so the same numbers, on a laptop and on a 64-core server

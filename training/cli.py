@@ -5,6 +5,7 @@ Commands import what they need themselves: `trunkline --help` answers at once.
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +21,9 @@ INTERRUPTED = 130  # exit code that shells give Ctrl-C
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    # Threads of a step that wait for one another sleep, unless the user wants otherwise: where other programs use the
+    # cores as well, threads that spin keep those they wait for from running. OpenMP reads this when torch is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _parser()
     options, late = parser.parse_known_args(arguments)
     if late:  # before Python 3.13 argparse takes no values that stand after an option after the first ones

@@ -34,6 +34,7 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "waiting": os.environ.get("OMP_WAIT_POLICY", "as OpenMP does").lower(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 

@@ -20,11 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from conftest import pytest_collection_modifyitems
 from trunkline import Task, Trunk
 from trunkline.benchmarks import gpu, record
+from trunkline.benchmarks.learning import balancing_methods
 from trunkline.benchmarks.microbenchmarks.examples import Kernel, map_tensors, scaled, shipped_kernels
 from trunkline.benchmarks.microbenchmarks.floors import RATES, Work, floor, work_of
 from trunkline.benchmarks.microbenchmarks.measure import SMOKE, contest
 from trunkline.benchmarks.microbenchmarks.peers import PEERS, System, Unavailable, definition
-from trunkline.benchmarks.systems import balancing_methods, scaling, step, training_systems
+from trunkline.benchmarks.systems import scaling, step, training_systems
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import Example, pack
 from trunkline.engine.network.trunk import preset

@@ -1,6 +1,6 @@
 """What each default of fine-tuning a checkpoint is worth: every one put back, by itself, to what it could be instead.
 
-    python benchmarks/systems/fine_tuning.py DATA CHECKPOINT [CHANGE ...] [--seeds 0 1 2] [--steps 100]
+    python benchmarks/learning/fine_tuning.py DATA CHECKPOINT [CHANGE ...] [--seeds 0 1 2] [--steps 100]
 
 DATA is laid out like the hub, CHECKPOINT is a pretrained encoder. Every change is made to
 training/configs/finetune-encoder.yaml by itself and trained with every seed. What was measured before is kept, so that
@@ -10,8 +10,8 @@ some changes, or some seeds, can be run at a time.
 import argparse
 from unittest.mock import patch
 
+from trunkline.benchmarks.learning.seeds import keep, scores_of
 from trunkline.benchmarks.record import ROOT
-from trunkline.benchmarks.systems.seeds import keep, scores_of
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.training.config_file import load_config
 
@@ -44,7 +44,7 @@ def main() -> None:
     if strangers := set(chosen) - set(CHANGES):
         parser.error(f"no change '{strangers.pop()}'; there are {', '.join(CHANGES)}")
 
-    command = f"python benchmarks/systems/fine_tuning.py DATA CHECKPOINT --steps {options.steps}"
+    command = f"python benchmarks/learning/fine_tuning.py DATA CHECKPOINT --steps {options.steps}"
     length = [f"steps={options.steps}", f"evaluation.every={options.steps}", "evaluation.last_examples=800"]
     for seed in options.seeds:
         for change in chosen:

@@ -2,7 +2,7 @@
 
     trunkline train training/configs/pretrain.yaml data=DIR run=BOOKS vocab_size=4096 batch.tokens=1024 \\
         batch.max_length=320
-    python benchmarks/systems/what_helps.py DIR --books BOOKS [CHANGE ...] [--seeds 0 1 2]
+    python benchmarks/learning/what_helps.py DIR --books BOOKS [CHANGE ...] [--seeds 0 1 2]
 
 Every change is made to training/configs/compare-cpu.yaml by itself and trained with every seed. What was measured
 before is kept, so that some changes, or some seeds, can be run at a time. The run BOOKS, a trunk and its tokenizer, is
@@ -11,12 +11,12 @@ what the change 'pretrained' starts from; it has seen its text besides the budge
 
 import argparse
 
+from trunkline.benchmarks.learning.seeds import keep, scores_of
 from trunkline.benchmarks.record import ROOT
-from trunkline.benchmarks.systems.seeds import keep, scores_of
 from trunkline.training.compare.compare import load_comparison
 from trunkline.training.compare.systems import ordinary
 
-NAME, COMMAND = "what_helps", "python benchmarks/systems/what_helps.py DATA --books BOOKS"
+NAME, COMMAND = "what_helps", "python benchmarks/learning/what_helps.py DATA --books BOOKS"
 CONFIG = ROOT / "training" / "configs" / "compare-cpu.yaml"
 CHANGES = {
     "as it is": [],

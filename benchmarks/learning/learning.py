@@ -1,6 +1,6 @@
 """What the ordinary Hugging Face loop learns in the time that a Trunkline run took.
 
-    python benchmarks/systems/learning.py RUN [--way grouped] [--data DIR] [--seconds S]
+    python benchmarks/learning/learning.py RUN [--way grouped] [--data DIR] [--seconds S]
 
 RUN is a finished run. The loop gets its trunk's shape, data, tokenizer, mix, loss and class weights, learning rate,
 dropout, search and seed, and as many seconds of training as the run spent on steps, or as it is told; then it is scored
@@ -57,7 +57,7 @@ def main() -> None:
     print(f"{'mean':23} {mean['trunkline']:10.3f} {mean['hugging_face']:10.3f}")
     print(f"{summary['steps']} steps in {summary['training_seconds']:.0f} seconds; {steps} in {seconds:.0f}")
     content = {
-        "command": f"python benchmarks/systems/learning.py RUN --way {options.way} --seconds {seconds:.0f}",
+        "command": f"python benchmarks/learning/learning.py RUN --way {options.way} --seconds {seconds:.0f}",
         "way": options.way,
         "steps": steps,
         "seconds": seconds,

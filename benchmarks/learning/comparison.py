@@ -1,7 +1,7 @@
 """Keeps what `trunkline compare` found as a result of this device.
 
 trunkline compare training/configs/compare-cpu.yaml data=DIR
-python benchmarks/systems/comparison.py runs/compare-cpu
+python benchmarks/learning/comparison.py runs/compare-cpu
 """
 
 import argparse

@@ -1,6 +1,6 @@
 """The demo learnt with every balancing method: the scores of its tasks beside those with fixed weights.
 
-    python benchmarks/systems/balancing_methods.py [METHOD ...] [--steps N]
+    python benchmarks/learning/balancing_methods.py [METHOD ...] [--steps N]
 
 Without names all eleven, `fixed` first. With the demo's own steps a method takes about three minutes on two cores; what
 was measured before with as many steps is kept, so that a part of the methods can be run at a time.
@@ -43,7 +43,7 @@ def keep(method: str, steps: int, measured: dict[str, Any]) -> None:
     before = recorded(NAME, around)
     methods = {**(before["methods"] if before.get("steps") == steps else {}), method: measured}
     ordered = {name: methods[name] for name in get_args(BalancingMethod) if name in methods}
-    command = f"python benchmarks/systems/balancing_methods.py --steps {steps}"
+    command = f"python benchmarks/learning/balancing_methods.py --steps {steps}"
     record(NAME, {"command": command, "steps": steps, "methods": ordered}, around)
 
 
