@@ -1,13 +1,14 @@
 """The doctor finds broken arithmetic and data that cannot be used, before a run does."""
 
 import shutil
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from conftest import tiny_rows, write_jsonl
+from conftest import command_line, tiny_rows, write_jsonl
 from trunkline.training import doctor
 from trunkline.training.config_file import load_config
 
@@ -61,3 +62,11 @@ def test_what_is_wrong_with_the_data_or_the_model_is_an_error(tiny_config, tmp_p
     with pytest.raises(ValueError, match="task 'retell' predicts next tokens, which needs a causal trunk"):
         doctor.check_data(bidirectional)
     assert not Path(config.run).exists()
+
+
+@pytest.mark.parametrize(("asked", "waiting"), [({}, "passive"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "active")])
+def test_threads_sleep_while_they_wait_unless_asked_otherwise(asked, waiting):
+    program, environment = command_line("doctor")
+    environment.pop("OMP_WAIT_POLICY", None)
+    done = subprocess.run(program, env=environment | asked, capture_output=True, text=True, check=True, timeout=300)
+    assert f"waiting        {waiting}\n" in done.stdout
