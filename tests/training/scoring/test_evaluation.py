@@ -52,7 +52,8 @@ def row_losses(engine: Engine, corpus: Corpus, task: int) -> Tensor:
             logits = engine.model.logits(engine.model.hidden(batch), task)  # (R, C)
         match corpus.tasks[task].head:
             case "regress":
-                losses.append((logits[:, 0] - batch.rows.value).square())
+                labels = corpus.train[task].labels  # in whose standard deviations an error is measured
+                losses.append(((logits[:, 0] - batch.rows.value) / labels.std()).square())
             case "span":
                 first, _, start, last = corpus.validation[task].label_of(i)
                 losses.append(F.cross_entropy(logits.T, torch.tensor([start - first, last - first]).long())[None])
