@@ -2,16 +2,19 @@
 
 PYTHON ?= python3
 VENV ?= .venv
-# Without a GPU: a torch release whose wheels are known to work here. Elsewhere a smaller download is
-#   make test TORCH='torch --index-url https://download.pytorch.org/whl/cpu'
-TORCH ?= torch==2.13.0
+# Exact versions of all that is installed. LOCK= installs the newest releases that pyproject.toml allows.
+# Without a GPU a smaller download of the same torch is
+#   PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+LOCK ?= requirements.lock
+# The release that `make lock` writes down: of torch we choose one whose CPU build is at hand, not the newest.
+TORCH ?= 2.13.0
 
 # VENV= sets nothing up: PYTHON has what is needed, and the sources are used in place.
 BIN := $(if $(VENV),$(VENV)/bin/)
 READY := $(if $(VENV),$(VENV)/.ready)
 RUN := PYTHONPATH=src $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: demo test gpu certify lint clean
+.PHONY: demo test test-newest gpu certify lint lock clean
 
 demo: $(READY)
 	$(BIN)trunkline train training/configs/demo.yaml --overwrite
@@ -20,6 +23,11 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)ruff check .
 	$(BIN)pytest -q
+
+# The same with the newest releases, in an environment of its own that is brought up to date at every call.
+test-newest:
+	rm -f .venv-newest/.ready
+	$(MAKE) test VENV=.venv-newest LOCK=
 
 # On a machine with an NVIDIA GPU, in at most 9 minutes: tests, benchmarks, training steps. DRY=1 tries it on the CPU.
 gpu: $(READY)
@@ -37,12 +45,22 @@ lint: $(READY)
 	$(BIN)ruff format --check .
 	$(BIN)mypy
 
-clean:
-	rm -rf $(VENV) build dist runs src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+lock:
+	$(PYTHON) -m venv build/uv
+	build/uv/bin/pip install --quiet uv
+	echo torch==$(TORCH) | build/uv/bin/uv pip compile --quiet --upgrade --universal --python-version 3.11 --extra dev \
+		--constraint - --custom-compile-command 'make lock' --output-file requirements.lock pyproject.toml
 
-$(READY): pyproject.toml setup.py
+clean:
+	rm -rf $(VENV) .venv-newest build dist runs src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .benchmarks
+
+# The lock is a list of constraints: of what it names, each machine takes what its build of torch needs. Packages that are
+# built are built with its setuptools, too.
+INSTALL := $(BIN)pip install --quiet $(if $(LOCK),--constraint $(LOCK),--upgrade --upgrade-strategy eager)
+
+$(READY): pyproject.toml setup.py $(LOCK)
 	@echo "Setting up $(VENV); the first time takes a few minutes"
 	$(PYTHON) -m venv $(VENV)
-	command -v nvidia-smi >/dev/null || $(BIN)pip install --quiet $(TORCH)
-	$(BIN)pip install --quiet --editable '.[dev]'
+	$(INSTALL) setuptools
+	$(INSTALL) --no-build-isolation --editable '.[dev]'
 	touch $@
