@@ -36,6 +36,33 @@ BUILD: dict[str, Callable[[], Any]] = {
             pad_token_id=1,
         )
     ),
+    "gptj": lambda: transformers.GPTJForCausalLM(
+        transformers.GPTJConfig(
+            vocab_size=VOCABULARY,
+            n_embd=32,
+            n_layer=2,
+            n_head=4,
+            n_positions=160,
+            rotary_dim=4,
+            bos_token_id=0,
+            eos_token_id=None,
+            pad_token_id=1,
+        )
+    ),
+    "gptneo": lambda: transformers.GPTNeoForCausalLM(
+        transformers.GPTNeoConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_layers=2,
+            num_heads=4,
+            attention_types=[[["global", "local"], 1]],
+            window_size=WINDOW,
+            max_position_embeddings=160,
+            bos_token_id=0,
+            eos_token_id=None,
+            pad_token_id=1,
+        )
+    ),
     "llama": lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**GROUPED)),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(
@@ -69,8 +96,10 @@ BUILD: dict[str, Callable[[], Any]] = {
         )
     ),
 }
-DECODERS = ["gpt2", "llama", "qwen3", "mistral"]
-FAMILIES = list(BUILD)
+# Of these it is the release of transformers that says whether they have an attention of their own, which is refused.
+OWN_ATTENTION = [family for family in ("gptj", "gptneo") if not BUILD[family]()._can_set_attn_implementation()]
+FAMILIES = [family for family in BUILD if family not in OWN_ATTENTION]
+DECODERS = [family for family in FAMILIES if family not in ("bert", "modernbert", "bart")]
 
 
 def ids(*shape: int) -> Tensor:

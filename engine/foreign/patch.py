@@ -19,7 +19,7 @@ not: moves between devices, checkpointing, graphs.
 A mask of any other kind is computed as the matrix it is by PyTorch's attention, and counted.
 
 B rows, Q query slots a row, K key slots a row, H query heads, G key/value heads, D head width
-Source: transformers/masking_utils.py, integrations/sdpa_attention.py (5.12 to 5.23).
+Source: transformers/masking_utils.py, integrations/sdpa_attention.py (5.12 to 5.24).
 """
 
 from collections.abc import Callable
@@ -77,9 +77,10 @@ def patch(model: "PreTrainedModel") -> "PreTrainedModel":
         The same model.
 
     Raises:
-        ValueError: a model, or a part of it, that has an attention of its own (GPT-Neo, GPT-J); a call of the patched
-            model with `output_attentions=True`, with arguments for attention that our kernels do not know
-            (`position_bias`, `s_aux`), or, in a compiled graph, a mask with gaps (a RuntimeError of the device).
+        ValueError: a model, or a part of it, that has an attention of its own (GPT-Neo, and GPT-J before transformers
+            5.24); a call of the patched model with `output_attentions=True`, with arguments for attention that our
+            kernels do not know (`position_bias`, `s_aux`), or, in a compiled graph, a mask with gaps (a RuntimeError of
+            the device).
         RuntimeError: the first call of the patched model did not come to our attention.
     """
     from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel

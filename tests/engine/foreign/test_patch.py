@@ -1,6 +1,7 @@
 """Hugging Face models with our attention against the same models with PyTorch's, in float64 on random weights."""
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -117,11 +118,12 @@ def test_cache_that_is_continued(model_of):
     for family in DECODERS:
         model, tokens = model_of(family), ids(3, 12)
         mask = mask_of([(2, 12), (0, 12), (6, 12)], 12)["attention_mask"]  # of one the first tokens are all padding
+        (name,) = {"cache", "past_key_values"} & inspect.signature(model.forward).parameters.keys()  # by release
 
-        def run(model: Any = model, tokens: Tensor = tokens, mask: Tensor = mask) -> Tensor:
+        def run(model: Any = model, tokens: Tensor = tokens, mask: Tensor = mask, name: str = name) -> Tensor:
             cache, logits = transformers.DynamicCache(config=model.config), []
             for first, end in ((0, 5), (5, 7), (7, 12)):
-                out = model(tokens[:, first:end], attention_mask=mask[:, :end], past_key_values=cache)
+                out = model(tokens[:, first:end], attention_mask=mask[:, :end], **{name: cache})
                 logits.append(out.logits)
             return torch.cat(logits, 1)[mask.bool()]
 

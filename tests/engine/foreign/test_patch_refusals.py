@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import trunkline
-from foreign_models import BUILD, GROUPED, VOCABULARY, ids
+from foreign_models import BUILD, GROUPED, OWN_ATTENTION, VOCABULARY, ids
 from trunkline.engine.foreign import drop_in
 
 transformers = pytest.importorskip("transformers")
@@ -62,17 +62,20 @@ def test_chunks_are_left_to_torch():
     assert torch.equal(*masks)
 
 
-@pytest.mark.parametrize("family", ["GPTNeo", "GPTJ"])
+@pytest.mark.parametrize("family", OWN_ATTENTION)
 def test_model_with_its_own_attention_is_an_error(family):
-    small = {"vocab_size": VOCABULARY, "bos_token_id": 0, "eos_token_id": 1}
-    config = {
-        "GPTNeo": lambda: transformers.GPTNeoConfig(
-            **small, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
-        ),
-        "GPTJ": lambda: transformers.GPTJConfig(**small, n_embd=32, n_layer=2, n_head=4, rotary_dim=8),
-    }[family]()
-    model = getattr(transformers, f"{family}ForCausalLM")(config)
-    with pytest.raises(ValueError, match=f"{family}ForCausalLM.* does not take its attention from"):
+    assert_refused(BUILD[family]())
+
+
+def test_model_that_keeps_its_attention_is_an_error(monkeypatch):
+    """Whatever the release of transformers: a class of which Hugging Face says that its attention cannot be chosen."""
+    model = BUILD["llama"]()
+    monkeypatch.setattr(type(model), "_can_set_attn_implementation", staticmethod(lambda: False))
+    assert_refused(model)
+
+
+def assert_refused(model):
+    with pytest.raises(ValueError, match=f"{type(model).__name__}.* does not take its attention from"):
         trunkline.patch(model)
     assert model.config._attn_implementation != "trunkline"
     assert not model._forward_hooks
