@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import trunkline
 
@@ -66,6 +67,23 @@ def test_import_is_quick_and_leaves_torch_alone(tmp_path):
 
 def test_version_is_that_of_the_project():
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"] == trunkline.__version__
+
+
+def test_lock_has_an_exact_version_of_every_requirement():
+    lines = [line for line in (ROOT / "requirements.lock").read_text().splitlines() if "# " not in line]
+    locked: dict[str, list[Requirement]] = {}
+    for requirement in map(Requirement, lines):
+        assert [one.operator for one in requirement.specifier] == ["=="], requirement
+        assert requirement.url is None
+        locked.setdefault(requirement.name, []).append(requirement)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {extra for line in project["optional-dependencies"]["dev"] for extra in Requirement(line).extras}
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["dev"]]
+    wanted += [line for extra in extras for line in project["optional-dependencies"][extra]]
+    for requirement in map(Requirement, wanted):
+        if requirement.name != "trunkline":
+            versions = [next(iter(one.specifier)).version for one in locked[requirement.name]]
+            assert all(map(requirement.specifier.contains, versions)), f"{requirement}: locked are {versions}"
 
 
 @pytest.mark.parametrize("room", ROOMS)
