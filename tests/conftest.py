@@ -20,11 +20,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does; befo
 
 import torch
 
+import deprecations
+
 torch.set_num_threads(2)  # the same order of summation, and so the same numbers, on a laptop and on a 64-core server
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--shard", default="1/1", help="2/8: the second of eight parts of the tests")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    for line in deprecations.FILTERS:  # behind those of pyproject.toml, so that they come first
+        config.addinivalue_line("filterwarnings", line)
 
 
 @pytest.hookimpl(trylast=True)  # of what is left after -m and -k
@@ -153,10 +160,11 @@ Command = Callable[..., subprocess.CompletedProcess[str]]
 
 def command_line(*arguments: str | Path) -> tuple[list[str], dict[str, str]]:
     """The `trunkline` command as a program of its own: its arguments and environment."""
-    source = Path(__file__).resolve().parents[1] / "src"
-    program = [sys.executable, "-W", "error", "-m", "trunkline"]
+    tests = Path(__file__).resolve().parent
+    program = [sys.executable, "-c", "from deprecations import run; run('trunkline')"]
+    path = os.pathsep.join([str(tests.parent / "src"), str(tests)])
     # one thread: others run beside it, and the numbers are the same wherever it runs
-    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
+    environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     return [*program, *map(str, arguments)], environment
 
 
