@@ -9,6 +9,9 @@ LOCK ?= requirements.lock
 # The release that `make lock` writes down: of torch we choose one whose CPU build is at hand, not the newest.
 TORCH ?= 2.13.0
 
+# Processes that run tests, each with one thread.
+JOBS ?= 2
+
 # VENV= sets nothing up: PYTHON has what is needed, and the sources are used in place.
 BIN := $(if $(VENV),$(VENV)/bin/)
 READY := $(if $(VENV),$(VENV)/.ready)
@@ -22,7 +25,7 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)ruff check .
-	$(BIN)pytest -q
+	$(BIN)pytest -q --numprocesses $(JOBS) --dist worksteal
 
 # The same with the newest releases, in an environment of its own that is brought up to date at every call.
 test-newest:

@@ -1,4 +1,4 @@
-"""What every test file shares: two threads, fixed seeds, real data where it is there, GPU tests only on a GPU.
+"""What every test file shares: a number of threads, fixed seeds, real data where it is there, GPU tests only on a GPU.
 
 And one tiny run of six tasks, trained once by the command line, that the tests of engine, training and report look at.
 """
@@ -22,7 +22,9 @@ import torch
 
 import deprecations
 
-torch.set_num_threads(2)  # the same order of summation, and so the same numbers, on a laptop and on a 64-core server
+# The same order of summation, and so the same numbers, on a laptop and on a 64-core server; for each of several workers
+# one core.
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
