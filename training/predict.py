@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.cells import text_of
-from trunkline.training.data.sources import MissingColumnError, Rows, read_columns
+from trunkline.training.data.sources import Rows, read_columns
+from trunkline.training.data.tables import MissingColumnError
 
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
@@ -52,7 +53,7 @@ def of_file(engine: "Engine", path: Path, names: Sequence[str]) -> Iterator[dict
     missing: list[MissingColumnError] = []
     for task in [known[name] for name in names] or _answering(engine):
         try:
-            rows[task.name] = read_columns(path, task.text)
+            rows[task.name] = read_columns(path, task.text, task.encoding)
         except MissingColumnError as error:
             missing.append(error)
     if missing and (names or not rows):

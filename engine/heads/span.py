@@ -1,7 +1,7 @@
 """The first and the last token of a stretch of the text."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trunkline.engine.heads.head import Head, Labels, Made, Piece, Row, most_common
 from trunkline.engine.text.cells import number_of, text_of
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from trunkline.engine.text.tokenizer import Tokenizer
 
 START, END = 1, 2  # bits of a row's target
+ANSWER = ("text", "answer_start")  # of an answer in SQuAD
 
 
 class Span(Head):
@@ -27,13 +28,16 @@ class Span(Head):
     def columns(self, task: "Task") -> int:
         return 2
 
+    def unlabelled(self, task: "Task", label: Any) -> bool:
+        return super().unlabelled(task, label) or (isinstance(label, dict) and label.get("text", "") in (None, []))
+
     def encode(self, layout: "Layout", task: "Task", row: Row) -> Made:
         """The label's cell is the answer's text, inside the last text column."""
-        text, answer = row.texts[-1], text_of(row.label)
-        begin = text.find(answer) if row.start is None else int(number_of(row.start, "start"))
+        text, (answer, given) = row.texts[-1], answer_of(row.label, row.start)
+        begin = text.find(answer) if given is None else int(number_of(given, "start"))
         end = begin + len(answer)
         if begin < 0 or text[begin:end] != answer:
-            place = "" if row.start is None else f" at character {row.start}"
+            place = "" if given is None else f" at character {given}"
             raise ValueError(f"label {answer!r} does not stand{place} in column '{task.text[-1]}'")
         laid = layout.lay(row.texts, row.encoded)
         inside = [i for i, (first, last) in enumerate(laid.offsets) if first < end and last > begin]
@@ -77,3 +81,21 @@ class Span(Head):
     def in_words(self, task: "Task", value: tuple[int, int], piece: Piece, tokenizer: "Tokenizer") -> str:
         first = int(piece.label[0])  # of the text in the example
         return tokenizer.decode(piece.tokens[first + value[0] : first + value[1] + 1])
+
+
+def answer_of(label: Any, start: Any) -> tuple[str, Any]:
+    """The answer's text, and where it starts, if that is given.
+
+    The cell is the text; or, as SQuAD has them, the first of several answers, a list of {text, answer_start} or an
+    object with a list of each.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    first = label[0] if isinstance(label, list) and label and isinstance(label[0], dict) else label
+    if not isinstance(first, dict):
+        return text_of(first), start
+    if "text" not in first:
+        raise ValueError(f"label must be a text, or have a text as SQuAD's answers do, got {label!r}")
+    text, place = (value[0] if isinstance(value, list) and value else value for value in map(first.get, ANSWER))
+    return text_of(text), start if place is None else place

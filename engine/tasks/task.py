@@ -3,6 +3,7 @@
 Adding a task is one `Task(...)`, in Python or as ten lines of YAML.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, get_args
@@ -40,9 +41,11 @@ class Task:
     """Names from `trunkline.training.scoring.metrics.METRICS`; systems are compared by the first. Empty: those of the
     head."""
     train: str = "train"
-    """Split name on the hub, or a file: .csv, .tsv, .jsonl or .parquet ('*' for several)."""
-    validation: str = "validation"
-    """As `train`."""
+    """Split name on the hub, or a file: .csv, .tsv, .jsonl, .json, their .gz, or .parquet ('*' for several)."""
+    validation: str | float = "validation"
+    """As `train`; or the fraction of the training rows that is held out, such as 0.1, with every text on one side."""
+    encoding: str = "utf-8"
+    """Of text files, such as windows-1252."""
     hub: str = ""
     """Dataset id on the Hugging Face hub, such as 'nyu-mll/glue'."""
     subset: str = ""
@@ -83,4 +86,13 @@ class Task:
         require(len(set(self.labels)) == len(self.labels), f"labels name a class twice: {list(self.labels)}")
         known = get_args(References)
         require(self.references in known, f"references must be one of {', '.join(known)}, got '{self.references}'")
+        if isinstance(self.validation, str) and re.fullmatch(r"\d*\.\d+", self.validation):
+            object.__setattr__(self, "validation", float(self.validation))
+        if not isinstance(self.validation, str):
+            possible = isinstance(self.validation, float) and 0 < self.validation < 1
+            require(possible, f"validation must be a file, a split, or a fraction below 1, got {self.validation!r}")
+        try:
+            "a".encode(self.encoding)
+        except (LookupError, ValueError):
+            require(False, f"encoding '{self.encoding}' is unknown; windows-1252, utf-16 or latin-1 are some there are")
         require(self.max_target_tokens >= 1, f"max_target_tokens must be at least 1, got {self.max_target_tokens}")

@@ -1,12 +1,9 @@
 """The rows of one split of one task: from files, from a folder laid out like the hub, from the hub, or generated.
 
-Reading is strict, because a misread row is never noticed later: a table with a ragged row, a quote that never closes or
-bytes that are not UTF-8 is an error with file and row, and values stay strings until the encoder knows what they mean.
+Where a task has no validation split of its own, a part of its training rows is held out.
 """
 
-import csv
 import glob
-import io
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -15,16 +12,20 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from trunkline.engine.tasks.task import Task
 from trunkline.training.data import generated
-
-Columns = dict[str, list[Any]]
-
-
-class MissingColumnError(ValueError):
-    """A table without a column that is wanted."""
+from trunkline.training.data.tables import (
+    FORMATS,
+    READERS,
+    Columns,
+    choose_columns,
+    columns_of_records,
+    format_of,
+    read_table,
+    unread,
+)
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,15 @@ class Rows:
     """(file or dataset, number of its rows), in the order of the rows."""
     digest: str
     """SHA-256 of the files, the generated rows or the hub's fingerprint; keys what is made of these rows."""
+    part: Sequence[int] | None = None
+    """Of the origins' rows, those that these are, ascending; None: all."""
 
     def __len__(self) -> int:
-        return sum(count for _, count in self.origins)
+        return sum(count for _, count in self.origins) if self.part is None else len(self.part)
 
     def where(self, row: int) -> str:
         """The origin of row `row` (from 0) for error messages: 'train.csv, row 12' (from 1, header not counted)."""
+        row = row if self.part is None else self.part[row]
         for name, count in self.origins:
             if row < count:
                 return f"{name}, row {row + 1}"
@@ -92,19 +96,22 @@ def find_rows(
         ValueError: nothing to read, or, also from `Source.read`, a row, column or byte that cannot be read; names task,
             file and row.
     """
-    name = task.train if split == "train" else task.validation
+    held_out = task.validation if isinstance(task.validation, float) else None
+    name = str(task.train if split == "train" or held_out else task.validation)
     wanted = tuple(dict.fromkeys(column for column in (*task.text, task.label, task.start) if column))
     with _named(task, split):
         if task.generated:
             source = _generated_rows(task, split, wanted, seed)
-        elif Path(name).suffix.lower() in _READERS:
-            source = _file_rows(base or Path(), _named_files(base or Path(), name), wanted)
+        elif format_of(name):
+            source = _file_rows(base or Path(), _named_files(base or Path(), name), wanted, task.encoding)
         elif not task.hub:
-            raise ValueError(f"expected a {_FORMATS} file, or a hub dataset, got '{name}'")
+            raise ValueError(f"expected a {FORMATS} file, or a hub dataset; {unread(name)}{_offer(split)}")
         elif data is not None:
-            source = _file_rows(data, _hub_files(data, task, name), wanted)
+            source = _file_rows(data, _hub_files(data, task, name, split), wanted, task.encoding)
         else:
             source = _hub_rows(task, name, wanted)
+        if held_out:
+            source = _part(source, task.text, held_out, split)
 
     @cache
     def read() -> Rows:
@@ -126,23 +133,61 @@ def _named(task: Task, split: str) -> Iterator[None]:
         raise ValueError(f"task '{task.name}', {split} split: {error}") from error
 
 
-def read_columns(path: Path, wanted: Sequence[str]) -> Rows:
+def _offer(split: str) -> str:
+    return "; `validation: 0.1` holds out a tenth of the training rows" if split == "validation" else ""
+
+
+def read_columns(path: Path, wanted: Sequence[str], encoding: str = "utf-8") -> Rows:
     """Columns of one file, of all its rows.
 
     Raises:
         MissingColumnError: it has not all of them.
         ValueError: no such file, another format, or a row or byte that cannot be read.
     """
-    if path.suffix.lower() not in _READERS:
-        raise ValueError(f"expected a {_FORMATS} file, got {path}")
-    return _file_rows(path.parent, [path.name], tuple(wanted)).read()
+    if not format_of(path.name):
+        raise ValueError(f"expected a {FORMATS} file; {unread(str(path))}")
+    return _file_rows(path.parent, [path.name], tuple(wanted), encoding).read()
+
+
+def _part(source: Source, text: Sequence[str], fraction: float, split: str) -> Source:
+    """The rows of one split, of a source that has those of both."""
+    digest = sha256(f"{source.digest} {split} {fraction}".encode()).hexdigest()
+
+    def read() -> Rows:
+        rows = source.read()
+        texts = [[str(rows.columns[column][row]) for column in text] for row in range(len(rows))]
+        validation = _held_out(texts, fraction)
+        part = [row for row in range(len(rows)) if (row in validation) == (split == "validation")]
+        if not part:
+            raise ValueError(f"{len(rows)} rows have too few different texts for `validation: {fraction}`")
+        columns = {name: [values[row] for row in part] for name, values in rows.columns.items()}
+        return Rows(columns, rows.origins, digest, part)
+
+    return Source(digest, read)
+
+
+def _held_out(texts: Sequence[Sequence[str]], fraction: float) -> set[int]:
+    """Rows for validation: those of the texts whose SHA-256 are the lowest, until they are the fraction.
+
+    So a text is on one side only, however often it occurs, whatever its case and spaces, and wherever its rows stand.
+    """
+    rows_of: dict[bytes, list[int]] = {}
+    for row, columns in enumerate(texts):
+        same = json.dumps([" ".join(text.split()).casefold() for text in columns])
+        rows_of.setdefault(sha256(same.encode()).digest(), []).append(row)
+    held_out: set[int] = set()
+    for digest in sorted(rows_of)[:-1]:  # the last is left for training
+        if len(held_out) >= fraction * len(texts):
+            break
+        held_out.update(rows_of[digest])
+    return held_out
 
 
 def _generated_rows(task: Task, split: str, wanted: Sequence[str], seed: int) -> Source:
     name = f"generated {split} rows of {task.name}"
     records = generated.generate(task.name, split, generated.SIZES[split], seed)
     digest = sha256(json.dumps(records).encode()).hexdigest()
-    return Source(digest, lambda: Rows(_columns_of_records(records, name, wanted), ((name, len(records)),), digest))
+    return Source(digest, lambda: Rows(columns_of_records(records, name, wanted), ((name, len(records)),), digest))
 
 
 def _hub_rows(task: Task, split: str, wanted: Sequence[str]) -> Source:
@@ -162,29 +207,32 @@ def _hub_rows(task: Task, split: str, wanted: Sequence[str]) -> Source:
             f"cannot load {name} from the hub, which needs a connection and trunkline[hub]: {cause[:500]}; "
             f"local files serve as well: data=DIR with {local}"
         ) from error
-    chosen = _choose_columns(table.column_names, name, wanted)
+    chosen = choose_columns(table.column_names, name, wanted)
     digest = sha256(table._fingerprint.encode()).hexdigest()
     return Source(
         digest, lambda: Rows({column: table[chosen[column]][:] for column in wanted}, ((name, len(table)),), digest)
     )
 
 
-def _hub_files(data: Path, task: Task, split: str) -> list[str]:
+def _hub_files(data: Path, task: Task, name_of_split: str, split: str) -> list[str]:
     """The files of a split below `data`, relative to it."""
     name = task.hub.rpartition("/")[2]
     places = (f"{name}/{task.subset}", name, f"{task.hub}/{task.subset}", task.hub, task.subset, "")
     folders = list(dict.fromkeys(data / place for place in places))
     for folder in folders:
-        shards = sorted(folder.glob(f"{split}-*.parquet"))
+        shards = sorted(folder.glob(f"{name_of_split}-*.parquet"))
         for shard in shards:
             stated = re.search(r"-of-(\d+)$", shard.stem)
             if stated and int(stated[1]) != len(shards):
                 raise ValueError(f"{shard} is one of {int(stated[1])} files, found {len(shards)}")
-        files = shards or [file for suffix in _READERS if (file := folder / f"{split}{suffix}").is_file()][:1]
+        tables = [folder / f"{name_of_split}{suffix}{gz}" for suffix in READERS for gz in ("", ".gz")]
+        files = shards or [file for file in tables if file.is_file()][:1]
         if files:
             return [str(file.relative_to(data)) for file in files]
     looked_in = ", ".join(map(str, folders))
-    raise ValueError(f"no {split}-*.parquet, nor {split} as a {_FORMATS} file, in any of {looked_in}")
+    raise ValueError(
+        f"no {name_of_split}-*.parquet, nor {name_of_split} as a {FORMATS} file, in any of {looked_in}{_offer(split)}"
+    )
 
 
 def _named_files(base: Path, source: str) -> list[str]:
@@ -197,117 +245,24 @@ def _named_files(base: Path, source: str) -> list[str]:
     return names
 
 
-def _file_rows(folder: Path, names: list[str], wanted: Sequence[str]) -> Source:
-    state = sha256()
+def _file_rows(folder: Path, names: list[str], wanted: Sequence[str], encoding: str) -> Source:
+    state = sha256(encoding.encode())
     for name in names:
         path = folder / name
         try:
             with path.open("rb") as file:
                 state.update(path.suffix.encode() + file_digest(file, "sha256").digest())
         except OSError as error:
-            raise ValueError(f"cannot read {path.absolute()}: {error.strerror}; expected a {_FORMATS} file") from error
+            raise ValueError(f"cannot read {path.absolute()}: {error.strerror}; expected a {FORMATS} file") from error
 
     def read() -> Rows:
         columns: Columns = {column: [] for column in wanted}
         origins = []
         for name in names:
-            part = _READERS[Path(name).suffix.lower()]((folder / name).read_bytes(), name, wanted)
+            part = read_table((folder / name).read_bytes(), name, wanted, encoding)
             for column in wanted:
                 columns[column].extend(part[column])
             origins.append((name, len(part[wanted[0]])))
         return Rows(columns, tuple(origins), state.hexdigest())
 
     return Source(state.hexdigest(), read)
-
-
-def _decode(data: bytes, name: str) -> str:
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        offset, line = error.start, data.count(b"\n", 0, error.start) + 1
-        raise ValueError(f"{name} is not UTF-8: byte 0x{data[offset]:02x} at offset {offset}, line {line}") from error
-    text = text.removeprefix("\ufeff").rstrip("\r\n")
-    if not text:
-        raise ValueError(f"{name} is empty")
-    return text
-
-
-def _read_csv(data: bytes, name: str, wanted: Sequence[str]) -> Columns:
-    # The standard library's parser: pyarrow's takes a quote that is still open at the end of the file as closed.
-    csv.field_size_limit(2**31 - 1)  # characters; the default, 131,072, is less than a book
-    records: list[list[str]] = []
-    try:
-        for fields in csv.reader(io.StringIO(_decode(data, name), newline=""), strict=True):
-            records.append(fields or [""])  # an empty line is no field to the parser; in a file of one column it is one
-    except csv.Error as error:
-        raise ValueError(f"{name}, row {len(records)}: {error}") from error
-    return _columns_of_table(records, name, wanted)
-
-
-def _read_tsv(data: bytes, name: str, wanted: Sequence[str]) -> Columns:
-    # Quotes mean nothing in GLUE's TSV, and a line is a row. Not splitlines(): it also splits at U+0085 or U+2028.
-    lines = _decode(data, name).split("\n")
-    return _columns_of_table([line.removesuffix("\r").split("\t") for line in lines], name, wanted)
-
-
-def _read_jsonl(data: bytes, name: str, wanted: Sequence[str]) -> Columns:
-    records = []
-    for line, text in enumerate(_decode(data, name).split("\n"), 1):
-        try:
-            record = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name}, row {line}: not JSON: {error.msg} at column {error.colno}") from error
-        if not isinstance(record, dict):
-            raise ValueError(f"{name}, row {line}: expected a JSON object, got {text[:40]}")
-        records.append(record)
-    return _columns_of_records(records, name, wanted)
-
-
-def _read_parquet(data: bytes, name: str, wanted: Sequence[str]) -> Columns:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
-        chosen = _choose_columns(file.schema_arrow.names, name, wanted)
-        table = file.read(columns=list(chosen.values()))
-        table.validate(full=True)  # is text UTF-8?
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{name} is not a valid Parquet file: {error}") from error
-    return {column: table[chosen[column]].to_pylist() for column in wanted}
-
-
-_READERS = {".parquet": _read_parquet, ".csv": _read_csv, ".tsv": _read_tsv, ".jsonl": _read_jsonl}
-_FORMATS = ".csv, .tsv, .jsonl or .parquet"
-
-
-def _columns_of_table(records: list[list[str]], name: str, wanted: Sequence[str]) -> Columns:
-    header, *rows = records
-    chosen = _choose_columns(header, name, wanted)
-    for row, fields in enumerate(rows, 1):
-        if len(fields) != len(header):
-            raise ValueError(f"{name}, row {row}: expected {len(header)} fields, as in the header, got {len(fields)}")
-    places = {column: header.index(chosen[column]) for column in wanted}
-    return {column: [fields[place] for fields in rows] for column, place in places.items()}
-
-
-def _columns_of_records(records: list[dict[str, Any]], name: str, wanted: Sequence[str]) -> Columns:
-    chosen = _choose_columns(list(dict.fromkeys(key for record in records for key in record)), name, wanted)
-    for row, record in enumerate(records, 1):
-        for key in chosen.values():
-            if key not in record:
-                raise ValueError(f"{name}, row {row}: no key '{key}', found {list(record)}")
-    return {column: [record[chosen[column]] for record in records] for column in wanted}
-
-
-def _choose_columns(found: list[str], name: str, wanted: Sequence[str]) -> dict[str, str]:
-    """The name in the file of each wanted column: of 'a|b', the first that the file has."""
-    chosen = {}
-    for column in wanted:
-        present = [alternative for alternative in column.split("|") if alternative in found]
-        if not present:
-            raise MissingColumnError(f"{name} has no column '{column}': wanted {list(wanted)}, found {found}")
-        if found.count(present[0]) > 1:
-            raise ValueError(f"{name} has two columns '{present[0]}': found {found}")
-        chosen[column] = present[0]
-    return chosen

@@ -243,6 +243,24 @@ def test_an_answer_that_is_not_there_is_an_error():
     assert "text must be a string, got 5" in error_of(SPAN, question=["?"], text=["a 5"], label=[5])
 
 
+@pytest.mark.parametrize(
+    "label",
+    [
+        {"text": ["Bob", "b"], "answer_start": [7, 0]},
+        {"text": "Bob", "answer_start": 7},
+        [{"text": "Bob", "answer_start": 7}, {"text": "or", "answer_start": 4}],
+    ],
+    ids=str,
+)
+def test_answers_may_be_nested_as_in_squad(label):
+    assert span_rows(text=["Bob or Bob"], label=[label]).reference(0) == (7, 9)
+    empty = {"text": [], "answer_start": []}
+    drop = made(changed(SPAN, unlabelled="drop"), question=["?"] * 2, text=["ab"] * 2, label=[empty, "b"])
+    assert drop.counts == Counts(unlabelled=1)
+    assert "unlabelled row: 'label' is" in error_of(SPAN, question=["?"], text=["ab"], label=[empty])
+    assert "must be a text, or have a text as SQuAD's" in error_of(SPAN, question=["?"], text=["ab"], label=[{"a": 1}])
+
+
 def test_an_answer_that_is_cut_off_is_dropped_and_counted():
     columns = {"question": ["?"] * 3, "text": ["abcdefgh"] * 3, "label": ["abc", "bcdefg", "h"]}
     encoded = made(SPAN, 9, **columns)  # six characters of the text are left

@@ -1,5 +1,6 @@
 """Rows from every kind of source, and every fault of a file found, with file and row."""
 
+import gzip
 import json
 import subprocess
 import sys
@@ -225,10 +226,10 @@ def test_each_split_has_its_own_file(tmp_path):
 @pytest.mark.parametrize(
     ("source", "words"),
     [
-        ("no.csv", "no.csv: No such file or directory; expected a .csv, .tsv, .jsonl or .parquet file"),
-        ("folder.csv", "folder.csv: Is a directory; expected a .csv, .tsv, .jsonl or .parquet file"),
+        ("no.csv", "no.csv: No such file or directory; expected a .csv, .tsv, .jsonl, .json or .parquet file"),
+        ("folder.csv", "folder.csv: Is a directory; expected a .csv, .tsv, .jsonl, .json or .parquet file"),
         ("no-*.csv", "no file matches "),
-        ("a.xlsx", "expected a .csv, .tsv, .jsonl or .parquet file, or a hub dataset, got 'a.xlsx'"),
+        ("a.xlsx", "or a hub dataset; 'a.xlsx' is a spreadsheet: save it as CSV (UTF-8), or pandas.read_excel"),
     ],
 )
 def test_nothing_to_read_says_where_and_what_would_do(tmp_path, source, words):
@@ -296,7 +297,10 @@ def test_a_missing_shard_is_found(tmp_path):
 
 def test_an_absent_data_set_names_the_folders_tried(tmp_path):
     message = error_of(read_rows, table_task(hub="nyu-mll/glue", subset="sst2"), "train", tmp_path)
-    assert "task 'toy', train split: no train-*.parquet, nor train as a .csv, .tsv, .jsonl or .parquet file" in message
+    assert (
+        "task 'toy', train split: no train-*.parquet, nor train as a .csv, .tsv, .jsonl, .json or .parquet file"
+        in message
+    )
     for folder in ("glue/sst2", "nyu-mll/glue/sst2", "sst2"):
         assert f"{tmp_path / folder}," in message
 
@@ -399,3 +403,131 @@ def test_digest_follows_the_format(tmp_path):
         rows.append(read_rows(Task("toy", "language-model", ("text",), train=name), "train", base=tmp_path))
     assert [row.columns["text"] for row in rows] == [["a"], ['"a"']]
     assert rows[0].digest != rows[1].digest
+
+
+# Other formats and encodings
+
+SQUAD = {
+    "version": "1.1",
+    "data": [
+        {
+            "title": "Farm",
+            "paragraphs": [
+                {
+                    "context": "the hen is in the barn",
+                    "qas": [
+                        {"id": "1", "question": "where?", "answers": [{"text": "barn", "answer_start": 18}]},
+                        {"id": "2", "question": "who?", "answers": [{"text": "hen", "answer_start": 4}]},
+                    ],
+                }
+            ],
+        }
+    ],
+}
+TWO = [{"text": "é", "label": 1}, {"text": "b", "label": 0}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.json", json.dumps(TWO).encode()),
+        ("a.json", json.dumps({"data": TWO}, indent=2).encode()),
+        ("a.json.gz", gzip.compress(json.dumps(TWO).encode())),
+        ("a.jsonl.gz", gzip.compress("\n".join(map(json.dumps, TWO)).encode())),
+        ("a.JSONL", "\n".join(map(json.dumps, TWO)).encode()),
+    ],
+)
+def test_json_arrays_and_gzip_are_read(name, content, tmp_path):
+    rows = read(tmp_path, name, content)
+    assert rows.columns == {"text": ["é", "b"], "label": [1, 0]}
+    assert rows.where(1) == f"{name}, row 2"
+
+
+def test_tables_of_other_encodings_are_read_where_the_task_names_them(tmp_path):
+    for encoding in ("windows-1252", "utf-16", "latin-1", "utf-8"):
+        (tmp_path / "a.csv").write_bytes("text,label\né,1\n".encode(encoding))
+        rows = read_rows(table_task("a.csv", encoding=encoding), "train", base=tmp_path)
+        assert rows.columns == {"text": ["é"], "label": ["1"]}
+    (tmp_path / "a.csv").write_bytes("text,label\né,1\n".encode("utf-16"))
+    assert "write `encoding: utf-16` on the task" in error_of(read_rows, table_task("a.csv"), "train", base=tmp_path)
+    (tmp_path / "a.csv").write_bytes("text,label\né,1\n".encode("latin-1"))
+    assert "`encoding: windows-1252`" in error_of(read_rows, table_task("a.csv"), "train", base=tmp_path)
+    for unknown in ("klingon", "rot13"):
+        with pytest.raises(ValueError, match=f"task 'toy': encoding '{unknown}' is unknown"):
+            table_task("a.csv", encoding=unknown)
+
+
+def test_squad_is_a_row_for_every_question(tmp_path):
+    (tmp_path / "squad.json").write_text(json.dumps(SQUAD))
+    task = Task("qa", "span", ("question", "context"), "answers", train="squad.json")
+    rows = read_rows(task, "train", base=tmp_path)
+    assert rows.columns["question"] == ["where?", "who?"]
+    assert rows.columns["answers"][1] == [{"text": "hen", "answer_start": 4}]
+    (tmp_path / "squad.json").write_text(json.dumps(SQUAD).replace("context", "passage"))
+    message = error_of(read_rows, task, "train", base=tmp_path)
+    assert "squad.json: articles need paragraphs with 'context' and 'qas', as SQuAD's: KeyError('context')" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("a.json", b'{"text": "a"}', "a.json: expected a JSON array of objects, got"),
+        ("a.json", b"[1]", "a.json, row 1: expected a JSON object, got 1"),
+        ("a.json", b'[{"text": "a", "label": 1}\n 2', "a.json: not JSON: Expecting ',' delimiter at line 2, column 2"),
+        ("a.json", b"[" * 100_000, "a.json: not read: nested too deeply"),
+        ("a.jsonl", b'[{"text": "a"}]', 'row 1: expected a JSON object, got [{"text": "a"}]; an array is read from'),
+        ("a.jsonl", b'{"text": "a", "label": 1, "text": "b"}', "row 1: not read: key 'text' is given twice"),
+        ("a.jsonl", b'{"text": "a", "label": ' + b"1" * 5000 + b"}", "row 1: not read: Exceeds the limit"),
+        ("a.csv.gz", b"text,label\na,1\n", "a.csv.gz is not a valid gzip file"),
+        ("a.csv.gz", gzip.compress(b"text,label\na,1\n")[:-9], "a.csv.gz is not a valid gzip file"),
+        ("a.csv", gzip.compress(b"text,label\na,1\n"), "a.csv is not UTF-8: byte 0x8b at offset 1, line 1; it is comp"),
+    ],
+)
+def test_what_cannot_be_read_says_what_to_do(name, content, words, tmp_path):
+    assert words in error_of(read, tmp_path, name, content)
+
+
+# A part of the training rows
+
+
+def halves(folder: Path, rows: list[str], fraction: float) -> tuple[Rows, Rows]:
+    (folder / "a.csv").write_text("text,label\n" + "".join(f"{row}\n" for row in rows))
+    task = table_task("a.csv", validation=fraction)
+    return read_rows(task, "train", base=folder), read_rows(task, "validation", base=folder)
+
+
+@pytest.mark.parametrize("fraction", [0.01, 0.1, 0.5, 0.9])
+def test_a_fraction_is_held_out_and_no_text_is_on_both_sides(fraction, tmp_path):
+    rows = [f"text {i % 150},{i % 2}" for i in range(200)] + ["TEXT  7 ,0"]
+    train, validation = halves(tmp_path, rows, fraction)
+    assert len(train) + len(validation) == 201
+    assert fraction * 201 <= len(validation) <= fraction * 201 + 3
+    same = [{" ".join(text.split()).casefold() for text in part.columns["text"]} for part in (train, validation)]
+    assert not same[0] & same[1]
+    for part in (train, validation):
+        for i in range(0, len(part), 7):
+            row = int(part.where(i).removeprefix("a.csv, row "))
+            assert rows[row - 1] == f"{part.columns['text'][i]},{part.columns['label'][i]}"
+
+
+def test_the_same_texts_are_held_out_whatever_the_order(tmp_path):
+    rows = [f"text {i},1" for i in range(100)]
+    train, validation = halves(tmp_path, rows, 0.2)
+    _, again = halves(tmp_path, rows[::-1], 0.2)
+    assert sorted(again.columns["text"]) == sorted(validation.columns["text"])
+    assert len({validation.digest, again.digest, train.digest}) == 3
+
+
+def test_one_text_cannot_be_parted(tmp_path):
+    with pytest.raises(ValueError, match="task 'toy', validation split: 2 rows have too few different texts for"):
+        halves(tmp_path, ["same,1", "Same,0"], 0.5)
+
+
+def test_a_missing_validation_split_offers_a_part(tmp_path):
+    (tmp_path / "a.csv").write_text("text,label\na,1\n")
+    message = error_of(read_rows, table_task("a.csv"), "validation", base=tmp_path)
+    assert message.endswith("got 'validation'; `validation: 0.1` holds out a tenth of the training rows")
+    for wrong in (0.0, 1.0, -0.1, 2, True, None):
+        with pytest.raises(ValueError, match="task 'toy': validation must be a file, a split, or a fraction below 1"):
+            table_task("a.csv", validation=wrong)
+    assert table_task("a.csv", validation="0.25").validation == 0.25
