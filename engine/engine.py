@@ -5,7 +5,7 @@ the only calls up into training.
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from itertools import chain
@@ -20,11 +20,12 @@ from trunkline.engine.config import Config, restore_config, trunk_of, with_vocab
 from trunkline.engine.foreign.pretrained import SETTINGS, WEIGHTS
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import BiLSTM, Model
-from trunkline.engine.network.generate import Search
+from trunkline.engine.network.generate import Search, check_search, prompts_at_once
 from trunkline.engine.network.model import MultiTaskModel, in_model_order
 from trunkline.engine.network.packing import Example, pack
 from trunkline.engine.network.trunk import Trunk, TrunkConfig, preset
 from trunkline.engine.tasks.task import Task
+from trunkline.engine.text.given import fits, listed, text_rows
 from trunkline.engine.text.layout import Laid, Layout
 from trunkline.engine.text.tokenizer import Tokenizer
 
@@ -73,7 +74,7 @@ class Engine:
             if start is not None:
                 raise ValueError(f"engine: a Trunk and init='{init}' are two starts: give one of them")
             shape = trunk_of(init, {} if trunk is None else asdict(shape))
-        self._hold(Config(tasks=tuple(tasks), trunk=shape, **settings), start)
+        self._hold(Config(tasks=tuple(listed(tasks, "engine: tasks")), trunk=shape, **settings), start)
         if isinstance(tokenizer, Tokenizer):
             self.tokenizer = tokenizer
 
@@ -177,8 +178,10 @@ class Engine:
             )
         return {name: task.metrics for name, task in scored.items()}
 
-    def predict(self, texts: Sequence[str | Sequence[str]], tasks: Sequence[str] = ()) -> dict[str, list[Any]]:
-        """What the tasks say of each text; all of them share one pass through the trunk.
+    def predict(self, texts: Iterable[str | Sequence[str]], tasks: Sequence[str] = ()) -> dict[str, list[Any]]:
+        """What the tasks say of each text; all of them share its pass through the trunk.
+
+        Passes are of `batch.tokens` tokens, however many texts there are.
 
         Args:
             texts: each a text, or a tuple of texts for tasks on several (a premise and a hypothesis).
@@ -190,8 +193,8 @@ class Engine:
         Raises:
             ValueError: an unknown task, one that generates text, or a text that does not fit the task.
         """
-        parts = [(text,) if isinstance(text, str) else tuple(text) for text in texts]
-        asked = [self._index(name) for name in tasks] or [
+        parts = text_rows(texts, "predict")
+        asked = [self._index(name) for name in listed(tasks, "predict: tasks")] or [
             t for t, task in enumerate(self.tasks) if HEADS[task.head].group != "vocabulary"
         ]
         for t in asked:
@@ -199,24 +202,47 @@ class Engine:
             if HEADS[task.head].group == "vocabulary":
                 raise ValueError(f"predict: task '{task.name}' writes text: use generate()")
             for place, text in enumerate(parts):
-                needed = text[-1:] if HEADS[task.head].reads_last else text
-                if len(text) != len(task.text) or not any(part.strip() for part in needed):
+                if not fits(task, text):
                     raise ValueError(
                         f"predict: task '{task.name}' takes {len(task.text)} text(s) {list(task.text)}, "
-                        f"got {text!r} at place {place}"
+                        f"got {text!r:.120} at place {place}"
                     )
         layout = Layout(self._tokenizer, self.config.batch.max_length, self.config.trunk.causal)
-        laid = [layout.lay(text) for text in parts]
         # what a trunk makes of a text serves all tasks; a Bi-LSTM's attention is each task's own
         passes = [[t] for t in asked] if self.config.architecture == "bilstm" else [asked]
-        predictions: dict[str, list[Any]] = {}
+        predictions: dict[str, list[Any]] = {self.tasks[t].name: [] for t in asked}
         for together in passes:
-            predictions |= self._predict(laid, together)
+            for laid, wanted in self._batches(map(layout.lay, parts), together):
+                for name, answers in self._predict(laid, wanted, together).items():
+                    predictions[name] += answers
         return predictions
 
-    def _predict(self, laid: Sequence[Laid], asked: Sequence[int]) -> dict[str, list[Any]]:
-        """What tasks, by their places, say of each text, from one pass."""
-        wanted = [[HEADS[self.tasks[t].head].rows(text) for t in asked] for text in laid]
+    def _batches(
+        self, texts: Iterable[Laid], asked: Sequence[int]
+    ) -> Iterator[tuple[list[Laid], list[list[np.ndarray]]]]:
+        """Texts and the rows of them that every task looks at, in batches with the token budget of both."""
+        laid: list[Laid] = []
+        wanted: list[list[np.ndarray]] = []
+        room = self.config.batch.tokens
+        for text in texts:
+            rows = [HEADS[self.tasks[t].head].rows(text) for t in asked]
+            size = max(len(text.tokens), sum(map(len, rows)))
+            if laid and size > room:
+                yield laid, wanted
+                laid, wanted, room = [], [], self.config.batch.tokens
+            laid.append(text)
+            wanted.append(rows)
+            room -= size
+        if laid:
+            yield laid, wanted
+
+    def _predict(
+        self, laid: Sequence[Laid], wanted: Sequence[Sequence[np.ndarray]], asked: Sequence[int]
+    ) -> dict[str, list[Any]]:
+        """What tasks, by their places, say of each text, from one pass.
+
+        `wanted`: of each text, the rows that each of these tasks looks at.
+        """
         examples = [
             Example(asked[0], text.tokens, np.array([*chain.from_iterable(rows)], np.int64))
             for text, rows in zip(laid, wanted, strict=True)
@@ -235,8 +261,9 @@ class Engine:
                     predictions[task.name][place] = head.describe(task, value, laid[place])
         return predictions
 
-    def generate(self, texts: Sequence[str], task: str, search: Search | None = None) -> list[str]:
-        """Writes the text that a task asks for, such as a summary, for each document.
+    def generate(self, texts: Iterable[str], task: str, search: Search | None = None) -> list[str]:
+        """Writes the text that a task asks for, such as a summary, for each document; so many at a time as are held by
+        eight times `batch.tokens` tokens.
 
         Args:
             texts: the documents.
@@ -244,17 +271,28 @@ class Engine:
             search: greedy or beam search and lengths; default: the config's.
 
         Raises:
-            ValueError: an unknown task, or one that does not generate.
+            ValueError: an unknown task, or one that does not generate; what is no text; a search that cannot be, or
+                whose texts do not fit the trunk's positions.
         """
+        documents = text_rows(texts, "generate")
         t = self._index(task)
         if not HEADS[self.tasks[t].head].writes:
             raise ValueError(f"generate: task '{task}' has head '{self.tasks[t].head}': use predict()")
+        for place, document in enumerate(documents):
+            if len(document) != 1:
+                raise ValueError(f"generate: task '{task}' takes 1 text, got {document!r:.120} at place {place}")
+        search = search or self.config.search
+        check_search(search, self.config.trunk.vocab_size)
         layout = Layout(self._tokenizer, self.config.batch.max_length, causal=True)
-        prompts = [layout.prompt(text, self.tasks[t].max_target_tokens).tokens for text in texts]
+        prompts = [layout.prompt(text, self.tasks[t].max_target_tokens).tokens for (text,) in documents]
         model = self.model.eval()
-        with self.autocast():
-            made = model.generate(prompts, t, layout.tokenizer.end, search or self.config.search)
-        return [layout.tokenizer.decode(tokens) for tokens in made]
+        written = [""] * len(prompts)
+        for places in prompts_at_once([len(prompt) for prompt in prompts], search, self.config.batch.tokens):
+            with self.autocast():
+                made = model.generate([prompts[place] for place in places], t, layout.tokenizer.end, search)
+            for place, tokens in zip(places, made, strict=True):
+                written[place] = layout.tokenizer.decode(tokens)
+        return written
 
     @property
     def _tokenizer(self) -> Tokenizer:

@@ -7,6 +7,7 @@ attend together, so that a long one costs the short ones nothing. When a text en
 B prompts, W beams, S = B * W texts, L slots of the cache, G key/value heads, E head width, V vocabulary
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trunkline.engine.network.packing import Example, pack
+from trunkline.engine.network.packing import Example, batches_of, pack
 from trunkline.engine.network.trunk import Trunk, TrunkConfig
 from trunkline.kernels.attention.attention import attention
 
@@ -36,6 +37,8 @@ class Search:
     """No run of this many tokens occurs twice in a text; 0: all may."""
 
 
+AT_ONCE = 64  # prompts that are continued together, so that there are not too many logits
+CACHED = 8  # tokens of the cache for one of a training batch, which takes more memory: its activations are kept
 PARTS = 4  # in which texts attend: more would leave out more of the shorter texts' unused slots, but cost calls
 
 
@@ -143,10 +146,16 @@ def generate(
         The new tokens of each prompt, in the order of the prompts.
 
     Raises:
-        ValueError: a prompt and the longest text do not fit the trunk's positions.
+        ValueError: an empty prompt, a search that cannot be, or a prompt and the longest text that do not fit the
+            trunk's positions.
     """
     search = search or Search()
+    check_search(search, trunk.config.vocab_size)
+    if not len(prompts):
+        return []
     lengths = np.array([len(prompt) for prompt in prompts])
+    if not lengths.all():
+        raise ValueError(f"generate: the prompt at place {lengths.argmin()} has no tokens")
     slots = int(lengths.max()) + search.max_new_tokens
     if slots > trunk.config.max_positions:
         raise ValueError(
@@ -163,6 +172,36 @@ def generate(
             x = trunk(writer.last, places, cache.attend, repeated=cache.repeated(writer.last))  # (S,) -> (S, D)
     texts = writer.written()
     return [texts[place] for place in np.argsort(longest_first)]
+
+
+def prompts_at_once(lengths: Sequence[int], search: Search, tokens: int) -> list[list[int]]:
+    """Places of the prompts that are continued together, longest first, so that what does not fit shows at once.
+
+    Args:
+        lengths: of the prompts.
+        search: its longest text and its beams take room beside the prompts.
+        tokens: budget of a training batch.
+    """
+    room = [(length + search.max_new_tokens) * search.beams for length in lengths]
+    batches = batches_of(room, CACHED * tokens)[::-1]
+    return [batch[first : first + AT_ONCE] for batch in batches for first in range(0, len(batch), AT_ONCE)]
+
+
+def check_search(search: Search, vocab_size: int) -> None:
+    """Refuses a search that cannot be.
+
+    Raises:
+        ValueError: names the field, its value and what it must be.
+    """
+    least = {"max_new_tokens": 1, "beams": 1, "min_new_tokens": 0, "no_repeat_ngram": 0}
+    for name, minimum in least.items():
+        value = getattr(search, name)
+        if not isinstance(value, int) or value < minimum:
+            raise ValueError(f"search: {name} must be a whole number of at least {minimum}, got {value!r}")
+    if search.beams >= vocab_size:
+        raise ValueError(f"search: beams must be fewer than the vocabulary's {vocab_size} entries, got {search.beams}")
+    if not isinstance(search.length_penalty, int | float) or not math.isfinite(search.length_penalty):
+        raise ValueError(f"search: length_penalty must be a finite number, got {search.length_penalty!r}")
 
 
 def writer_of(prompts: int, search: Search, end: int, device: torch.device) -> "_Greedy | _Beams":

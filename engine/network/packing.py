@@ -68,6 +68,19 @@ class Example:
     weights: np.ndarray | None = None  # (r,) float; None: 1
 
 
+def batches_of(lengths: Sequence[int], tokens: int) -> list[list[int]]:
+    """Places of sequences in batches of at most so many tokens, shortest first; one that is longer is alone."""
+    batches: list[list[int]] = []
+    room = 0
+    for place in sorted(range(len(lengths)), key=lambda place: lengths[place]):
+        if lengths[place] > room:
+            batches.append([])
+            room = tokens
+        batches[-1].append(place)
+        room -= lengths[place]
+    return batches
+
+
 def tiles_of(lengths: Sequence[int]) -> list[list[int]]:
     """Short sequences in tiles, first-fit decreasing: indices of `lengths`, each tile at most 64 or 128 tokens.
 

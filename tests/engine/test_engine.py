@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -47,9 +48,9 @@ def counted_passes(trunk: Trunk) -> Iterator[list[int]]:
     """Tokens of every pass through the trunk."""
     passes, forward = [], trunk.forward
 
-    def count(tokens, *rest):
+    def count(tokens, *rest, **more):
         passes.append(len(tokens))
-        return forward(tokens, *rest)
+        return forward(tokens, *rest, **more)
 
     trunk.forward = count
     yield passes
@@ -146,7 +147,98 @@ def test_a_question_that_does_not_fit_is_refused(engine, texts, tasks, words):
     assert passes == []
 
 
+NO_LISTS = {  # what is no list of texts or of tasks, words of the error
+    "one string": ("Superb!", "texts must be a list, got one string: write \\['Superb!'\\]"),
+    "bytes": (b"Superb!", "texts must be a list, got bytes"),
+    "nothing": (None, "texts must be a list, got NoneType"),
+    "a mapping": ({"text": [SHORT]}, "texts must be a list, got dict"),
+    "a table": (SimpleNamespace(columns=["text"], __iter__=None), "texts must be a list, got SimpleNamespace"),
+    "a missing text": ([SHORT, None], "expected a text at place 1, got NoneType None"),
+    "not a number": ([SHORT, float("nan")], "expected a text at place 1, got float nan"),
+    "bytes in the list": ([b"a"], "expected a text at place 0, got bytes b'a'"),
+    "a missing text of a pair": ([("a", None)], "expected a text at place 0, got NoneType None"),
+    "half a character": ([SHORT, "ab\ud83d"], "half a character at place 1, '.ud83d' in 'ab.ud83d'"),
+}
+
+
+@pytest.mark.parametrize(("texts", "words"), NO_LISTS.values(), ids=NO_LISTS)
+def test_what_is_no_list_of_texts_is_refused(engine, texts, words):
+    with pytest.raises(ValueError, match=f"predict: {words}"):
+        engine.predict(texts, ["colour"])
+    with pytest.raises(ValueError, match=f"generate: {words}"):
+        engine.generate(texts, "retell")
+
+
+def test_one_string_is_no_list_of_tasks(engine):
+    with pytest.raises(ValueError, match="predict: tasks must be a list, got one string: write \\['colour'\\]"):
+        engine.predict([SHORT], "colour")
+    with pytest.raises(ValueError, match="engine: tasks must be a list, got one string: write \\['sst2'\\]"):
+        Engine(tasks="sst2")
+
+
+def test_no_texts_have_no_answers(engine):
+    assert engine.predict([], ["colour", "parts"]) == {"colour": [], "parts": []}
+    assert engine.generate([], "retell") == []
+
+
+def test_texts_may_come_from_an_iterator(engine):
+    assert engine.predict(iter(TEXTS), ["colour"]) == engine.predict(TEXTS, ["colour"])
+    assert engine.generate(iter(TEXTS), "retell") == engine.generate(TEXTS, "retell")
+
+
+def test_passes_have_the_token_budget_however_many_texts_there_are(engine):
+    texts = [" ".join([SHORT] * (1 + i % 5)) for i in range(40)]
+    alone = [engine.predict([text], ["parts"])["parts"][0] for text in texts]
+    budget = engine.config.batch.tokens
+    with counted_passes(engine.model.trunk) as passes:
+        assert engine.predict(texts, ["colour", "parts"])["parts"] == alone
+    assert len(passes) > 1
+    assert max(passes) <= budget < sum(passes)
+    assert min(passes[:-1]) > budget - 128  # no pass ends while the longest text would find room
+    with counted_passes(engine.model.trunk) as passes:
+        engine.predict(texts, ["colour"] + ["parts"] * 20)  # what the heads look at counts as well
+    assert max(passes) < budget / 10
+
+
+def test_prompts_are_continued_as_many_at_a_time_as_find_room(engine, monkeypatch):
+    texts = [" ".join([SHORT] * (1 + i % 5)) for i in range(20)]
+    together, search = engine.generate(texts, "retell"), Search(max_new_tokens=8)
+    monkeypatch.setattr("trunkline.engine.network.generate.CACHED", 1)
+    with counted_passes(engine.model.trunk) as passes:
+        assert engine.generate(texts, "retell", search) == together
+    prompts = [count for count in passes if count > 20]
+    assert len(prompts) > 1
+    assert max(prompts) <= engine.config.batch.tokens
+    monkeypatch.setattr("trunkline.engine.network.generate.AT_ONCE", 3)
+    with counted_passes(engine.model.trunk) as passes:
+        alone = engine.generate([SHORT], "retell", search)
+        prompt = passes[0]
+        assert engine.generate([SHORT] * 7, "retell", search) == alone * 7
+    assert [count for count in passes if count >= prompt] == [prompt, 3 * prompt, 3 * prompt, prompt]
+
+
+SEARCHES = {
+    "no tokens": ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
+    "no beams": ({"beams": 0}, "beams must be a whole number of at least 1, got 0"),
+    "half a beam": ({"beams": 1.5}, "beams must be a whole number of at least 1, got 1.5"),
+    "more beams than tokens": ({"beams": 512}, "beams must be fewer than the vocabulary's [0-9]+ entries, got 512"),
+    "below nothing": ({"min_new_tokens": -1}, "min_new_tokens must be a whole number of at least 0, got -1"),
+    "runs": ({"no_repeat_ngram": None}, "no_repeat_ngram must be a whole number of at least 0, got None"),
+    "no number": ({"length_penalty": float("nan")}, "length_penalty must be a finite number, got nan"),
+    "longer than the trunk": ({"max_new_tokens": 1000}, "and 1000 new ones are more than the trunk's 160 positions"),
+}
+
+
+@pytest.mark.parametrize(("fields", "words"), SEARCHES.values(), ids=SEARCHES)
+def test_a_search_that_cannot_be_is_refused(engine, fields, words):
+    with counted_passes(engine.model.trunk) as passes, pytest.raises(ValueError, match=words):
+        engine.generate([SHORT, SHORT * 9], "retell", Search(**fields))
+    assert passes == []
+
+
 def test_only_generating_tasks_write(engine):
+    with pytest.raises(ValueError, match="generate: task 'retell' takes 1 text, got \\('a', 'b'\\) at place 0"):
+        engine.generate([("a", "b")], "retell")
     with pytest.raises(ValueError, match="task 'colour' has head 'classify': use predict"):
         engine.generate([SHORT], "colour")
     with pytest.raises(ValueError, match="task 'prose' has head 'language-model'"):

@@ -10,14 +10,12 @@ import torch
 
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import Model
-from trunkline.engine.network.generate import Search
-from trunkline.engine.network.packing import pack
+from trunkline.engine.network.generate import Search, prompts_at_once
+from trunkline.engine.network.packing import batches_of, pack
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.tokenizer import Tokenizer
 from trunkline.training.data.encoded import Encoded
 from trunkline.training.scoring.metrics import first_score, metric_names, score, score_task
-
-TEXTS_AT_ONCE = 64  # prompts that are continued together
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,8 @@ def _evaluate_task(
     chosen, head = spaced(len(split), examples), HEADS[split.task.head]
     loss, weight = 0.0, 0.0
     predicted: dict[int, Any] = {}
-    for members in _batches(split, chosen, tokens):
+    for places in batches_of([split.lengths[i] for i in chosen], tokens):
+        members = [chosen[place] for place in places]
         batch = pack([split.example(i, task) for i in members], len(model.tasks)).to(model.device)
         sums, logits = model.score(batch, task)  # (R, C)
         loss += float(sums.loss[task])
@@ -90,7 +89,7 @@ def _evaluate_task(
     if head.writes:
         count = len(chosen) if texts is None else texts
         chosen = [chosen[place] for place in spaced(len(chosen), count)] if count else []
-        predicted = _texts(model, tokenizer, split, task, chosen, search)
+        predicted = _texts(model, tokenizer, split, task, chosen, tokens, search)
     predictions = [predicted[i] for i in chosen]
     if not chosen:
         return Scored({"loss": mean}, [], [])
@@ -99,15 +98,13 @@ def _evaluate_task(
 
 
 def _texts(
-    model: Model, tokenizer: Tokenizer, split: Encoded, task: int, chosen: Sequence[int], search: Search
+    model: Model, tokenizer: Tokenizer, split: Encoded, task: int, chosen: Sequence[int], tokens: int, search: Search
 ) -> dict[int, str]:
     """Texts generated for the prompts of these examples."""
     texts: dict[int, str] = {}
-    by_length = sorted(chosen, key=lambda i: len(split.prompt_of(i)))
-    for first in range(0, len(by_length), TEXTS_AT_ONCE):
-        members = by_length[first : first + TEXTS_AT_ONCE]
-        prompts = [split.prompt_of(i) for i in members]
-        made = model.generate(prompts, task, tokenizer.end, search)
+    for places in prompts_at_once([len(split.prompt_of(i)) for i in chosen], search, tokens):
+        members = [chosen[place] for place in places]
+        made = model.generate([split.prompt_of(i) for i in members], task, tokenizer.end, search)
         texts.update(zip(members, map(tokenizer.decode, made), strict=True))
     return texts
 
@@ -117,16 +114,3 @@ def spaced(count: int, wanted: int) -> list[int]:
     if wanted == 0 or wanted >= count:
         return list(range(count))
     return np.linspace(0, count - 1, wanted).round().astype(int).tolist()
-
-
-def _batches(split: Encoded, chosen: Sequence[int], tokens: int) -> list[list[int]]:
-    """Examples in batches of at most `tokens`, shortest first."""
-    batches: list[list[int]] = []
-    room = 0
-    for i in sorted(chosen, key=lambda i: split.lengths[i]):
-        if split.lengths[i] > room:
-            batches.append([])
-            room = tokens
-        batches[-1].append(i)
-        room -= split.lengths[i]
-    return batches
