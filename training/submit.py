@@ -1,7 +1,8 @@
 """`trunkline submit`: predictions on GLUE's test splits, in the files that its server scores.
 
 A zip of eleven tables. The server knows a row by its index alone and a class by a name of its own, and scores whatever
-it is given: rows that lack or stand in another order show only as a bad score, so that all of it is checked here.
+it is given: rows that lack or stand in another order show only as a bad score, so that all of it is checked here. A
+row's place is what its column idx (in GLUE's own TSV, index) says, not where it stands in the file.
 """
 
 import zipfile
@@ -12,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from trunkline.engine.tasks.builtin import BUILTIN
 from trunkline.engine.tasks.task import Task
-from trunkline.training.data.sources import read_rows
+from trunkline.training.data.sources import Rows, read_rows
+from trunkline.training.data.tables import MissingColumnError
 
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
 
 AT_ONCE = 256  # texts in one pass of the trunk
+INDEX = "idx|index"
 DATE = (1980, 1, 1, 0, 0, 0)  # of all files: the same predictions make the same zip
 
 
@@ -84,7 +87,7 @@ def submit(
     for test in TEST_SPLITS:
         if test.task in tasks:
             _check_task(tasks[test.task])
-            texts[test.file] = _texts(test, engine)
+            texts[test.file] = _texts(test, engine, tell)
     tables = {}
     for test in TEST_SPLITS:
         if test.task in tasks:
@@ -105,17 +108,46 @@ def _check_task(task: Task) -> None:
         raise ValueError(f"submit: task '{task.name}' is not GLUE's: head, text and labels are {found}, not {expected}")
 
 
-def _texts(test: TestSplit, engine: "Engine") -> list[tuple[str, ...]]:
-    """The text columns of a test split, row by row."""
+def _texts(test: TestSplit, engine: "Engine", tell: Callable[[str], None]) -> list[tuple[str, ...]]:
+    """The text columns of a test split, in the order of the server's index."""
     official = BUILTIN[test.task]
-    # in place of the label, which is -1 or not there at all, a column that is read anyway
-    task = replace(official, validation=test.split, subset=test.subset or official.subset, label=official.text[0])
+    # the index in place of the label, which is -1 or not there at all
+    task = replace(official, validation=test.split, subset=test.subset or official.subset, label=INDEX)
     data, base = engine.config.data, engine.config.base
-    rows = read_rows(task, "validation", Path(data) if data else None, Path(base))
+    where = (Path(data) if data else None, Path(base))
+    try:
+        rows = read_rows(task, "validation", *where)
+    except ValueError as error:
+        if not isinstance(error.__cause__, MissingColumnError):
+            raise
+        # no index, or not the texts: then this tells
+        rows = read_rows(replace(task, label=task.text[0]), "validation", *where)
+        tell(f"{test.file}: no column idx or index, so the rows are taken to stand in the server's order")
     if len(rows) != test.rows:
         source = ", ".join(name for name, _ in rows.origins)
         raise ValueError(f"submit: {test.file} takes {test.rows:,} rows, found {len(rows):,} in {source}")
-    return list(zip(*(rows.columns[column] for column in task.text), strict=True))
+    texts = list(zip(*(rows.columns[column] for column in task.text), strict=True))
+    return [texts[row] for row in _in_order(test, rows)] if INDEX in rows.columns else texts
+
+
+def _in_order(test: TestSplit, rows: Rows) -> list[int]:
+    """The row of every index from 0 on."""
+    row_of: dict[int, int] = {}
+    for row, given in enumerate(rows.columns[INDEX]):
+        digits = str(given)
+        index = int(digits) if digits.isascii() and digits.isdigit() else -1
+        if not 0 <= index < len(rows):
+            raise ValueError(
+                f"submit: {test.file}: the index must be a whole number from 0 to {len(rows) - 1:,}, "
+                f"got {given!r} ({rows.where(row)})"
+            )
+        if index in row_of:
+            raise ValueError(
+                f"submit: {test.file}: the index {index} is that of two rows ({rows.where(row_of[index])}; "
+                f"{rows.where(row)})"
+            )
+        row_of[index] = row
+    return [row_of[index] for index in range(len(rows))]
 
 
 def _answers(engine: "Engine", task: str, texts: Sequence[tuple[str, ...]]) -> list[Any]:

@@ -122,6 +122,47 @@ def test_answers_stand_in_the_order_of_the_rows_under_the_servers_names(data, an
 
 
 @pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize("column", ["idx", "index"])
+def test_a_row_goes_where_its_index_says(data, answered, tmp_path, column):
+    order, folder = [3, 0, 6, 5, 1, 4, 2], data / "glue" / "wnli"
+    (folder / "test.jsonl").unlink()
+    lines = [f"{row}\tpremise {row}\tso\n" for row in order]  # GLUE's own TSV: the index is text
+    (folder / "test.tsv").write_text("".join([f"{column}\tsentence1\tsentence2\n", *lines]))
+    written = tables(submit(make(["wnli"], data), tmp_path / "glue.zip", fill_missing=True))
+    assert [line[1] for line in written["WNLI"][1:]] == ["0", "1", "0", "1", "0", "1", "0"]
+
+
+@pytest.mark.usefixtures("few_rows")
+def test_without_an_index_the_rows_stand_as_they_are(data, answered, tmp_path):
+    rows, told = [{"sentence1": f"premise {row}", "sentence2": "so"} for row in (1, 1, 0, 1, 0, 0, 0)], []
+    write_jsonl(data / "glue" / "wnli" / "test.jsonl", rows)
+    written = tables(submit(make(["wnli"], data), tmp_path / "glue.zip", fill_missing=True, tell=told.append))
+    assert [line[1] for line in written["WNLI"][1:]] == ["1", "1", "0", "1", "0", "0", "0"]
+    assert told[0].startswith("WNLI.tsv: no column idx or index")
+    write_jsonl(data / "glue" / "wnli" / "test.jsonl", [{"sentence1": "a"}] * ROWS)
+    with pytest.raises(ValueError, match="task 'wnli', .* no column 'sentence2'"):
+        submit(make(["wnli"], data), tmp_path / "glue.zip", fill_missing=True)
+
+
+@pytest.mark.usefixtures("few_rows")
+@pytest.mark.parametrize(
+    ("index", "words"),
+    [
+        ([0, 1, 2, 2, 4, 5, 6], r"index 2 is that of two rows \(glue/wnli/test.jsonl, row 3; .*row 4\)"),
+        ([1, 2, 3, 4, 5, 6, 7], r"from 0 to 6, got 7 \(glue/wnli/test.jsonl, row 7\)"),
+        ([0, 1, None, 3, 4, 5, 6], r"from 0 to 6, got None \(.*row 3\)"),
+        ([0, 1, -2, 3, 4, 5, 6], r"from 0 to 6, got -2 \(.*row 3\)"),
+    ],
+)
+def test_an_index_that_cannot_be_is_named(data, answered, tmp_path, index, words):
+    rows = [{"sentence1": f"premise {row}", "sentence2": "so", "idx": row} for row in index]
+    write_jsonl(data / "glue" / "wnli" / "test.jsonl", rows)
+    with pytest.raises(ValueError, match=words):
+        submit(make(["wnli"], data), tmp_path / "glue.zip", fill_missing=True)
+    assert not answered
+
+
+@pytest.mark.usefixtures("few_rows")
 def test_the_command_asks_the_heads(data, tmp_path, monkeypatch, capsys):
     """In batches that are smaller than a split, as in one."""
     engine, out = make(TASKS, tmp_path / "elsewhere"), tmp_path / "glue.zip"
