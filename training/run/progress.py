@@ -15,6 +15,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 from rich.table import Table
+from rich.text import Text
 from torch import Tensor
 
 from trunkline.engine.network.packing import PackedBatch
@@ -157,7 +158,10 @@ class Display:
             self.live.stop()
 
     def tell(self, text: str) -> None:
-        self.console.print(text, highlight=False, soft_wrap=True)
+        """A line as it is: brackets and colons in a user's text are no markup, and what cannot be shown is escaped."""
+        encoding = self.console.encoding
+        shown = text.encode(encoding, "backslashreplace").decode(encoding)
+        self.console.print(Text(shown), highlight=False, soft_wrap=True)
 
     def step(self, step: int, loss: Mapping[str, float], tokens_per_second: float) -> None:
         self.loss |= loss

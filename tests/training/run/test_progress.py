@@ -2,6 +2,7 @@
 
 import json
 import math
+from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -108,6 +109,26 @@ def test_output_that_is_no_terminal_gets_a_line_now_and_then(capsys, monkeypatch
         assert capsys.readouterr().out == "step 5/5  1,234 tokens/s  loss: a 0.500  b 6.000\n"
         display.evaluation(5, {"a": {"loss": 0.5, "accuracy": 0.75}, "b": {"loss": 5.0}})
         assert capsys.readouterr().out == "step 5/5  a accuracy 0.750\n"
+
+
+@pytest.mark.parametrize("text", ["[/INST] [b]bold[/b]", "[link=x] :smile: [red]", "\\[b] [[ ]]", "c:\\[x]", "a" * 300])
+@pytest.mark.parametrize("terminal", [False, True])
+def test_a_users_text_is_no_markup(capsys, monkeypatch, text, terminal):
+    if terminal:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm")
+    with Display({"a": "accuracy"}, steps=5, first=0) as display:
+        display.tell(text)
+    shown = capsys.readouterr().out
+    assert f"{text}\n" in shown if terminal else shown == f"{text}\n"
+
+
+def test_a_text_that_the_console_cannot_show_is_escaped(monkeypatch):
+    written = BytesIO()
+    monkeypatch.setattr("sys.stdout", TextIOWrapper(written, encoding="latin-1", write_through=True))
+    with Display({"a": "accuracy"}, steps=5, first=0) as display:
+        display.tell("caf\xe9 \u2764")
+    assert written.getvalue() == b"caf\xe9 \\u2764\n"
 
 
 def test_a_terminal_gets_a_table(capsys, monkeypatch):
