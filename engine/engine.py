@@ -219,10 +219,10 @@ class Engine:
 
     def _batches(
         self, texts: Iterable[Laid], asked: Sequence[int]
-    ) -> Iterator[tuple[list[Laid], list[list[np.ndarray]]]]:
+    ) -> Iterator[tuple[list[Laid], list[list[Sequence[int]]]]]:
         """Texts and the rows of them that every task looks at, in batches with the token budget of both."""
         laid: list[Laid] = []
-        wanted: list[list[np.ndarray]] = []
+        wanted: list[list[Sequence[int]]] = []
         room = self.config.batch.tokens
         for text in texts:
             rows = [HEADS[self.tasks[t].head].rows(text) for t in asked]
@@ -237,7 +237,7 @@ class Engine:
             yield laid, wanted
 
     def _predict(
-        self, laid: Sequence[Laid], wanted: Sequence[Sequence[np.ndarray]], asked: Sequence[int]
+        self, laid: Sequence[Laid], wanted: Sequence[Sequence[Sequence[int]]], asked: Sequence[int]
     ) -> dict[str, list[Any]]:
         """What tasks, by their places, say of each text, from one pass.
 

@@ -4,6 +4,7 @@ Commands import what they need themselves: `trunkline --help` answers at once.
 """
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 USER_ERROR = 2  # exit code for what the user can put right
 INTERRUPTED = 130  # exit code that shells give Ctrl-C
+UNREAD = 141  # and what ends because nobody reads its output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -25,13 +27,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # cores as well, threads that spin keep those they wait for from running. OpenMP reads this when torch is loaded.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     parser = _parser()
-    options, late = parser.parse_known_args(arguments)
-    if late:  # before Python 3.13 argparse takes no values that stand after an option after the first ones
+    given = [*(sys.argv[1:] if arguments is None else arguments)]
+    end = given.index("--") if "--" in given else len(given)
+    options, late = parser.parse_known_args(given[:end])
+    verbatim = given[end + 1 :]  # whatever they begin with
+    if late or verbatim:  # before Python 3.13 argparse takes no values that stand after an option after the first ones
         if "values" not in options or any(value.startswith("-") for value in late):
-            parser.error(f"unrecognized arguments: {' '.join(late)}")
-        options.values += late
+            parser.error(f"unrecognized arguments: {' '.join(late or verbatim)}")
+        options.values = [*options.values, *late, *verbatim]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a console that cannot show a character shows its number
     try:
         options.command(options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, as in `trunkline predict ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
         print(f"trunkline: {error}", file=sys.stderr)
         return USER_ERROR
@@ -56,7 +68,7 @@ def _parser() -> argparse.ArgumentParser:
 
     train = command("train", _train, "train as a YAML file says; key=value changes its settings", add_help=False)
     train.add_argument("config", metavar="CONFIG.yaml", type=Path)
-    train.add_argument("values", nargs="*", metavar="key=value")
+    train.add_argument("values", nargs="*", default=[], metavar="key=value")
     train.add_argument("--resume", action="store_true", help="go on with the run in the run folder")
     train.add_argument("--overwrite", action="store_true", help="replace the run in the run folder")
     train.add_argument("--help", "-h", action=_SettingsHelp, help="show this and all settings, and stop")
@@ -65,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         "compare", _compare, "train several systems on the same data and budget, side by side", add_help=False
     )
     compare.add_argument("config", metavar="CONFIG.yaml", type=Path)
-    compare.add_argument("values", nargs="*", metavar="key=value")
+    compare.add_argument("values", nargs="*", default=[], metavar="key=value")
     compare.add_argument("--help", "-h", action=_SettingsHelp, help="show this and all settings, and stop")
 
     evaluate = command("eval", _evaluate, "score a finished run or saved engine on the validation splits")
@@ -81,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument(
         "values",
         nargs="*",
+        default=[],
         metavar="TEXT",
         help="default: the lines of standard input; a tab parts two texts of a pair",
     )
@@ -97,11 +110,11 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = command("doctor", _doctor, "check the installation and, with a config, all of its data")
     doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml", type=Path)
-    doctor.add_argument("values", nargs="*", metavar="key=value")
+    doctor.add_argument("values", nargs="*", default=[], metavar="key=value")
 
     estimate = command("estimate", _estimate, "print memory, arithmetic and time of a run, before it is started")
     estimate.add_argument("config", metavar="CONFIG.yaml", type=Path)
-    estimate.add_argument("values", nargs="*", metavar="key=value")
+    estimate.add_argument("values", nargs="*", default=[], metavar="key=value")
 
     report = command("report", _report, "write report.html of a run anew, also while the run goes on")
     report.add_argument("run", type=Path)
@@ -191,12 +204,30 @@ def _predict(options: argparse.Namespace) -> None:
             raise ValueError(f"predict: a text {options.values[0]!r} and --file {options.file}: give one of them")
         answers = of_file(engine, options.file, options.task)
     else:
-        lines = options.values or [line.rstrip("\n") for line in sys.stdin]
+        if broken := [
+            value for value in options.values if any("\udc80" <= character <= "\udcff" for character in value)
+        ]:
+            raise ValueError(f"predict: a text has bytes that are no characters here: {os.fsencode(broken[0])!r:.60}")
+        lines = options.values or _lines(sys.stdin.buffer.read())
         if not lines:
             raise ValueError("predict: no text, neither as an argument nor on standard input")
-        answers = of_lines(engine, lines, options.task)
+        answers = of_lines(engine, lines, options.task, "text" if options.values else "line")
+    shown = sys.stdout.encoding.lower().startswith("utf")
     for answer in answers:
-        print(json.dumps(answer, ensure_ascii=False))
+        print(json.dumps(answer, ensure_ascii=not shown))
+
+
+def _lines(data: bytes) -> list[str]:
+    """The lines of standard input, ended as on Unix or on Windows."""
+    try:
+        text = data.decode().removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        raise ValueError(
+            f"predict: standard input is not UTF-8: byte 0x{data[error.start]:02x} in line {line}; "
+            f"'iconv -f LATIN1 -t UTF-8' converts what is Latin-1"
+        ) from error
+    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
 
 
 def _submit(options: argparse.Namespace) -> None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.cells import text_of
+from trunkline.engine.text.given import fits
 from trunkline.training.data.sources import Rows, read_columns
 from trunkline.training.data.tables import MissingColumnError
 
@@ -18,19 +19,37 @@ AT_ONCE = 256  # rows that share a pass through the trunk
 Text = tuple[str, ...]  # the text columns of a row
 
 
-def of_lines(engine: "Engine", lines: Sequence[str], names: Sequence[str]) -> Iterator[dict[str, Any]]:
+def of_lines(
+    engine: "Engine", lines: Sequence[str], names: Sequence[str], called: str = "text"
+) -> Iterator[dict[str, Any]]:
     """Answers to lines of text; a tab parts two texts of a pair.
 
     Args:
         names: of tasks; none: all that take as many texts as the lines have.
+        called: what errors call a line, before its number.
 
     Raises:
-        ValueError: no task takes all of the lines, an unknown task, or a line that does not fit a task.
+        ValueError: no task takes all of the lines, an unknown task, or a line that does not fit a task; before any
+            answer is made.
     """
+    known = _known(engine, names)
     texts = [tuple(line.split("\t")) for line in lines]
+    for place, text in enumerate(texts, 1):
+        if not any(part.strip() for part in text):
+            raise ValueError(f"predict: {called} {place} of {len(lines)} is blank")
+        if not names and len(text) != len(texts[0]):
+            raise ValueError(
+                f"predict: no task takes all of these texts: {called} {place} has {len(text)} parts, {called} 1 has "
+                f"{len(texts[0])}; a tab parts two texts of a pair"
+            )
     fitting = [task.name for task in _answering(engine) if all(len(text) == len(task.text) for text in texts)]
     if not (asked := names or fitting):
         raise ValueError("predict: no task takes all of these texts; a tab parts two texts of a pair")
+    for name in asked:
+        for place, text in enumerate(texts, 1):
+            if not fits(known[name], text):
+                wanted = f"{len(known[name].text)} text(s) {list(known[name].text)}"
+                raise ValueError(f"predict: task '{name}' takes {wanted}, got {text!r:.120} as {called} {place}")
     for first in range(0, len(lines), AT_ONCE):
         answers = _ask(engine, dict.fromkeys(asked, texts[first : first + AT_ONCE]))
         for place, line in enumerate(lines[first : first + AT_ONCE]):
@@ -46,9 +65,7 @@ def of_file(engine: "Engine", path: Path, names: Sequence[str]) -> Iterator[dict
     Raises:
         ValueError: a file that cannot be read, that lacks the columns of a task, or with a row without text.
     """
-    known = {task.name: task for task in engine.tasks}
-    if strangers := [name for name in names if name not in known]:
-        raise ValueError(f"predict: no task '{strangers[0]}'; there are {', '.join(known)}")
+    known = _known(engine, names)
     rows: dict[str, Rows] = {}
     missing: list[MissingColumnError] = []
     for task in [known[name] for name in names] or _answering(engine):
@@ -71,6 +88,16 @@ def of_file(engine: "Engine", path: Path, names: Sequence[str]) -> Iterator[dict
             yield {**read, **{name: answers[name][place] for name in chunk}}
 
 
+def _known(engine: "Engine", names: Sequence[str]) -> dict[str, Task]:
+    """The engine's tasks by name, which have all of these names."""
+    known = {task.name: task for task in engine.tasks}
+    if strangers := [name for name in names if name not in known]:
+        raise ValueError(f"predict: no task '{strangers[0]}'; there are {', '.join(known)}")
+    if language := [name for name in names if known[name] not in _answering(engine)]:
+        raise ValueError(f"predict: task '{language[0]}' is a language model, which answers nothing")
+    return known
+
+
 def _answering(engine: "Engine") -> list[Task]:
     return [task for task in engine.tasks if HEADS[task.head].labelled]
 
@@ -80,7 +107,7 @@ def _texts(task: Task, rows: Rows) -> list[Text]:
     for row, values in enumerate(zip(*(rows.columns[column] for column in task.text), strict=True)):
         try:
             text = tuple(map(text_of, values))
-            if not text[-1].strip():
+            if not fits(task, text):
                 raise ValueError(f"column '{task.text[-1]}' is empty")
         except ValueError as error:
             raise ValueError(f"predict: task '{task.name}': {error} ({rows.where(row)})") from error

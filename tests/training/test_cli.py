@@ -2,12 +2,13 @@
 
 import io
 import json
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from conftest import Finished, write_jsonl
+from conftest import Finished, command_line, write_jsonl
 from trunkline.training.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -125,12 +126,81 @@ def test_arguments_that_mean_nothing_are_refused(arguments, capsys):
 
 
 def test_predict_says_what_it_lacks(finished, here, monkeypatch):
-    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO()))
     assert "no text, neither as an argument nor on standard input" in here("predict", finished.run)
     assert "no task takes all of these texts" in here("predict", finished.run, "one", "two\tparts")
     assert "no task takes all of these texts" in here("predict", finished.run, "one\ttwo\tthree")
     assert "task 'closeness' takes 2 text(s)" in here("predict", finished.run, "--task", "closeness", "one")
     assert "no task 'color'" in here("predict", finished.run, "--task", "color", "one")
+
+
+@pytest.fixture
+def typed(monkeypatch) -> Callable[[bytes], None]:
+    """Sets standard input."""
+    return lambda data: monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+
+
+def test_lines_may_end_as_on_windows(finished, typed, capsys):
+    typed(b"\xef\xbb\xbfthe red cat\r\nthe hen\xe2\x80\xa8is in\r\n")
+    assert main(["predict", str(finished.run), "--task", "colour"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.split("\n")[:-1]]
+    assert [answer["text"] for answer in answers] == ["the red cat", "the hen\u2028is in"]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (b"a cow\ncaf\xe9 closed\n", "standard input is not UTF-8: byte 0xe9 in line 2; 'iconv -f LATIN1"),
+        (b"a cow\n" * 299 + b"\na hen\n", "predict: line 300 of 301 is blank"),
+        (b"a cow\n\n", "predict: line 2 of 2 is blank"),
+        (b"a cow\n" * 299 + b"a\then\n", "line 300 has 2 parts, line 1 has 1; a tab parts two texts of a pair"),
+    ],
+)
+def test_a_bad_line_is_named_before_any_answer(finished, typed, capsys, data, words):
+    typed(data)
+    assert main(["predict", str(finished.run)]) == 2
+    said = capsys.readouterr()
+    assert words in said.err
+    assert said.out == ""
+
+
+def test_a_text_that_does_not_fit_is_named_before_any_answer(finished, capsys):
+    assert main(["predict", str(finished.run), "--task", "closeness", *["a\tb"] * 300, "a"]) == 2
+    said = capsys.readouterr()
+    assert "task 'closeness' takes 2 text(s) ['first', 'second'], got ('a',) as text 301" in said.err
+    assert said.out == ""
+    assert main(["predict", str(finished.run), "a cow", "caf\udce9"]) == 2  # as an argument with a byte 0xe9 comes
+    assert "a text has bytes that are no characters here: b'caf\\xe9'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("before", [["--task", "colour"], ["first", "--task", "colour"]])
+def test_a_text_after_two_hyphens_may_begin_with_one(finished, capsys, before):
+    assert main(["predict", str(finished.run), *before, "--", "--task", "-1 star", "--"]) == 0
+    answers = [json.loads(line)["text"] for line in capsys.readouterr().out.splitlines()]
+    assert answers == [*before[:-2], "--task", "-1 star", "--"]
+
+
+def test_output_that_cannot_show_a_character_is_json_all_the_same(finished, capsys, monkeypatch):
+    written = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(written, encoding="latin-1"))
+    assert main(["predict", str(finished.run), "--task", "colour", "plain", "\u2764 \U0001f600"]) == 0
+    answers = [json.loads(line)["text"] for line in written.getvalue().decode("latin-1").splitlines()]
+    assert answers == ["plain", "\u2764 \U0001f600"]
+
+
+def test_output_that_nobody_reads_ends_the_command(finished):
+    program, environment = command_line("predict", finished.run, "--task", "colour", *[SENTENCE] * 3000)
+    with subprocess.Popen(program, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as running:
+        assert json.loads(running.stdout.readline())["text"] == SENTENCE
+        running.stdout.close()
+        assert running.stderr.read() == b""
+    assert running.returncode == 141
+
+
+def test_train_without_a_config_asks_for_one(capsys):
+    with pytest.raises(SystemExit):
+        main(["train"])
+    assert "the following arguments are required: CONFIG.yaml\n" in capsys.readouterr().err
 
 
 def test_missing_files_and_folders_are_named(tmp_path, here):
