@@ -1,4 +1,4 @@
-"""pytest benchmarks --benchmark-only [-k attention] [--sizes gpu|cpu|smoke] [--deadline SECONDS]"""
+"""pytest benchmarks --benchmark-only [-k attention] [--sizes gpu|cpu|smoke] [--deadline SECONDS] [--record]"""
 
 import shlex
 import sys
@@ -36,7 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("trunkline")
     group.addoption("--sizes", choices=["gpu", "cpu", "smoke"], default="gpu" if torch.cuda.is_available() else "cpu")
     group.addoption("--deadline", type=float, default=float("inf"), help="seconds after which nothing new is begun")
-    group.addoption("--no-record", action="store_true", help="leave results/ as it is")
+    group.addoption("--record", action="store_true", help="write what is measured to results/, over what is there")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -71,7 +71,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def measured(request: pytest.FixtureRequest) -> Measured:
-    return Measured(write=not request.config.getoption("--no-record"))
+    return Measured(write=request.config.getoption("--record"))
 
 
 @pytest.fixture(autouse=True)

@@ -49,7 +49,7 @@ def parts(data: Path | None, dry: bool) -> list[Part]:
     ):
         # what torch.compile makes takes long to compile: it takes part in two cases only
         kept = f"({chosen}) and (not (FlexAttention or compiled) or (768 and both))"
-        options = ["--sizes", "smoke", "--no-record"] if dry else ["--deadline", str(budget - 20)]
+        options = ["--sizes", "smoke"] if dry else ["--record", "--deadline", str(budget - 20)]
         command = [*pytest, "benchmarks", "--benchmark-only", "--benchmark-disable-gc", "-k", kept, *options]
         found.append(Part(name, [[*command, "--benchmark-columns=median,iqr,rounds"]], budget))
     if data:

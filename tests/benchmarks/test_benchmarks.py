@@ -56,13 +56,20 @@ def times_of(monkeypatch: pytest.MonkeyPatch, direction: str, **peers) -> dict:
 def test_all_benchmarks_run():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "benchmarks", "--benchmark-only", "--sizes", "smoke"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    kept = states(record.RESULTS)
     result = subprocess.run(
-        [*command, "--no-record", "-p", "no:cacheprovider"],
+        [*command, "-p", "no:cacheprovider"],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr
     for name in KERNELS:
         assert f"test_kernel[{name}-" in result.stdout
+    assert states(record.RESULTS) == kept  # without --record
+
+
+def states(folder: Path) -> dict[Path, tuple[int, int]]:
+    """When every file was written, and how long it is."""
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
 
 
 @pytest.mark.parametrize("name", KERNELS)
@@ -313,6 +320,9 @@ def test_readme_says_how_fast_texts_are_written(results):
 
 def test_gpu_parts_fit_into_nine_minutes_and_go_on_after_a_failure(capfd):
     assert sum(part.budget for part in gpu.parts(Path("data"), dry=False)) <= 540
+    for dry in (False, True):
+        benchmarks = [command for part in gpu.parts(None, dry) for command in part.commands if "benchmarks" in command]
+        assert ["--record" in command for command in benchmarks] == [not dry] * 3
     endings = [f"print('{said}'); raise SystemExit({code})" for said, code in (("one", 0), ("two", 3))]
     failing = gpu.Part("failing", [[sys.executable, "-c", ending] for ending in endings], 60)
     outcome, _ = gpu.run(failing)
