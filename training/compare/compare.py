@@ -174,7 +174,7 @@ class Score(NamedTuple):
 
     mean: float
     deviation: float | None  # over the seeds; None where there is one alone
-    runs: int
+    runs: int  # 0: it needs no model, so that it is the same with every seed
 
 
 def collect(comparison: Comparison, basis: Basis, plan: dict[tuple[str, int], list[Part]]) -> dict[str, Any]:
@@ -257,7 +257,7 @@ def _row(task: str, metric: str, systems: dict[str, Any], trivial: dict[str, Any
         finished = [result["scores"][task][metric] for result in system["seeds"].values() if "scores" in result]
         if finished:
             scores[name] = summary_of(finished)
-    scores |= {name: Score(of[task][metric], 0.0, 1) for name, of in trivial.items() if task in of}
+    scores |= {name: Score(of[task][metric], 0.0, 0) for name, of in trivial.items() if task in of}
     best = best_of(scores, higher_is_better(metric))
     return {"scores": {name: score._asdict() for name, score in scores.items()}, "best": best}
 
@@ -268,12 +268,16 @@ def summary_of(values: Sequence[float]) -> Score:
 
 
 def best_of(scores: dict[str, Score], higher: bool) -> str | None:
-    """The best system, if it is better than the next one by more than the spread: the larger of the two's standard
-    deviations over the seeds. None otherwise, and where one of them has a single seed: its spread is not known."""
+    """The best, if it is better than the next one by more than the spread: the larger of the two's standard deviations
+    over the seeds. None otherwise, and where one of them has a single seed: its spread is not known.
+
+    What needs no model has no spread; the next one is then the best system.
+    """
     ranked = sorted(scores, key=lambda name: scores[name].mean, reverse=higher)
-    if len(ranked) < 2:
+    following = [name for name in ranked[1:] if scores[ranked[0]].runs or scores[name].runs]
+    if not following:
         return None
-    best, second = scores[ranked[0]], scores[ranked[1]]
+    best, second = scores[ranked[0]], scores[following[0]]
     if best.deviation is None or second.deviation is None:
         return None
     return ranked[0] if abs(best.mean - second.mean) > max(best.deviation, second.deviation) else None

@@ -5,7 +5,7 @@ The same results give the same files, byte for byte. The page is self-contained,
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,6 @@ from trunkline.training.pages.units import duration, quantity
 from trunkline.training.scoring.metrics import higher_is_better
 
 SAMPLES = 3  # of each task, with what every system made of them
-BOLD = "bold where the best is ahead of the next by more than the larger of their standard deviations"
 
 
 def write_comparison(results: dict[str, Any], run: Path) -> None:
@@ -59,7 +58,7 @@ def tables(results: dict[str, Any]) -> str:
     cost_rows = [f"| {name} | {' | '.join(costs_of(results, name).values())} |" for name in systems(results)]
     failed = [f"- {name}, seed {seed}: {error}" for name, seed, error in failures(results)]
     return f"""
-Scores on the validation splits, mean ± standard deviation over seeds {_listed(results["seeds"])}; {BOLD}.
+Scores on the validation splits, {_over(results)}.
 
 | system | {" | ".join(heads)} |
 |---|{"---|" * len(heads)}
@@ -71,12 +70,23 @@ Multi-task gain Δm over single-task models, per cent of their score, and its me
 |---|{"---|" * (len(tasks) + 1)}
 | Δm | {" | ".join(gains)} |
 
-Costs, means over the seeds; sizes matched by {results["match"]}.
+Costs{", means over the seeds" if len(results["seeds"]) > 1 else ""}; sizes matched by {results["match"]}.
 
 | system | {" | ".join(costs)} |
 |---|{"---|" * len(costs)}
 {chr(10).join(cost_rows)}
 {chr(10) + "Failed:" + chr(10) + chr(10) + chr(10).join(failed) + chr(10) if failed else ""}"""
+
+
+def _over(results: dict[str, Any]) -> str:
+    """What the scores are means of, and what bold says."""
+    seeds = results["seeds"]
+    if len(seeds) == 1:
+        return f"of the one seed {seeds[0]}; nothing is bold, for how far scores spread over seeds is not known"
+    return (
+        f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}; bold where the best is ahead of the "
+        f"next by more than the larger of their standard deviations"
+    )
 
 
 def systems(results: dict[str, Any]) -> list[str]:
@@ -149,10 +159,6 @@ def failures(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _listed(values: list[int]) -> str:
-    return ", ".join(map(str, values))
-
-
 def _page(results: dict[str, Any], run: Path) -> str:
     from matplotlib import rc_context
 
@@ -162,7 +168,11 @@ def _page(results: dict[str, Any], run: Path) -> str:
         colours = figures.colours(names)
         scores = {task: figures.system_scores(results, task, colours, columns) for task in tasks}
         curves = {task: _curves(results, run, task) for task in tasks}
-        losses = {task: figures.system_losses(curves[task], task, colours, columns) for task in tasks}
+        losses = {
+            task: figures.system_losses(of_task, task, colours, columns)
+            for task, of_task in curves.items()
+            if any(len(points) > 1 for seeds in of_task.values() for points in seeds)
+        }
     return page_of(
         "comparison.html.jinja",
         results=results,
@@ -181,7 +191,7 @@ def _page(results: dict[str, Any], run: Path) -> str:
         verdict=_verdict(results),
         samples={task: _samples(results, run, task) for task in tasks},
         config=(run / "comparison.yaml").read_text(encoding="utf-8"),
-        bold=BOLD,
+        over=_over(results),
     )
 
 
@@ -189,13 +199,20 @@ def _verdict(results: dict[str, Any]) -> str:
     states = [result["state"] for about in results["systems"].values() for result in about["seeds"].values()]
     open_ones = len(states) - states.count("finished")
     ahead = {task: row["best"] for task, row in results["table"].items() if row["best"]}
-    said = "; ".join(
-        f"{name} on {', '.join(task for task, best in ahead.items() if best == name)}"
-        for name in dict.fromkeys(ahead.values())
-    )
-    text = f"Clearly ahead: {said}." if said else "No system is clearly ahead of the next one on any task."
+
+    def said(names: Sequence[str]) -> str:
+        on = {name: [task for task, best in ahead.items() if best == name] for name in names}
+        return "; ".join(f"{name} on {', '.join(tasks)}" for name, tasks in on.items() if tasks)
+
+    trained, trivial = said(systems(results)), said(list(results["trivial"]))
+    if len(results["seeds"]) == 1:
+        text = "With one seed no system is said to be ahead: how far scores spread over seeds is not known."
+    else:
+        text = f"Clearly ahead: {trained}." if trained else "No system is clearly ahead of the next one on any task."
+    if trivial:
+        text += f" Better than every system, without a model: {trivial}."
     undecided = len(results["table"]) - len(ahead)
-    if said and undecided:
+    if ahead and undecided:
         text += f" On {undecided} of {len(results['table'])} tasks the best is within the spread of the next."
     return text + (f" {open_ones} of {len(states)} runs are not finished." if open_ones else "")
 

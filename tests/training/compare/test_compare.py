@@ -309,6 +309,15 @@ def test_only_what_is_ahead_by_more_than_the_spread_is_bold(scores, higher, best
     assert best_of(named, higher) == best
 
 
+def test_what_needs_no_model_is_compared_with_the_best_system():
+    trivial = {"first line": Score(0.9, 0.0, 0), "first three lines": Score(0.95, 0.0, 0)}
+    one_seed = {"a": Score(0.4, None, 1), "b": Score(0.3, None, 1), **trivial}
+    assert best_of(one_seed, higher=True) is None
+    assert best_of({**one_seed, "a": Score(0.4, 0.01, 3)}, higher=True) == "first three lines"
+    assert best_of({**one_seed, "a": Score(0.94, 0.02, 3)}, higher=True) is None
+    assert best_of(trivial, higher=True) is None
+
+
 def test_mean_and_deviation_are_those_of_a_sample():
     assert summary_of([1.0, 3.0]) == (2.0, pytest.approx(2**0.5), 2)
     assert summary_of([1.5]) == (1.5, None, 1)

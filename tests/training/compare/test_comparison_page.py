@@ -1,0 +1,121 @@
+"""What a comparison's files say of its scores, in words: nothing that one seed, or one point, does not bear out."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from trunkline.training.compare.compare import _row, gain
+from trunkline.training.compare.comparison_page import _verdict, tables, write_comparison
+
+TASKS = {
+    "colour": {"metric": "accuracy", "metrics": ["accuracy"], "head": "classify"},
+    "retell": {"metric": "rouge1", "metrics": ["rouge1"], "head": "generate"},
+}
+COSTS = {"parameters": 1, "models": 1, "steps": 4, "real_tokens": 9, "training_flops": 9.0}
+SECONDS = {"training_seconds": 1.0, "wall_time_seconds": 2.0}
+SCORES = {"multitask": (0.5, 0.2), "single-task": (0.4, 0.1)}
+TRIVIAL = {
+    "majority class": {"colour": {"accuracy": 0.9}},
+    "all classes": {"colour": {"accuracy": 0.7}},
+    "first line": {"retell": {"rouge1": 0.05}},
+}
+
+
+def results_of(seeds: int) -> dict[str, Any]:
+    """Of two systems; the first is ahead of the other, and on one task less than the majority class."""
+    systems = {
+        name: {
+            "about": name,
+            "seeds": {
+                str(seed): {
+                    "state": "finished",
+                    "scores": {"colour": {"accuracy": colour + seed / 100}, "retell": {"rouge1": retell + seed / 100}},
+                    **COSTS,
+                    **SECONDS,
+                }
+                for seed in range(seeds)
+            },
+        }
+        for name, (colour, retell) in SCORES.items()
+    }
+    return {
+        "name": "farm",
+        "command": "trunkline compare farm.yaml",
+        "match": "parameters",
+        "warm_up": 0.25,
+        "seeds": list(range(seeds)),
+        "tasks": TASKS,
+        "systems": systems,
+        "trivial": TRIVIAL,
+        "table": {name: _row(name, about["metric"], systems, TRIVIAL) for name, about in TASKS.items()},
+        "gain": gain(systems, TASKS),
+        "environment": {"torch": "2.13.0"},
+    }
+
+
+def page_of(results: dict[str, Any], run: Path, losses: int = 2) -> str:
+    """The page of a comparison whose runs have logged so many losses."""
+    for system in SCORES:
+        for seed in results["seeds"]:
+            folder = run / system / f"seed-{seed}" / "all"
+            folder.mkdir(parents=True)
+            events = [
+                {"event": "step", "step": step, "examples": dict.fromkeys(TASKS, 8), "loss": dict.fromkeys(TASKS, 1.0)}
+                for step in range(losses)
+            ]
+            (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    (run / "comparison.yaml").write_text("seeds: [0]\n")
+    write_comparison(results, run)
+    return (run / "comparison.html").read_text()
+
+
+def test_with_one_seed_nothing_is_bold_or_said_to_be_ahead(tmp_path):
+    results = results_of(1)
+    text, page = tables(results), page_of(results, tmp_path)
+    assert "**" not in text
+    assert "Scores on the validation splits, of the one seed 0; nothing is bold" in text
+    assert " best" not in page.partition("<body>")[2].partition('id="gain"')[0].replace("where the best", "")
+    assert "With one seed no system is said to be ahead" in page
+    for words in ("learly ahead", "over the seeds", "over seeds 0", "standard deviation", "without a model: majority"):
+        assert words not in text + page
+
+
+def test_with_several_seeds_what_is_ahead_is_bold(tmp_path):
+    results = results_of(3)
+    text, page = tables(results), page_of(results, tmp_path)
+    assert "mean ± standard deviation over seeds 0, 1, 2; bold where" in text
+    assert "| multitask | 0.510 ± 0.010 | **0.210 ± 0.010** |" in text
+    assert "| majority class | **0.900** | – |" in text
+    assert page.count('class="n best"') == 2
+    assert "Clearly ahead: multitask on retell. Better than every system, without a model: majority class" in page
+
+
+@pytest.mark.parametrize(
+    ("best", "verdict"),
+    [
+        (("multitask", "multitask"), "Clearly ahead: multitask on colour, retell."),
+        (
+            ("multitask", None),
+            "Clearly ahead: multitask on colour. On 1 of 2 tasks the best is within the spread of the next.",
+        ),
+        (
+            ("majority class", None),
+            "No system is clearly ahead of the next one on any task. Better than every system, without a model: "
+            "majority class on colour. On 1 of 2 tasks the best is within the spread of the next.",
+        ),
+        ((None, None), "No system is clearly ahead of the next one on any task."),
+    ],
+)
+def test_the_verdict_tells_systems_from_what_needs_no_model(best, verdict):
+    results = results_of(2)
+    for row, name in zip(results["table"].values(), best, strict=True):
+        row["best"] = name
+    assert _verdict(results) == verdict
+
+
+def test_a_loss_that_was_logged_once_is_no_curve(tmp_path):
+    page = page_of(results_of(1), tmp_path, losses=1)
+    assert page.count("<svg") == 2  # the scores
+    assert page.count("fewer than two losses were logged") == 2
