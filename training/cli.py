@@ -171,7 +171,7 @@ def _print_scores(tasks: dict) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("task", "metric", "score", "trivial baseline", "loss", box=None, header_style="bold")
+    table = Table("task", "metric", "score", "trivial baseline", "validation loss", box=None, header_style="bold")
     for name, task in tasks.items():
         baseline = task["baseline"]
         trivial = f"{baseline['metrics'][task['metric']]:.3f} ({baseline['name']})" if baseline else "-"

@@ -50,11 +50,14 @@ STYLE: dict[Any, Any] = {
 }
 
 
-def loss(steps: Steps, row: dict[str, Any], columns: int) -> "Markup":
+def loss(steps: Steps, row: dict[str, Any], columns: int) -> "Markup | None":
+    """Training and validation loss; None where neither has two points."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     task = row["task"]
     points = [(event["step"], event["loss"][task]) for event in steps if task in event["loss"]]
+    if len(points) < 2 and len(row["losses"]) < 2:
+        return None
     figure, axes = _panel(columns)
     _curve(axes, points)
     axes.plot(*_coordinates(row["losses"]), color=_ORANGE, linewidth=1, marker="o", markersize=2.2)
@@ -67,7 +70,10 @@ def loss(steps: Steps, row: dict[str, Any], columns: int) -> "Markup":
     return _svg(figure, f"loss-{task}", f"Loss of {task} against the step")
 
 
-def score(row: dict[str, Any], columns: int) -> "Markup":
+def score(row: dict[str, Any], columns: int) -> "Markup | None":
+    """The scores of the evaluations; None of a single one."""
+    if len(row["scores"]) < 2:
+        return None
     figure, axes = _panel(columns)
     if row["baseline_score"] is not None:
         axes.axhline(row["baseline_score"], color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
@@ -136,14 +142,18 @@ def _stack(
     return _svg(figure, name, label)
 
 
-def efficiency(steps: Steps) -> list[tuple[str, "Markup"]]:
+def efficiency(steps: Steps) -> list[tuple[str, "Markup | None"]]:
+    """Throughput and waste, each with its title; None instead of a single point."""
     from matplotlib.ticker import FuncFormatter, PercentFormatter
 
-    charts = []
+    charts: list[tuple[str, Markup | None]] = []
     for title, key, formatter in (
         ("Real tokens a second", "tokens_per_second", FuncFormatter(_tick)),
         ("Padding waste", "padding_waste", PercentFormatter(1)),
     ):
+        if len(steps) < 2:
+            charts.append((title, None))
+            continue
         figure, axes = _panel(2)
         _curve(axes, [(event["step"], event[key]) for event in steps])
         axes.set_ylim(bottom=0)

@@ -132,15 +132,14 @@ def _tasks_so_far(steps: list[dict[str, Any]], evaluations: list[dict[str, Any]]
     names |= dict.fromkeys(name for event in evaluations for name in event["metrics"])
     tasks = {}
     for name in names:
-        losses = [event["loss"][name] for event in steps if name in event["loss"]]
         metrics = [event["metrics"][name] for event in evaluations if name in event["metrics"]]
         tasks[name] = {
             "head": None,
             "metric": next((metric for metric in (metrics[-1] if metrics else {}) if metric != "loss"), None),
             "metrics": metrics[-1] if metrics else {},
             "baseline": None,
-            "first_loss": losses[0] if losses else None,
-            "last_loss": losses[-1] if losses else None,
+            "first_loss": metrics[0]["loss"] if metrics else None,
+            "last_loss": metrics[-1]["loss"] if metrics else None,
             "train_examples": None,
             "examples_seen": sum(event["examples"].get(name, 0) for event in steps),
             "dropped": None,
@@ -154,11 +153,18 @@ def _row(run: _Run, task: str) -> dict[str, Any]:
     about = run.tasks[task]
     metric = about["metric"]
     evaluations = [(event["step"], event["metrics"][task]) for event in run.evaluations if task in event["metrics"]]
+    counts = {event["step"]: event["counts"][task] for event in run.evaluations if task in event.get("counts", {})}
+    training = [event["loss"][task] for event in run.steps if task in event["loss"]]
     scores = [(step, metrics[metric]) for step, metrics in evaluations if metric in metrics]
+    losses_of = [_examples(counts, "loss", step) for step, _ in (evaluations[:1] + evaluations[-1:])]
+    of_all = f"all {about['validation_examples']:,} examples" if run.summary else ""
     last = about["metrics"].get(metric)
     baseline = about["baseline"] and about["baseline"]["metrics"].get(metric)
     higher = metric is not None and higher_is_better(metric)
+    if of_all:
+        losses_of = [*losses_of[:1], of_all]
     learnt = [point for point in scores if point[0] and math.isfinite(point[1])]  # before step 1 it is luck
+    best = (max if higher else min)(learnt, key=lambda point: point[1], default=None)
     above = None
     if last is not None and baseline is not None:
         above = last > baseline if higher else last < baseline
@@ -166,7 +172,12 @@ def _row(run: _Run, task: str) -> dict[str, Any]:
         "task": task,
         "scores": scores,
         "losses": [(step, metrics["loss"]) for step, metrics in evaluations if "loss" in metrics],
-        "best": (max if higher else min)(learnt, key=lambda point: point[1], default=None),
+        "best": best,
+        "first_of": _number_of(counts, "scores", scores[0][0]) if scores else "",
+        "best_of": _number_of(counts, "scores", best[0]) if best else "",
+        "last_of": of_all or (_number_of(counts, "scores", scores[-1][0]) if scores else ""),
+        "training_loss": (training[0], training[-1]) if training else (None, None),
+        "losses_of": " → ".join(filter(None, losses_of)),
         "last_score": last,
         "intervals": about.get("intervals", {}),
         "references": about.get("references"),
@@ -175,6 +186,16 @@ def _row(run: _Run, task: str) -> dict[str, Any]:
         "baseline_score": baseline,
         "above": above,
     }
+
+
+def _examples(counts: dict[int, dict[str, int]], of: str, step: int) -> str:
+    """How many examples an evaluation took; '' of a run that did not log it."""
+    return f"{counts[step][of]:,} example{'s' * (counts[step][of] != 1)}" if step in counts else ""
+
+
+def _number_of(counts: dict[int, dict[str, int]], of: str, step: int) -> str:
+    """When an evaluation was, and of how many examples."""
+    return ", ".join(filter(None, (f"step {step:,}", _examples(counts, of, step))))
 
 
 def _verdict(run: _Run, rows: list[dict[str, Any]]) -> str:

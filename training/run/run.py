@@ -271,7 +271,10 @@ class Run:
     def _evaluation(self, examples: int, texts: int) -> dict[str, Scored]:
         step, scored = self.progress.step, self._scores(examples, texts)
         metrics = {name: task.metrics for name, task in scored.items()}
-        self.log.write(event="evaluation", step=step, seconds=self.progress.seconds, metrics=metrics)
+        counts = {
+            name: {"loss": task.counted, "scores": len(task.examples) or task.counted} for name, task in scored.items()
+        }
+        self.log.write(event="evaluation", step=step, seconds=self.progress.seconds, metrics=metrics, counts=counts)
         self.display.evaluation(step, metrics)
         if step < self.config.steps and (choice := self.adaptive.evaluated(step, metrics)):
             self.log.write(event="mix", step=step, **choice)

@@ -26,6 +26,7 @@ class Scored:
     examples: list[int]  # of the validation split that were predicted
     predictions: list[Any]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # of ROUGE: 95 %, over the documents
+    counted: int = 0  # examples that the loss is of; the scores of texts may be of fewer
 
 
 def evaluate(
@@ -83,18 +84,18 @@ def _evaluate_task(
             rows = [len(split.example(i, task).rows) for i in ordered]
             for i, own in zip(ordered, logits.float().cpu().split(rows), strict=True):
                 predicted[i] = head.answer(head.predict(own), split.piece(i), tokenizer)
-    mean = loss / weight
+    mean, counted = loss / weight, len(chosen)
     if not head.labelled:
-        return Scored({"loss": mean, **score(metric_names(split.task), [mean], [int(weight)])}, [], [])
+        return Scored({"loss": mean, **score(metric_names(split.task), [mean], [int(weight)])}, [], [], counted=counted)
     if head.writes:
         count = len(chosen) if texts is None else texts
         chosen = [chosen[place] for place in spaced(len(chosen), count)] if count else []
         predicted = _texts(model, tokenizer, split, task, chosen, tokens, search)
     predictions = [predicted[i] for i in chosen]
     if not chosen:
-        return Scored({"loss": mean}, [], [])
+        return Scored({"loss": mean}, [], [], counted=counted)
     metrics, intervals = score_task(split.task, predictions, [split.reference(i) for i in chosen])
-    return Scored({"loss": mean, **metrics}, chosen, predictions, intervals)
+    return Scored({"loss": mean, **metrics}, chosen, predictions, intervals, counted)
 
 
 def _texts(

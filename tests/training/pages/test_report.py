@@ -201,12 +201,69 @@ def test_table_shows_scores_beside_the_baseline(run, page):
     scores = [event["metrics"]["dialogsum"]["rouge1"] for event in evaluations]
     row = table_row(page, "dialogsum")
     assert row[2] == ["0.309", "first 3 lines of the document"]
-    assert row[3] == [f"{scores[0]:.3f}"]
+    assert row[3] == [f"{scores[0]:.3f}", "step 20"]
     assert row[4][0] == f"{max(scores):.3f}"
-    assert row[5] == [f"{scores[-1]:.3f}", "above"]
-    assert row[8] == ["1,403"]
-    assert table_row(page, "rte")[5][1] == "not above"
-    assert table_row(page, "sst2")[9] == ["2", "2 empty"]
+    assert row[5] == [f"{scores[-1]:.3f}", "above  all 872 examples"]
+    assert row[9] == ["1,403"]
+    assert table_row(page, "rte")[5][1] == "not above  all 872 examples"
+    assert table_row(page, "sst2")[10] == ["2", "2 empty"]
+
+
+def events_of(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def with_counts(run: Path) -> Path:
+    """The run, with how many examples each evaluation was of; those of texts are few."""
+    events = events_of(run)
+    for event in events:
+        if event["event"] == "evaluation":
+            event["counts"] = {
+                name: {"loss": 256, "scores": 16 if name == "dialogsum" else 256} for name in event["metrics"]
+            }
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    return run
+
+
+def test_every_column_says_which_split_and_how_many_examples(tmp_path):
+    run = with_counts(write_run(tmp_path / "demo", steps=200))
+    page = page_of(run)
+    headings = [re.sub("<.*?>", " ", cell).split() for cell in re.findall("<th.*?</th>", page)]
+    assert ["Training", "loss", "first", "→", "last"] in headings
+    assert ["Validation", "loss", "first", "→", "last"] in headings
+    row, summary = table_row(page, "dialogsum"), json.loads((run / "summary.json").read_text())["tasks"]["dialogsum"]
+    assert row[3][1] == "step 20, 16 examples"
+    assert re.fullmatch(r"step \d+, 16 examples", row[4][1])
+    assert row[5][1] == "above  all 872 examples"
+    steps = [event["loss"]["dialogsum"] for event in events_of(run) if event["event"] == "step"]
+    assert row[6] == [f"{steps[0]:.3f}", f"→ {steps[-1]:.3f}"]
+    losses = f"→ {summary['last_loss']:.3f} 256 examples → all 872 examples"
+    assert row[7] == [f"{summary['first_loss']:.3f}", losses]
+    assert "The last is that of all of it." in page
+
+
+def test_losses_of_an_unfinished_run_are_in_the_columns_of_a_finished_one(tmp_path):
+    run = with_counts(write_run(tmp_path / "demo", steps=200))
+    finished = page_of(run)
+    (run / "summary.json").unlink()
+    page = page_of(run)
+    evaluations = [event["metrics"]["dialogsum"] for event in events_of(run) if event["event"] == "evaluation"]
+    row = table_row(page, "dialogsum")
+    assert row[6] == table_row(finished, "dialogsum")[6]  # of training
+    first, last = evaluations[0]["loss"], evaluations[-1]["loss"]
+    assert row[7] == [f"{first:.3f}", f"→ {last:.3f} 256 examples → 256 examples"]
+    assert row[5] == [f"{evaluations[-1]['rouge1']:.3f}", "step 200, 16 examples"]
+    assert "The last is that of the newest evaluation." in page
+
+
+def test_one_point_is_no_chart(tmp_path):
+    run = write_run(tmp_path / "demo", steps=100)
+    kept = [next(event for event in events_of(run) if event["event"] == kind) for kind in ("step", "evaluation")]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in kept))
+    page = page_of(run)
+    assert page.count("<svg") == 1  # the mix, which is a share
+    for words in ("one loss was logged", "one evaluation", "one value was logged"):
+        assert words in page
 
 
 def test_less_perplexity_is_better(tmp_path):
@@ -219,7 +276,7 @@ def test_less_perplexity_is_better(tmp_path):
     edit(run / "summary.json", worsen)
     row = table_row(page_of(run), "books")
     assert row[1] == ["perplexity", "↓"]
-    assert row[5] == ["120.0", "not above"]
+    assert row[5] == ["120.0", "not above  all 872 examples"]
     assert float(row[4][0]) < 120.0 < float(row[3][0])  # the best is the least
 
 
@@ -329,7 +386,7 @@ def test_scores_that_are_never_the_best(tmp_path, step, score):
     lines[first] = json.dumps(event)
     (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     row = table_row(page_of(run), "stsb")
-    assert row[3] == [f"{score:.3f}"]
+    assert row[3] == [f"{score:.3f}", f"step {step}"]
     assert 0.4 < float(row[4][0]) < 0.99
 
 
