@@ -25,7 +25,6 @@ Source: transformers/masking_utils.py, integrations/sdpa_attention.py (5.12 to 5
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +45,11 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 NAME = "trunkline"  # of our attention in Hugging Face's configurations
+PATCHED = "_trunkline_patch"  # attribute of a patched model; copies of the model, by copy or pickle, have their own
+RIGHT = (
+    "patch: the logits of the last token alone are asked for, as generate() does, but in some rows that is padding: "
+    "pad on the left (tokenizer.padding_side = 'left')"
+)
 GAPS = "attention_mask: in a compiled graph the tokens of a row must lie side by side, without gaps"
 LENGTHS = "attention_mask: it must be as long as the keys"
 
@@ -63,6 +67,7 @@ def patch(model: "PreTrainedModel") -> "PreTrainedModel":
 
     The weights are not touched, and only this model changes (and any that shares its configuration object). Logits,
     gradients and generated ids stay the same up to rounding; what comes out at padding is of no use, before and after.
+    A deep copy of a patched model, or a pickled one, is a patched model of its own.
     Without padding, with padding on one or both sides, packed (by `cu_seq_lens_q` or position ids), with a window, with
     dynamic and static caches and in compiled graphs the work is done by our kernels. A mask of another kind, or one
     with gaps between the tokens of a row, is left to PyTorch with one warning, and counted in `attention_counts`.
@@ -79,20 +84,20 @@ def patch(model: "PreTrainedModel") -> "PreTrainedModel":
     Raises:
         ValueError: a model, or a part of it, that has an attention of its own (GPT-Neo, and GPT-J before transformers
             5.24); a call of the patched model with `output_attentions=True`, with arguments for attention that our
-            kernels do not know (`position_bias`, `s_aux`), or, in a compiled graph, a mask with gaps (a RuntimeError of
-            the device).
+            kernels do not know (`position_bias`, `s_aux`), to generate from rows that are padded on the right, or, in a
+            compiled graph, a mask with gaps (a RuntimeError of the device).
         RuntimeError: the first call of the patched model did not come to our attention.
     """
-    from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+    from transformers import PreTrainedModel
 
     if not isinstance(model, PreTrainedModel):
         raise ValueError(f"patch: expected a Hugging Face PreTrainedModel, got {type(model).__name__}")
-    if model in _PATCHED:
+    if hasattr(model, PATCHED):
         return model
-    AttentionInterface.register(NAME, _attention)
-    AttentionMaskInterface.register(NAME, _mask)
+    _register()
     parts = [module for module in model.modules() if isinstance(module, PreTrainedModel)]
-    before = [(part.config, part.config._attn_implementation) for part in parts]
+    # a model that was made with the configuration of a patched one has our name there: it gets Hugging Face's default
+    before = [(part.config, part.config._attn_implementation.replace(NAME, "sdpa")) for part in parts]
     model.set_attn_implementation(NAME)
     others = sorted({type(part).__name__ for part in parts if part.config._attn_implementation != NAME})
     if others:
@@ -105,7 +110,7 @@ def patch(model: "PreTrainedModel") -> "PreTrainedModel":
         model.register_forward_pre_hook(_before_forward, with_kwargs=True),
         model.register_forward_hook(_after_forward),
     ]
-    _PATCHED[model] = _Patch(before, hooks, calls=_calls())
+    setattr(model, PATCHED, _Patch(before, hooks, calls=_calls()))
     return model
 
 
@@ -115,9 +120,12 @@ def unpatch(model: "PreTrainedModel") -> "PreTrainedModel":
     Raises:
         ValueError: the model is not patched.
     """
-    if model not in _PATCHED:
-        raise ValueError(f"unpatch: this {type(model).__name__} is not patched")
-    patched = _PATCHED.pop(model)
+    patched = getattr(model, PATCHED, None)
+    if patched is None:
+        made = getattr(getattr(model, "config", None), "_attn_implementation", "") == NAME
+        why = ": it was made with the configuration of a patched one; patch it first" if made else ""
+        raise ValueError(f"unpatch: this {type(model).__name__} is not patched{why}")
+    delattr(model, PATCHED)
     _restore(patched.before)
     for hook in patched.hooks:
         hook.remove()
@@ -133,8 +141,17 @@ class _Patch:
     calls: int  # of all models, when this one was patched
     called: bool = False
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a copy, perhaps in a process where nothing has been patched yet."""
+        self.__dict__.update(state)
+        _register()
 
-_PATCHED: WeakKeyDictionary[nn.Module, _Patch] = WeakKeyDictionary()
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attention)
+    AttentionMaskInterface.register(NAME, _mask)
 
 
 def _restore(before: list[tuple["PretrainedConfig", str]]) -> None:
@@ -149,13 +166,35 @@ def _calls() -> int:
 def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if kwargs.get("output_attentions") or getattr(model.config, "output_attentions", False):
         raise ValueError("patch: our kernels have no attention weights for output_attentions=True; unpatch the model")
+    if kwargs.get("logits_to_keep") == 1 and not model.config.is_encoder_decoder:  # whose mask is the encoder's
+        padded = _ends_in_padding(**kwargs)
+        if padded is not None and torch.compiler.is_compiling():
+            torch._assert_async(~padded, RIGHT)
+        elif padded is not None and padded:
+            raise ValueError(RIGHT)
+
+
+def _ends_in_padding(
+    attention_mask: Any = None, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None, **_: Any
+) -> Tensor | None:
+    """Whether the last token of a row is padding, by a mask of the user's or one of `_mask`, for layers of one kind or
+    several; None where that is not to be seen."""
+    mask = next(iter(attention_mask.values()), None) if isinstance(attention_mask, dict) else attention_mask
+    given = inputs_embeds if input_ids is None else input_ids
+    if not isinstance(mask, Tensor) or given is None:
+        return None
+    if mask.ndim == 2:
+        return (mask[:, -1] == 0).any()
+    if mask.ndim == 4 and mask.dtype == torch.int32 and mask.shape[-1] > 1:
+        return (mask[:, 0, 0, 1] < given.shape[1]).any()  # the end of the queries
+    return None
 
 
 def _after_forward(model: nn.Module, args: tuple, output: Any) -> None:
     """Fails if the first forward did not come to our attention; one that was compiled has nothing to show for it."""
     if torch.compiler.is_compiling():
         return
-    patched = _PATCHED.get(model)
+    patched = getattr(model, PATCHED, None)
     if patched is None or patched.called:
         return
     patched.called = _calls() > patched.calls or any(

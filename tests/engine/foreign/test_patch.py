@@ -2,6 +2,11 @@
 
 import copy
 import inspect
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -291,6 +296,55 @@ def test_only_this_model_changes_and_comes_back(model_of):
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
     with pytest.raises(ValueError, match="this LlamaForCausalLM is not patched"):
         trunkline.unpatch(model)
+
+
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))], ids=["deep", "pickle"]
+)
+def test_a_copy_of_a_patched_model_is_one(copied, model_of):
+    model, inputs = trunkline.patch(model_of("llama")), {"input_ids": ids(2, 5)}
+    expected = model(**inputs).logits
+    twin = copied(model)
+    assert torch.equal(twin(**inputs).logits, expected)
+    assert trunkline.attention_counts() == {"patch": 4}
+    with pytest.raises(ValueError, match="output_attentions=True"):
+        twin(**inputs, output_attentions=True)
+    trunkline.unpatch(twin)
+    assert (twin.config._attn_implementation, model.config._attn_implementation) == ("sdpa", "trunkline")
+    assert not twin._forward_hooks
+    assert not twin._forward_pre_hooks
+    torch.testing.assert_close(twin(**inputs).logits, expected)
+    assert trunkline.attention_counts() == {"patch": 4}
+    assert torch.equal(model(**inputs).logits, expected)  # still patched
+    assert trunkline.attention_counts() == {"patch": 6}
+    trunkline.unpatch(model)
+
+
+def test_a_pickled_model_is_patched_in_a_process_that_has_patched_none(model_of, tmp_path):
+    model = trunkline.patch(model_of("gpt2"))
+    tokens = ids(2, 5)
+    (tmp_path / "model").write_bytes(pickle.dumps((model, tokens)))
+    code = f"""
+import pickle, torch
+with open({str(tmp_path / "model")!r}, "rb") as file: model, tokens = pickle.load(file)
+torch.save(model(tokens).logits, {str(tmp_path / "logits")!r})
+import trunkline
+assert trunkline.attention_counts() == {{"patch": 2}}, trunkline.attention_counts()
+"""
+    source = Path(__file__).resolve().parents[3] / "src"
+    environment = {**os.environ, "PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True, timeout=100)
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), model(tokens).logits)
+
+
+def test_a_model_with_the_configuration_of_a_patched_one(model_of):
+    model = trunkline.patch(model_of("llama"))
+    other = type(model)(copy.deepcopy(model.config))
+    if other.config._attn_implementation == "trunkline":
+        with pytest.raises(ValueError, match="made with the configuration of a patched one; patch it first"):
+            trunkline.unpatch(other)
+    trunkline.unpatch(trunkline.patch(other))
+    assert other.config._attn_implementation == "sdpa"
 
 
 def test_same_losses_under_trainer(tmp_path):

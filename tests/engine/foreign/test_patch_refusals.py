@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import trunkline
-from foreign_models import BUILD, GROUPED, OWN_ATTENTION, VOCABULARY, ids
+from foreign_models import BUILD, DECODERS, GROUPED, OWN_ATTENTION, VOCABULARY, ids, mask_of
 from trunkline.engine.foreign import drop_in
 
 transformers = pytest.importorskip("transformers")
@@ -16,6 +16,34 @@ def test_mask_of_other_keys_is_an_error(model_of):
     for slots in (4, 6):
         with pytest.raises(RuntimeError, match="as long as the keys"):
             model(ids(2, 5), attention_mask=torch.ones(2, slots))
+
+
+GENERATING = {
+    "greedy": {},
+    "beams": {"num_beams": 2},
+    "without a cache": {"use_cache": False},
+    "a static cache": {"cache_implementation": "static"},
+}
+
+
+@pytest.mark.parametrize("more", GENERATING.values(), ids=GENERATING)
+@pytest.mark.parametrize("family", DECODERS)
+def test_generating_from_rows_padded_on_the_right_is_an_error(family, more, model_of):
+    """The first new token comes from the logits at the last slot, of which only Hugging Face makes something."""
+    model, settings = trunkline.patch(model_of(family)), {"max_new_tokens": 3, "do_sample": False, **more}
+    with pytest.raises(ValueError, match="pad on the left"):
+        model.generate(ids(3, 7), **mask_of([(0, 7), (0, 5), (0, 7)], 7), **settings)
+    for rows in ([(0, 7), (2, 7), (6, 7)], None):
+        model.generate(ids(3, 7), **mask_of(rows, 7), **settings)
+
+
+def test_rows_padded_on_the_right_may_be_encoded_and_trained_on(model_of):
+    mask = mask_of([(0, 7), (0, 5), (0, 7)], 7)
+    trunkline.patch(model_of("bart")).generate(ids(3, 7), **mask, max_new_tokens=3)
+    model = trunkline.patch(model_of("llama"))
+    model(ids(3, 7), **mask, labels=ids(3, 7)).loss.backward()
+    with torch.no_grad():
+        model(ids(3, 7), **mask, use_cache=True)
 
 
 def test_masks_that_are_no_bounds_are_left_to_torch(model_of):
