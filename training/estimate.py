@@ -218,4 +218,5 @@ def estimate(config: Config, tell: Callable[[str], None]) -> dict[str, Memory]:
             f"{duration(seconds * config.steps):>12}{'' if fits else '   does not fit'}"
         )
     tell("rates: of a GPU as its maker states, of this CPU as just measured; the share that is reached is assumed")
+    tell("time: of the arithmetic of training; small models take longer, and evaluation and reading data are not in it")
     return memory

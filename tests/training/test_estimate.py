@@ -100,9 +100,14 @@ def test_the_command_prints_everything(finished: Finished, trunkline):
     assert f"parameters: {summary['parameters']:,}; trunk" in output
     for part in ("a CPU, float32: weights", "a GPU, products in bfloat16: weights", "TFLOP a step", "in 500 steps"):
         assert part in output
-    rows = dict(re.findall(r"^(\S.+?) +[\d.e-]+ +\d+% +[\d.e+-]+ +((?:\d+ (?:h|min|s) ?)+)$", output, re.MULTILINE))
+    rows = dict(
+        re.findall(
+            r"^(\S.+?) +[\d.e-]+ +\d+% +[\d.e+-]+ +((?:(?:below )?[\d.]+ (?:h|min|s) ?)+)$", output, re.MULTILINE
+        )
+    )
     assert [*rows][1:] == [*DEVICES]
     assert "this CPU" in [*rows][0]
+    assert "0 s" not in rows.values()  # as if it took no time
 
 
 def test_the_command_refuses_what_training_refuses(tiny_config, trunkline):

@@ -14,7 +14,9 @@ def quantity(value: float | None, unit: str = "") -> str:
 
 
 def duration(seconds: float) -> str:
-    """61 as '1 min 1 s', 3661 as '1 h 1 min'."""
+    """0.34 as '0.34 s', 61 as '1 min 1 s', 3661 as '1 h 1 min'."""
+    if 0 < seconds < 9.5:
+        return f"{seconds:.2g} s" if seconds >= 0.01 else "below 0.01 s"
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {seconds} s" if minutes else f"{seconds} s"
