@@ -82,7 +82,7 @@ def _over(results: dict[str, Any]) -> str:
     """What the scores are means of, and what bold says."""
     seeds = results["seeds"]
     if len(seeds) == 1:
-        return f"of the one seed {seeds[0]}; nothing is bold, for how far scores spread over seeds is not known"
+        return f"of the one seed {seeds[0]}; no score is bold, for how far scores spread over seeds is not known"
     return (
         f"mean ± standard deviation over seeds {', '.join(map(str, seeds))}; bold where the best is ahead of the "
         f"next by more than the larger of their standard deviations"

@@ -157,7 +157,7 @@ def _row(run: _Run, task: str) -> dict[str, Any]:
     training = [event["loss"][task] for event in run.steps if task in event["loss"]]
     scores = [(step, metrics[metric]) for step, metrics in evaluations if metric in metrics]
     losses_of = [_examples(counts, "loss", step) for step, _ in (evaluations[:1] + evaluations[-1:])]
-    of_all = f"all {about['validation_examples']:,} examples" if run.summary else ""
+    of_all = f"all {about['validation_examples']:,}" if run.summary else ""
     last = about["metrics"].get(metric)
     baseline = about["baseline"] and about["baseline"]["metrics"].get(metric)
     higher = metric is not None and higher_is_better(metric)
@@ -190,7 +190,7 @@ def _row(run: _Run, task: str) -> dict[str, Any]:
 
 def _examples(counts: dict[int, dict[str, int]], of: str, step: int) -> str:
     """How many examples an evaluation took; '' of a run that did not log it."""
-    return f"{counts[step][of]:,} example{'s' * (counts[step][of] != 1)}" if step in counts else ""
+    return f"of {counts[step][of]:,}" if step in counts else ""
 
 
 def _number_of(counts: dict[int, dict[str, int]], of: str, step: int) -> str:

@@ -75,7 +75,7 @@ def test_with_one_seed_nothing_is_bold_or_said_to_be_ahead(tmp_path):
     results = results_of(1)
     text, page = tables(results), page_of(results, tmp_path)
     assert "**" not in text
-    assert "Scores on the validation splits, of the one seed 0; nothing is bold" in text
+    assert "Scores on the validation splits, of the one seed 0; no score is bold" in text
     assert " best" not in page.partition("<body>")[2].partition('id="gain"')[0].replace("where the best", "")
     assert "With one seed no system is said to be ahead" in page
     for words in ("learly ahead", "over the seeds", "over seeds 0", "standard deviation", "without a model: majority"):
