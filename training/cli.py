@@ -212,7 +212,7 @@ def _predict(options: argparse.Namespace) -> None:
         if not lines:
             raise ValueError("predict: no text, neither as an argument nor on standard input")
         answers = of_lines(engine, lines, options.task, "text" if options.values else "line")
-    shown = sys.stdout.encoding.lower().startswith("utf")
+    shown = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
     for answer in answers:
         print(json.dumps(answer, ensure_ascii=not shown))
 

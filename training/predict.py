@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.cells import text_of
-from trunkline.engine.text.given import fits
+from trunkline.engine.text.given import fits, text_rows
 from trunkline.training.data.sources import Rows, read_columns
 from trunkline.training.data.tables import MissingColumnError
 
@@ -33,7 +33,7 @@ def of_lines(
             answer is made.
     """
     known = _known(engine, names)
-    texts = [tuple(line.split("\t")) for line in lines]
+    texts = text_rows([tuple(line.split("\t")) for line in lines], "predict")
     for place, text in enumerate(texts, 1):
         if not any(part.strip() for part in text):
             raise ValueError(f"predict: {called} {place} of {len(lines)} is blank")
