@@ -78,6 +78,9 @@ class Task:
 
         characters = set(self.name) - set("abcdefghijklmnopqrstuvwxyz0123456789-_")
         require(bool(self.name) and not characters, "name must be made of a-z, 0-9, '-' and '_'")
+        for field in ("text", "labels", "metrics"):
+            given = getattr(self, field)
+            require(not isinstance(given, str), f"{field} must be a list, got one string: write [{given!r}]")
         require(len(self.text) > 0, "text names no column")
         try:
             head_of(self.head).check(self)

@@ -176,6 +176,13 @@ def test_one_string_is_no_list_of_tasks(engine):
         Engine(tasks="sst2")
 
 
+@pytest.mark.parametrize("field", ["text", "labels", "metrics"])
+def test_one_string_is_no_list_of_a_tasks_columns(field):
+    fields = {"text": ("text",), "labels": ("no", "yes"), "metrics": ("f1",), field: "no"}
+    with pytest.raises(ValueError, match=f"task 't': {field} must be a list, got one string: write \\['no'\\]"):
+        Task("t", "classify", label="label", **fields)
+
+
 def test_no_texts_have_no_answers(engine):
     assert engine.predict([], ["colour", "parts"]) == {"colour": [], "parts": []}
     assert engine.generate([], "retell") == []
