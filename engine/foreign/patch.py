@@ -166,7 +166,8 @@ def _calls() -> int:
 def _before_forward(model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     if kwargs.get("output_attentions") or getattr(model.config, "output_attentions", False):
         raise ValueError("patch: our kernels have no attention weights for output_attentions=True; unpatch the model")
-    if kwargs.get("logits_to_keep") == 1 and not model.config.is_encoder_decoder:  # whose mask is the encoder's
+    encoded = getattr(model.config, "is_encoder_decoder", False)  # then the mask is the encoder's
+    if kwargs.get("logits_to_keep") == 1 and not encoded:
         padded = _ends_in_padding(**kwargs)
         if padded is not None and torch.compiler.is_compiling():
             torch._assert_async(~padded, RIGHT)
