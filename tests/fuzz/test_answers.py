@@ -12,7 +12,7 @@ import pytest
 
 pytest.importorskip("hypothesis")
 
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from trunkline import Engine, Task, TrunkConfig
@@ -82,6 +82,7 @@ def is_right(task: str, answer: Any, texts: tuple[str, ...]) -> bool:
     return answer in texts[-1]
 
 
+@settings(deadline=None)
 @given(texts=st.lists(rows, max_size=6), asked=st.lists(st.sampled_from([*ONE, *TWO]), max_size=3))
 def test_predict(engine: Engine, texts: list[Any], asked: list[str]):
     made = answers_or_refusal(lambda: engine.predict(iter(texts), asked))
@@ -96,6 +97,7 @@ def test_predict(engine: Engine, texts: list[Any], asked: list[str]):
             assert answer == (pytest.approx(alone, abs=1e-4) if task == "amount" else alone)
 
 
+@settings(deadline=None)
 @given(texts=st.lists(words.filter(str.strip), min_size=1, max_size=6), pairs=st.booleans())
 def test_texts_that_are_not_blank_are_answered(engine: Engine, texts: list[str], pairs: bool):
     asked = TWO if pairs else ONE
@@ -105,6 +107,7 @@ def test_texts_that_are_not_blank_are_answered(engine: Engine, texts: list[str],
         assert len(engine.generate(texts, "short")) == len(texts)
 
 
+@settings(deadline=None)
 @given(texts=no_lists)
 def test_what_is_no_list_is_refused(engine: Engine, texts: Any):
     for call in (lambda: engine.predict(texts, ["kind"]), lambda: engine.generate(texts, "short")):
@@ -125,6 +128,7 @@ searches = st.fixed_dictionaries(
 )
 
 
+@settings(deadline=None)
 @given(texts=st.lists(words | anything, max_size=4), fields=searches)
 @example(texts=["a"], fields={"beams": 270})
 @example(texts=["a", ""], fields={"beams": 3, "no_repeat_ngram": 1, "max_new_tokens": 6})
@@ -151,6 +155,7 @@ def command(saved: Path, arguments: list[str], stdin: bytes) -> tuple[int, str, 
 chosen = st.lists(st.sampled_from([*ONE, *TWO, "short", "none"]), max_size=2)
 
 
+@settings(deadline=None)
 @given(asked=chosen, data=st.binary(max_size=60) | st.lists(words, max_size=4).map("\r\n".join).map(str.encode))
 @example(asked=["kind"], data=b"a film\r\na barn")
 @example(asked=[], data=b"\xef\xbb\xbfa\tb\n")
@@ -168,6 +173,7 @@ def test_the_command_on_standard_input(saved: Path, asked: list[str], data: byte
 arguments = st.text(st.characters(exclude_characters="\0"), max_size=12)  # as the system hands them over
 
 
+@settings(deadline=None)
 @given(asked=chosen, texts=st.lists(arguments, min_size=1, max_size=3))
 @example(asked=["kind"], texts=["--", "-1"])
 @example(asked=["kind"], texts=["caf\udce9"])
