@@ -164,7 +164,7 @@ def command_line(*arguments: str | Path) -> tuple[list[str], dict[str, str]]:
     """The `trunkline` command as a program of its own: its arguments and environment."""
     tests = Path(__file__).resolve().parent
     program = [sys.executable, "-c", "from deprecations import run; run('trunkline')"]
-    path = os.pathsep.join([str(tests.parent / "src"), str(tests)])
+    path = os.pathsep.join([str(tests.parent / "src"), str(tests / "helpers")])
     # one thread: others run beside it, and the numbers are the same wherever it runs
     environment = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "COLUMNS": "120"}
     return [*program, *map(str, arguments)], environment

@@ -29,7 +29,7 @@ print(json.dumps([dataclasses.asdict(certificate) for certificate in certificate
 def python(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
     """A fresh interpreter: certification replaces Triton's launcher."""
     inherited = {k: v for k, v in os.environ.items() if k not in ("TRITON_INTERPRET", "TRUNKLINE_REFERENCE")}
-    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests")])
+    path = os.pathsep.join([str(ROOT / "src"), str(ROOT / "tests" / "helpers")])
     environment = {**inherited, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **changes}
     return subprocess.run([sys.executable, *arguments], env=environment, capture_output=True, text=True, timeout=290)
 

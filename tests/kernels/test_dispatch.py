@@ -15,7 +15,7 @@ from trunkline.kernels import dispatch
 from trunkline.kernels.dispatch import register
 
 TESTS = Path(__file__).resolve().parents[1]
-PATH = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])
+PATH = os.pathsep.join([str(TESTS.parent / "src"), str(TESTS / "helpers")])
 CHOICE = """
 from deprecations import raise_ours
 raise_ours()

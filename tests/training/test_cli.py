@@ -84,7 +84,7 @@ def test_an_unknown_key_names_the_nearest(tiny_config, trunkline):
 
 def test_help_of_train_explains_every_setting(trunkline):
     told = trunkline("train", "--help").stdout
-    for words in ("--optimizer.learning_rate", "Highest learning rate.", "--batch.accumulate", "--trunk.num_kv_heads"):
+    for words in ("--optimizer.learning_rate", "Highest learning rate;", "--batch.accumulate", "--trunk.num_kv_heads"):
         assert words in told
 
 

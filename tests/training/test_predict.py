@@ -85,6 +85,8 @@ def test_what_cannot_be_answered_is_named(lively, tmp_path, capsys, content, arg
 
 def test_a_file_that_is_none_is_named(lively, tmp_path, capsys):
     assert main(["predict", str(lively), "--file", str(tmp_path / "new.xlsx")]) == 2
-    assert "expected a .csv, .tsv, .jsonl or .parquet file, got " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "expected a .csv, .tsv, .jsonl, .json or .parquet file; " in said
+    assert "new.xlsx' is a spreadsheet: save it as CSV" in said
     assert main(["predict", str(lively), "--file", str(tmp_path / "none.csv")]) == 2
     assert "none.csv: No such file or directory" in capsys.readouterr().err

@@ -157,7 +157,7 @@ def test_two_million_examples_are_there_at_once():
         )
         cache.encoded(CLASSIFY, [name], True, lambda data=data: data)
     here = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here), str(here.parent / "src")])}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here / "helpers"), str(here.parent / "src")])}
     output = subprocess.run(
         [sys.executable, "-c", OPENED], env=environment, capture_output=True, text=True, check=True, timeout=100
     ).stdout.split()
@@ -357,7 +357,7 @@ cache.encoded(CLASSIFY, [], True, lambda: made(CLASSIFY, text=["a"], label=[1]))
 
 def test_a_killed_writer_leaves_nothing_that_is_read(folder):
     here = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(here), str(here.parent / "src")])
+    path = os.pathsep.join([str(here / "helpers"), str(here.parent / "src")])
     killed = subprocess.run([sys.executable, "-c", KILLED], env={**os.environ, "PYTHONPATH": path})
     assert killed.returncode == -signal.SIGKILL
     assert not [name for name in files(folder) if name.endswith(".arrow")]

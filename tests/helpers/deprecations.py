@@ -10,7 +10,7 @@ import warnings
 from pathlib import Path
 
 KINDS = [DeprecationWarning, PendingDeprecationWarning, FutureWarning]
-_NAMES = ["trunkline", "__main__", *sorted({file.stem for file in Path(__file__).parent.rglob("*.py")})]
+_NAMES = ["trunkline", "__main__", *sorted({file.stem for file in Path(__file__).parents[1].rglob("*.py")})]
 OURS = rf"({'|'.join(_NAMES)})(\.|$)"  # names of modules; the tests import one another by their last name
 FILTERS = [f"default::{kind.__name__}" for kind in KINDS] + [f"error::{kind.__name__}:{OURS}" for kind in KINDS]
 
