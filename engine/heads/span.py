@@ -58,6 +58,8 @@ class Span(Head):
         return Labels.of(np.arange(first, end), targets=targets, weights=np.array([0.0, 0.5, 0.5, 1.0])[targets])
 
     def rows(self, laid: "Laid") -> Sequence[int]:
+        if not laid.kept:
+            raise ValueError(f"there is no span in {laid.text[:60]!r}, which the tokenizer makes no token of")
         return range(laid.first, laid.end)
 
     def predict(self, logits: "Tensor") -> tuple[int, int]:

@@ -41,4 +41,6 @@ def sentences_of(text: str, offsets: Sequence[tuple[int, int]], kept: int) -> li
         has_token = token >= 0 and offsets[token][1] > first
         if has_token and not (found and token == found[-1][1]):
             found.append((sentence, token))
-    return found or [(text[: offsets[kept - 1][1]], kept - 1)][:kept]
+    if not found and kept:  # not one whole sentence is left
+        found.append((text[: offsets[kept - 1][1]], kept - 1))
+    return found

@@ -230,6 +230,16 @@ def test_characters_of_several_tokens_are_in_the_answer_as_a_whole():
     assert encoded.reference(0) == (2, 9)
 
 
+def test_a_text_without_tokens_has_no_span_and_no_sentence():
+    tokenizer = bert("abc")
+    laid = Layout(tokenizer, 64, causal=False).lay(["abc", "\u200b"])
+    with pytest.raises(ValueError, match="there is no span in '.*', which the tokenizer makes no token of"):
+        HEADS["span"].rows(laid)
+    assert list(HEADS["extract"].rows(laid)) == []
+    columns = {"question": ["abc", "a"], "text": ["\u200b", "abc"], "label": ["\u200b", "abc"]}
+    assert made(SPAN, tokenizer=tokenizer, **columns).counts == Counts(empty=1)
+
+
 def test_an_answer_that_is_not_there_is_an_error():
     message = error_of(SPAN, question=["?", "?"], text=["ab", "abc"], label=["b", "d"])
     assert message == "task 'answer': label 'd' does not stand in column 'text' (train.csv, row 2)"
