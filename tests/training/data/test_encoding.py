@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import pytest
+import tokenizers
 
 from encoded import (
     BYTES,
@@ -181,6 +182,16 @@ def test_half_a_character_is_an_error_with_its_row(text):
     assert "surrogates not allowed" in message
     assert message.startswith("task 'toy': ")
     assert message.endswith(" (train.csv, row 3)")
+
+
+@pytest.mark.parametrize("column", ["first", "second"])
+def test_a_text_that_the_tokenizer_cannot_encode_is_an_error_with_its_row(column):
+    pieces = tokenizers.models.WordPiece({"a": 0, "b": 1}, unk_token="[UNK]")  # an entry that it has not
+    columns = {"first": ["a"] * 4, "second": ["b"] * 4, "label": [0] * 4}
+    columns[column][2] = "zoo"
+    message = error_of(PAIR, tokenizer=Tokenizer(tokenizers.Tokenizer(pieces)), **columns)
+    assert message.startswith("task 'pair': the tokenizer cannot encode 'zoo': ")
+    assert message.endswith("(train.csv, row 3)")
 
 
 def test_a_list_of_sentences_is_one_text():
