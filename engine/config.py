@@ -36,8 +36,10 @@ class Config:
     architecture: Literal["trunk", "bilstm"] = "trunk"
     """What the heads stand on: the trunk; or the Bi-LSTM with attention that it is compared with, which takes width,
     layers and dropout from `trunk`."""
-    projection: Literal["", "none", "gelu", "tanh"] = ""
-    """Activation of a per-task projection before every head; empty: no projection; none: a linear one."""
+    projection: Literal["", "none", "gelu", "tanh", "pooler"] = ""
+    """Activation of a per-task projection x + act(x W + b) before every head; empty: no projection; none: a linear one.
+    pooler: tanh(x W + b), each task's starting as the pooler of the checkpoint, for tasks with a class or a number per
+    example; other heads have x + tanh(x W + b)."""
     counting: Literal["examples", "tasks"] = "examples"
     """What counts alike in a step: every example, whatever its task; or every task, whose loss is then the mean over as
     few examples as it has in the step. Of balancing 'fixed' alone: the other methods weigh tasks."""
@@ -57,6 +59,10 @@ class Config:
     """Folder, tokenizer.json or hub id; empty: that of `init`; else a byte-level BPE trained on the run's own text."""
     vocab_size: int = 8192
     """Entries of a tokenizer that is trained."""
+    layout: Literal[1, 2] = 2
+    """How texts are put together. 2: as the tokenizer's own template says, such as [CLS] text [SEP] text [SEP], with
+    token types, and with no token that a checkpoint has not learnt. 1: text separator text end, whatever the tokenizer,
+    as runs before had it. Without `init` and a template the two are the same."""
     lowercase: bool = False
     """A tokenizer that is trained does not tell capitals from small letters, so a small vocabulary has room for more
     words; generated text is in small letters."""
@@ -177,6 +183,7 @@ class Config:
 def restore_config(settings: Mapping[str, Any]) -> Config:
     """The config whose `asdict` these settings are."""
     inner = {f.name: f.type for f in fields(Config) if isinstance(f.type, type) and is_dataclass(f.type)}
+    settings = {"layout": 1, **settings}  # of engines from before there were two
     values: dict[str, Any] = {k: inner[k](**_tuples(value)) if k in inner else value for k, value in settings.items()}
     tasks = [task if isinstance(task, str) else Task(**_tuples(task)) for task in values.pop("tasks")]
     return Config(tasks=tuple(tasks), **values)
@@ -210,6 +217,22 @@ def trunk_of(init: str, given: Mapping[str, Any]) -> TrunkConfig:
         if name not in ("dropout", "vocab_size") and value != found:
             raise ValueError(f"config: trunk.{name} is {value}, but {found} in '{init}', which init starts from")
     return replace(shape, dropout=given.get("dropout", shape.dropout))
+
+
+PADDED = 1024  # entries that a checkpoint may have beyond its tokenizer's: vocabularies are rounded up
+
+
+def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
+    """
+    Raises:
+        ValueError: the tokenizer is not that of the checkpoint that `init` brings.
+    """
+    own, entries = tokenizer.vocab_size - tokenizer.added, config.trunk.vocab_size
+    if config.init and not entries - PADDED <= own <= entries:
+        raise ValueError(
+            f"config: the tokenizer of '{config.tokenizer or config.init}' has {own} entries, the vocabulary of the "
+            f"checkpoint '{config.init}' {entries}: name the tokenizer that it was trained with"
+        )
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:

@@ -243,8 +243,14 @@ class Engine:
 
         `wanted`: of each text, the rows that each of these tasks looks at.
         """
+        typed = self.config.trunk.token_types > 1
         examples = [
-            Example(asked[0], text.tokens, np.array([*chain.from_iterable(rows)], np.int64))
+            Example(
+                asked[0],
+                text.tokens,
+                np.array([*chain.from_iterable(rows)], np.int64),
+                types=text.types if typed else None,
+            )
             for text, rows in zip(laid, wanted, strict=True)
         ]
         predictions: dict[str, list[Any]] = {self.tasks[t].name: [None] * len(laid) for t in asked}
@@ -289,7 +295,7 @@ class Engine:
         written = [""] * len(prompts)
         for places in prompts_at_once([len(prompt) for prompt in prompts], search, self.config.batch.tokens):
             with self.autocast():
-                made = model.generate([prompts[place] for place in places], t, layout.tokenizer.end, search)
+                made = model.generate([prompts[place] for place in places], t, layout.tokenizer.ends, search)
             for place, tokens in zip(places, made, strict=True):
                 written[place] = layout.tokenizer.decode(tokens)
         return written
@@ -330,7 +336,8 @@ class Engine:
         config = replace(restore_config(settings), device=device)
         engine = cls.__new__(cls)
         engine._hold(config, Trunk(config.trunk) if config.architecture == "trunk" else None)
-        engine.build(Tokenizer.load(str(folder))).load_state_dict(load_file(folder / WEIGHTS, str(engine.device)))
+        tokenizer = Tokenizer.load(str(folder), layout=config.layout, grows=False)  # what it lacks it never had
+        engine.build(tokenizer).load_state_dict(load_file(folder / WEIGHTS, str(engine.device)))
         return engine
 
 

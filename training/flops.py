@@ -31,7 +31,7 @@ def trunk_flops(
         row_pairs: of these, the pairs of labelled tokens.
     """
     D, E, H, G = config.hidden_size, config.head_width, config.num_heads, config.kv_heads
-    gate = 2 if config.activation == "swiglu" else 1
+    gate = 2 if config.gates else 1
     before = config.num_layers - 1  # blocks before the last
     qkv = D * (H + 2 * G) * E * config.num_layers * tokens
     attention = 2 * H * E * (before * pairs + row_pairs)  # scores, and values times them

@@ -4,11 +4,9 @@ One table a family, read from left to right to load a checkpoint and from right 
 """
 
 import re
-from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
-
-from trunkline.engine.network.trunk import TrunkConfig
 
 
 @dataclass(frozen=True)
@@ -41,14 +39,33 @@ class Family:
     """Tensors of a head with an element for each entry of the vocabulary."""
     unused: str = "$^"
     """Tensors inside the trunk's modules that are no weights: masks and tables that older releases saved."""
+    poolers: tuple[str, ...] = ()
+    """Layers any of which is a pooler: its place inside the trunk, or outside of it in a model with a head."""
+    new_pooler: bool = False
+    """Its classifiers make a pooler of their own where a checkpoint has none."""
     inputs_first: bool = False
     """Weights of linear layers are (in, out)."""
+    offset: bool = False
+    """Its positions begin after pad_token_id, RoBERTa's kind."""
+    local: int | None = None
+    """Its layers are local between some that are not, ModernBERT's kind: a token sees this much less than half of
+    local_attention. None: no layer is."""
+    last: Mapping[str, str] = field(default_factory=dict)
+    """What a class's name ends with -> the module outside of the trunk that is its last layer and norm."""
 
-    def sources(self, parameter: str) -> list[str]:
-        """The tensors that make up a parameter of the trunk."""
+    def sources(self, parameter: str, settings: Mapping[str, Any], prefix: str = "") -> list[str]:
+        """The tensors that make up a parameter of the trunk, in a model of these settings."""
         module, _, kind = parameter.rpartition(".")
+        if module in ("last_layer", "last_norm"):
+            return [f"{self.last_module(settings)}.{'dense' if module == 'last_layer' else 'norm'}.{kind}"]
         layer = "".join(filter(str.isdigit, module))
-        return [f"{source.replace('*', layer)}.{kind}" for source in self.tensors[re.sub(r"\d+", "*", module)]]
+        sources = self.tensors[re.sub(r"\d+", "*", module)]
+        return [f"{prefix}{source.replace('*', layer)}.{kind}" for source in sources]
+
+    def last_module(self, settings: Mapping[str, Any]) -> str:
+        """The module that is the trunk's last layer and norm; empty: there is none."""
+        (name, *_) = settings.get("architectures") or [""]
+        return next((module for ending, module in self.last.items() if name.endswith(ending)), "")
 
     def transposed(self, parameter: str) -> bool:
         return self.inputs_first and parameter.endswith(("qkv.weight", "_out.weight", "mlp_in.weight"))
@@ -81,6 +98,98 @@ _DECODER_TENSORS = {
     "blocks.*.mlp_out": ("layers.*.mlp.down_proj",),
     "final_norm": ("norm",),
 }
+
+
+_BERT = {
+    "vocab_size": ("vocab_size", 30522),
+    "hidden_size": ("hidden_size", 768),
+    "num_layers": ("num_hidden_layers", 12),
+    "num_heads": ("num_attention_heads", 12),
+    "intermediate_size": ("intermediate_size", 3072),
+    "max_positions": ("max_position_embeddings", 512),
+    "norm_eps": ("layer_norm_eps", 1e-12),
+    "activation": ("hidden_act", "gelu"),
+    "token_types": ("type_vocab_size", 2),
+    "dropout": ("hidden_dropout_prob", 0.1),
+    "tie_vocabulary": ("tie_word_embeddings", True),
+}
+_BERT_TENSORS = {
+    "tokens": ("embeddings.word_embeddings",),
+    "positions": ("embeddings.position_embeddings",),
+    "token_types": ("embeddings.token_type_embeddings",),
+    "embedding_norm": ("embeddings.LayerNorm",),
+    "blocks.*.qkv": tuple(f"encoder.layer.*.attention.self.{x}" for x in ("query", "key", "value")),
+    "blocks.*.attention_out": ("encoder.layer.*.attention.output.dense",),
+    "blocks.*.attention_norm": ("encoder.layer.*.attention.output.LayerNorm",),
+    "blocks.*.mlp_in": ("encoder.layer.*.intermediate.dense",),
+    "blocks.*.mlp_out": ("encoder.layer.*.output.dense",),
+    "blocks.*.mlp_norm": ("encoder.layer.*.output.LayerNorm",),
+}
+_ENCODER: dict[str, Any] = {
+    "causal_model": "",
+    "activations": _GELU,
+    "tensors": _BERT_TENSORS,
+    "fixed": {"norm_position": "post", "embedding_norm": True, "causal": False},
+    "only": {"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
+    "written": {"attention_probs_dropout_prob": 0.0},
+}
+_MODERN = {
+    "vocab_size": ("vocab_size", 50368),
+    "hidden_size": ("hidden_size", 768),
+    "num_layers": ("num_hidden_layers", 22),
+    "num_heads": ("num_attention_heads", 12),
+    "intermediate_size": ("intermediate_size", 1152),
+    "max_positions": ("max_position_embeddings", 8192),
+    "norm_eps": ("norm_eps", 1e-5),
+    "norm_bias": ("norm_bias", False),
+    "bias": ("attention_bias", False),
+    "activation": ("hidden_activation", "gelu"),
+    "dropout": ("mlp_dropout", 0.0),
+    "tie_vocabulary": ("tie_word_embeddings", True),
+}
+_MODERN_FIXED = {"positions": "rotary", "embedding_norm": True, "first_norm": False}
+_MODERN_TENSORS = {
+    "tokens": ("embeddings.tok_embeddings",),
+    "embedding_norm": ("embeddings.norm",),
+    "blocks.*.attention_norm": ("layers.*.attn_norm",),
+    "blocks.*.attention_out": ("layers.*.attn.Wo",),
+    "blocks.*.mlp_norm": ("layers.*.mlp_norm",),
+    "blocks.*.mlp_in": ("layers.*.mlp.Wi",),
+    "blocks.*.mlp_out": ("layers.*.mlp.Wo",),
+    "final_norm": ("final_norm",),
+}
+
+
+def _roberta(name: str, vocab_size: int) -> Family:
+    """A family of the RoBERTa kind: BERT's shape, with positions that begin after that of padding."""
+    return Family(
+        name,
+        prefix="roberta.",
+        output="lm_head.decoder.weight",
+        fields={**_BERT, "vocab_size": ("vocab_size", vocab_size)},
+        output_biases=("lm_head.bias", "lm_head.decoder.bias"),
+        unused=r"embeddings\.(position_ids|token_type_ids)",
+        poolers=("pooler.dense", "classifier.dense"),
+        new_pooler=True,
+        offset=True,
+        **_ENCODER,
+    )
+
+
+def _modernbert(name: str, qkv: tuple[str, ...], **settings: Any) -> Family:
+    """ModernBERT and Ettin: rotary positions, a gated MLP, two local layers between those that are not."""
+    return Family(
+        name,
+        prefix="model.",
+        output="decoder.weight",
+        fields=_MODERN,
+        activations={"gelu": "geglu", "silu": "swiglu"},
+        tensors={**_MODERN_TENSORS, "blocks.*.qkv": tuple(f"layers.*.attn.{x}" for x in qkv)},
+        only={"classifier_activation": "gelu", "classifier_bias": False},
+        copies={"mlp_bias": "attention_bias", "embedding_dropout": "mlp_dropout"},
+        output_biases=("decoder.bias",),
+        **settings,
+    )
 
 
 def _decoder(name: str, fields: Mapping[str, tuple[str, Any]], **settings: Any) -> Family:
@@ -138,40 +247,13 @@ FAMILIES: dict[str, Family] = {
     ),
     "bert": Family(
         "Bert",
-        "",
         prefix="bert.",
         output="cls.predictions.decoder.weight",
-        fields={
-            "vocab_size": ("vocab_size", 30522),
-            "hidden_size": ("hidden_size", 768),
-            "num_layers": ("num_hidden_layers", 12),
-            "num_heads": ("num_attention_heads", 12),
-            "intermediate_size": ("intermediate_size", 3072),
-            "max_positions": ("max_position_embeddings", 512),
-            "norm_eps": ("layer_norm_eps", 1e-12),
-            "activation": ("hidden_act", "gelu"),
-            "token_types": ("type_vocab_size", 2),
-            "dropout": ("hidden_dropout_prob", 0.1),
-            "tie_vocabulary": ("tie_word_embeddings", True),
-        },
-        activations=_GELU,
-        tensors={
-            "tokens": ("embeddings.word_embeddings",),
-            "positions": ("embeddings.position_embeddings",),
-            "token_types": ("embeddings.token_type_embeddings",),
-            "embedding_norm": ("embeddings.LayerNorm",),
-            "blocks.*.qkv": tuple(f"encoder.layer.*.attention.self.{x}" for x in ("query", "key", "value")),
-            "blocks.*.attention_out": ("encoder.layer.*.attention.output.dense",),
-            "blocks.*.attention_norm": ("encoder.layer.*.attention.output.LayerNorm",),
-            "blocks.*.mlp_in": ("encoder.layer.*.intermediate.dense",),
-            "blocks.*.mlp_out": ("encoder.layer.*.output.dense",),
-            "blocks.*.mlp_norm": ("encoder.layer.*.output.LayerNorm",),
-        },
-        fixed={"norm_position": "post", "embedding_norm": True, "causal": False},
-        only={"position_embedding_type": "absolute", "is_decoder": False, "add_cross_attention": False},
-        written={"attention_probs_dropout_prob": 0.0},
+        fields=_BERT,
+        poolers=("pooler.dense",),
         output_biases=("cls.predictions.bias", "cls.predictions.decoder.bias"),
         unused=r"embeddings\.position_ids",
+        **_ENCODER,
     ),
     "llama": _decoder(
         "Llama",
@@ -196,6 +278,27 @@ FAMILIES: dict[str, Family] = {
         fixed=_GATED,
         written={"sliding_window": None},
     ),
+    "roberta": _roberta("Roberta", 50265),
+    "xlm-roberta": _roberta("XLMRoberta", 30522),
+    "camembert": _roberta("Camembert", 30522),
+    "modernbert": _modernbert(
+        "ModernBert",
+        ("Wqkv",),
+        causal_model="",
+        fixed={**_MODERN_FIXED, "causal": False},
+        local=0,
+        written={"cls_token_id": None, "sep_token_id": None},
+        last={"MaskedLM": "head", "Classification": "head", "Answering": "head", "MultipleChoice": "head"},
+    ),
+    "modernbert-decoder": _modernbert(
+        "ModernBertDecoder",
+        ("q_proj", "k_proj", "v_proj"),
+        causal_model="ModernBertDecoderForCausalLM",
+        fixed=_MODERN_FIXED,
+        local=1,
+        written={"decoder_bias": False, "pad_token_id": 0, "bos_token_id": 0, "cls_token_id": 0, "sep_token_id": 0},
+        last={"CausalLM": "lm_head", "Classification": "head"},
+    ),
 }
 
 
@@ -207,122 +310,8 @@ def family_of(settings: Mapping[str, Any]) -> Family:
     """
     kind = settings.get("model_type")
     if kind not in FAMILIES:
-        raise ValueError(f"model_type {kind!r} is not covered; covered are {', '.join(FAMILIES)}")
-    return FAMILIES[kind]
-
-
-def trunk_config(settings: Mapping[str, Any]) -> TrunkConfig:
-    """The trunk that a config.json describes.
-
-    Raises:
-        ValueError: another family, or an option that the trunk lacks; names all of them.
-    """
-    family = family_of(settings)
-    if uncovered := "; ".join(_uncovered(family, settings)):
-        raise ValueError(f"model_type '{settings['model_type']}' with options that are not covered: {uncovered}")
-    values = {ours: settings.get(key, default) for ours, (key, default) in family.fields.items()}
-    values["activation"] = family.activations[values["activation"]]
-    if family.fixed.get("positions") == "rotary":
-        rope = _rope(settings)
-        values["rope_theta"] = float(rope["rope_theta"])
-        if rope["rope_type"] != "default":
-            values["rope_factor"] = float(rope["factor"])
-        if rope["rope_type"] == "llama3":
-            values["rope_low_frequency"] = float(rope["low_freq_factor"])
-            values["rope_high_frequency"] = float(rope["high_freq_factor"])
-            values["rope_original_positions"] = rope["original_max_position_embeddings"]
-    return TrunkConfig(**family.fixed, **values)
-
-
-def _rope(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The rotary settings as transformers 5 writes them, which has them in one place; older releases had two."""
-    given = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
-    theta = settings.get("rope_theta", 10000.0)
-    return {"rope_theta": theta, "rope_type": given.get("type", "default"), **given}
-
-
-def _uncovered(family: Family, settings: Mapping[str, Any]) -> Iterator[str]:
-    for key, value in {**family.only, "quantization_config": None}.items():
-        if settings.get(key, value) != value:
-            yield f"{key} {settings[key]!r}, other than {value!r}"
-    key, default = family.fields["activation"]
-    if (activation := settings.get(key, default)) not in family.activations:
-        yield f"{key} {activation!r}, other than {', '.join(family.activations)}"
-    if family.fixed.get("positions") != "rotary":
-        return
-    if settings.get("mlp_bias", False) != settings.get("attention_bias", False):
-        yield "biases in attention or in the MLP alone (attention_bias, mlp_bias)"
-    key, default = family.fields["max_positions"]
-    always = family.name == "Mistral"  # elsewhere a switch turns the window on
-    window = settings.get("sliding_window", 4096) if always or settings.get("use_sliding_window") else None
-    kinds = set(settings.get("layer_types") or (["sliding_attention"] if window else []))
-    if "sliding_attention" in kinds and window and window < settings.get(key, default):
-        yield f"sliding_window {window}"
-    if others := kinds - {"full_attention", "sliding_attention"}:
-        yield f"layer_types {', '.join(sorted(others))}"
-    rope = _rope(settings)
-    if rope["rope_type"] not in ("default", "linear", "llama3"):
-        yield f"rope_type {rope['rope_type']!r}, other than default, linear, llama3"
-    if (part := rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))) != 1:
-        yield f"partial_rotary_factor {part}"
-
-
-def settings_of(config: TrunkConfig, model_type: str) -> dict[str, Any]:
-    """What config.json says of a trunk that has the shape of this family."""
-    family, whole = FAMILIES[model_type], _in_full(config)
-    made = {"model_type": model_type, **family.only, **family.written}
-    made |= {key: getattr(whole, ours) for ours, (key, _) in family.fields.items()}
-    theirs = {ours: theirs for theirs, ours in reversed(list(family.activations.items()))}
-    made[family.fields["activation"][0]] = theirs.get(config.activation, config.activation)
-    made |= {key: made[other] for key, other in family.copies.items()}
-    if family.fixed.get("positions") == "rotary":
-        rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
-        if config.rope_factor != 1:
-            rope |= {"rope_type": "linear", "factor": config.rope_factor}
-        if config.rope_factor != 1 and config.rope_original_positions:
-            rope |= {"rope_type": "llama3", "original_max_position_embeddings": config.rope_original_positions}
-            rope |= {"low_freq_factor": config.rope_low_frequency, "high_freq_factor": config.rope_high_frequency}
-        made["rope_parameters"] = rope
-    return made
-
-
-def matching_family(config: TrunkConfig) -> str:
-    """The model_type whose checkpoints can have this shape.
-
-    Raises:
-        ValueError: there is none; says what the nearest one lacks.
-    """
-    lacking = {model_type: list(_lacking(family, config)) for model_type, family in FAMILIES.items()}
-    nearest = min(lacking, key=lambda model_type: len(lacking[model_type]))
-    if lacking[nearest]:
         raise ValueError(
-            f"none of {', '.join(FAMILIES)} has this trunk's shape; "
-            f"the nearest, {nearest}, lacks {', '.join(lacking[nearest])}"
+            f"model_type {kind!r} is not covered; covered are {', '.join(FAMILIES)}. trunkline.patch(model) puts our "
+            "attention into any other model of transformers, which then trains in a loop of its own"
         )
-    return nearest
-
-
-def _lacking(family: Family, config: TrunkConfig) -> Iterator[str]:
-    """The fields of a trunk that no config.json of the family can give."""
-    whole = _in_full(config)
-    plain = {**asdict(TrunkConfig()), "num_kv_heads": config.num_heads, "qkv_bias": config.bias}
-    wanted = {**plain, "head_dim": config.hidden_size / config.num_heads, **family.fixed}
-    for name in (f.name for f in fields(TrunkConfig)):
-        value = getattr(whole, name)
-        if name == "activation":
-            covered = value in family.activations.values()
-        else:  # without rotary positions, what they are like is of no matter
-            covered = name in family.fields or name.startswith(("dropout", "rope_")) or value == wanted[name]
-        if not covered:
-            yield f"{name} {value!r}"
-
-
-def _in_full(config: TrunkConfig) -> TrunkConfig:
-    """With what its empty fields stand for."""
-    return replace(
-        config,
-        num_kv_heads=config.kv_heads,
-        head_dim=config.head_width,
-        intermediate_size=config.mlp_width,
-        qkv_bias=config.bias if config.qkv_bias is None else config.qkv_bias,
-    )
+    return FAMILIES[kind]

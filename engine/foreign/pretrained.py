@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from trunkline.engine.foreign.families import family_of, matching_family, settings_of, trunk_config
+from trunkline.engine.foreign.families import Family, family_of
+from trunkline.engine.foreign.shapes import matching_family, settings_of, trunk_config
 from trunkline.engine.network.trunk import Trunk, TrunkConfig
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def load(source: str, dropout: float | None = None, dtype: torch.dtype | None = 
             ours = [name for name in tensors if name.startswith("trunk.")]
             weights = {name.removeprefix("trunk."): tensors[name].clone() for name in ours}
             trunk.vocabulary = tensors.get("vocabulary")
+            trunk.vocabulary_bias = tensors.get("vocabulary_bias")
         for name, parameter in trunk.named_parameters():
             if (shape := weights[name].shape) != parameter.shape:
                 raise ValueError(f"{name}: expected {list(parameter.shape)}, got {list(shape)}")
@@ -101,7 +103,7 @@ def to_hugging_face(trunk: Trunk, vocabulary: Tensor | None = None) -> "PreTrain
         raise ValueError(f"pretrained: transformers has no {family.name} model '{name}', which config.json names")
     config = transformers.CONFIG_MAPPING[settings["model_type"]].from_dict(settings)
     pooled = any("pooler" in tensor for tensor in tensors)
-    options = {"add_pooling_layer": pooled} if name == "BertModel" else {}
+    options = {"add_pooling_layer": pooled} if family.poolers and name == f"{family.name}Model" else {}
     weight = trunk.tokens.weight
     model = kind.from_pretrained(None, config=config, state_dict=tensors, dtype=weight.dtype, **options)
     return model.to(weight.device)
@@ -126,7 +128,7 @@ def _from_hugging_face(trunk: Trunk, settings: dict[str, Any], tensors: dict[str
         for name, tensor in tensors.items()  # BERT's first checkpoints come from TensorFlow
     }
     prefix = family.prefix if any(name.startswith(family.prefix) for name in tensors) else ""
-    names = {name: [prefix + source for source in family.sources(name)] for name in trunk.state_dict()}
+    names = {name: family.sources(name, settings, prefix) for name in trunk.state_dict()}
     if missing := [source for sources in names.values() for source in sources if source not in tensors]:
         raise ValueError(f"{len(missing)} tensors are missing: {', '.join(missing[:4])} ...")
     weights = {}
@@ -146,7 +148,17 @@ def _from_hugging_face(trunk: Trunk, settings: dict[str, Any], tensors: dict[str
     elif output is not None and not torch.equal(output, weights["tokens.weight"]):
         raise ValueError(f"{family.output} differs from the embedding, which config.json says it is tied to")
     trunk.origin = Origin(settings, prefix, tensors)
+    trunk.vocabulary_bias = tensors[family.output_biases[0]].clone() if trunk.config.vocabulary_bias else None
+    trunk.pooler = _pooler(family, prefix, tensors, trunk.config.hidden_size)
     return weights
+
+
+def _pooler(family: Family, prefix: str, tensors: dict[str, Tensor], width: int) -> tuple[Tensor, Tensor] | None:
+    """Weight and bias of a checkpoint's pooler."""
+    for layer in (place + name for name in family.poolers for place in {prefix, ""}):
+        if f"{layer}.weight" in tensors:
+            return tensors[f"{layer}.weight"], tensors[f"{layer}.bias"]
+    return (0.02 * torch.randn(width, width), torch.zeros(width)) if family.new_pooler else None
 
 
 def _to_hugging_face(trunk: Trunk, vocabulary: Tensor | None) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -159,8 +171,10 @@ def _to_hugging_face(trunk: Trunk, vocabulary: Tensor | None) -> tuple[dict[str,
         settings = settings_of(config, matching_family(config))
         family = family_of(settings)
         headed = family.causal_model and (config.tie_vocabulary or vocabulary is not None)
+        headed = headed and config.last_layer == bool(family.last)
         settings["architectures"] = [family.causal_model if headed else f"{family.name}Model"]
-        settings |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # the tokenizer's business
+        others_business = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))  # the tokenizer's
+        settings = {**others_business, **settings}
         prefix, others = family.prefix if headed else "", {}
     else:
         family, prefix = family_of(origin.settings), origin.prefix
@@ -175,9 +189,9 @@ def _to_hugging_face(trunk: Trunk, vocabulary: Tensor | None) -> tuple[dict[str,
     settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = str(trunk.tokens.weight.dtype)[len("torch.") :]
     tensors = {name: tensor.clone() for name, tensor in others.items()}
     for name, weight in trunk.state_dict().items():
-        sources = family.sources(name)
+        sources = family.sources(name, settings, prefix)
         for source, part in zip(sources, _parts(config, name, weight, len(sources)), strict=True):
-            tensors[prefix + source] = (
+            tensors[source] = (
                 part.T.clone(memory_format=torch.contiguous_format) if family.transposed(name) else part.clone()
             )
     if vocabulary is not None:

@@ -40,6 +40,7 @@ class Piece(NamedTuple):
     tokens: "np.ndarray"  # (L,)
     label: "Sequence[float] | np.ndarray"  # numbers whose meaning is the head's own business
     reference: str | list[str] | None = None  # the texts to be matched, of heads whose label is a text
+    types: "np.ndarray | None" = None  # (L,) uint8, token types of a text that was laid out; None: 0
 
 
 class Made(NamedTuple):

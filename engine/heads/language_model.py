@@ -31,8 +31,8 @@ class LanguageModel(Head):
         """A text of any length, in as many pieces as it takes; nothing is cut off, and no piece has two texts."""
         import numpy as np
 
-        end = [layout.tokenizer.end]
-        whole = np.concatenate([end, row.encoded[0][0], end]).astype(np.int32)
+        begin, end = layout.tokenizer.prefix.ids or [layout.tokenizer.end], [layout.tokenizer.end]
+        whole = np.concatenate([begin, row.encoded[0][0], end]).astype(np.int32)
         step = layout.max_length - 1  # the last token of a piece is the first of the next: each is predicted once
         return Made([Piece(whole[i : i + step + 1], []) for i in range(0, len(whole) - 1, step)], False)
 
@@ -64,12 +64,12 @@ class MaskedLanguageModel(Head):
 
         laid = layout.lay(row.texts, row.encoded)
         tokens, random = laid.tokens.copy(), np.random.default_rng(crc32(laid.tokens.tobytes()))
-        text = np.isin(tokens, (layout.tokenizer.end, layout.tokenizer.separator), invert=True).nonzero()[0]
+        text = np.isin(tokens, [*layout.tokenizer.special], invert=True).nonzero()[0]
         hidden = random.choice(text, max(1, round(MASKED * len(text))), replace=False)
         of_token = np.full(len(tokens), -1.0)
         of_token[hidden] = tokens[hidden]
         tokens[hidden] = layout.tokenizer.mask()
-        return Made([Piece(tokens, of_token)], laid.cut)
+        return Made([Piece(tokens, of_token, types=laid.types)], laid.cut)
 
     def label(self, tokens: "np.ndarray", label: "np.ndarray", causal: bool) -> Labels:
         """`label`: (L,), the token that was masked, -1 elsewhere."""

@@ -83,8 +83,8 @@ class BalancedBackward:
         first = min(int(name.split(".")[1]) for name in self.chosen)
         self.block, *others = model.trunk.blocks[first:]
         above = [module for block in (self.block, *others) for module in block.modules()]
-        if hasattr(model.trunk, "final_norm"):
-            above.append(model.trunk.final_norm)
+        ends = ("final_norm", "last_layer", "last_norm")
+        above += [module for name, module in model.trunk.named_children() if name in ends]
         self.above = [module for module in above if next(module.parameters(recurse=False), None) is not None]
         self.passes: list[_Pass] = []
         self.gradients: dict[nn.Linear, TaskGradients] = {}

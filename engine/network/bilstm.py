@@ -283,7 +283,9 @@ class BiLSTM(nn.Module):
         """As `MultiTaskModel.logits`, for tasks that do not write."""
         return self.heads.logits(x, task)
 
-    def generate(self, prompts: Sequence[np.ndarray], task: int, end: int, search: Search) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[np.ndarray], task: int, end: int | Sequence[int], search: Search
+    ) -> list[list[int]]:
         """As `MultiTaskModel.generate`. The last token of a prompt is the first that the decoder takes in."""
         with torch.inference_mode():
             examples = [Example(task, tokens, np.array([len(tokens) - 1])) for tokens in prompts]

@@ -10,6 +10,7 @@ B prompts, W beams, S = B * W texts, L slots of the cache, G key/value heads, E 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import numpy as np
 import torch
@@ -53,6 +54,7 @@ class Cache:
 
     def __init__(self, config: TrunkConfig, lengths: np.ndarray, slots: int, like: Tensor):
         shape = (config.num_layers, len(lengths), config.kv_heads, slots, config.head_width)  # by head: read in one go
+        self.config = config
         self.keys, self.values = like.new_zeros(shape), like.new_zeros(shape)
         self.lengths = lengths  # on the host, so that no step has to wait for the device to know its shapes
         vocabulary = config.vocab_size if config.exact_match else 0
@@ -65,15 +67,24 @@ class Cache:
         places = torch.from_numpy(self.lengths).to(device)
         self.newest = self.slots(self.texts, places)
         self.lengths = self.lengths + 1
-        self.parts: list[tuple[slice, int, Tensor | None]] = []  # texts, longest of them, what each sees of that
+        # texts, longest of them, what each sees of that, and in a local layer
+        self.parts: list[tuple[slice, int, Tensor | None, Tensor | None]] = []
         size = max(-(-texts // PARTS), PARTS)
         for first in range(0, texts, size):
             part = slice(first, min(first + size, texts))
             longest = int(self.lengths[part].max())
-            hidden = torch.arange(longest, device=device) > places[part, None]  # (texts of the part, L)
-            mask = torch.zeros(hidden.shape, dtype=self.keys.dtype, device=device).masked_fill_(hidden, float("-inf"))
-            self.parts.append((part, longest, None if self.lengths[part].min() == longest else mask[:, None, None]))
+            slots = torch.arange(longest, device=device)
+            beyond = slots > places[part, None]  # (texts of the part, L)
+            before = slots < places[part, None] - self.config.window
+            mask = None if self.lengths[part].min() == longest else self._mask(beyond)
+            local = self._mask(beyond | before) if self.config.window else None
+            self.parts.append((part, longest, mask, local))
         return places
+
+    def _mask(self, hidden: Tensor) -> Tensor:
+        """(texts, L) -> (texts, 1, 1, L), what is added to scores."""
+        mask = torch.zeros(hidden.shape, dtype=self.keys.dtype, device=hidden.device)
+        return mask.masked_fill_(hidden, float("-inf"))[:, None, None]
 
     def slots(self, texts: Tensor, places: Tensor) -> Tensor:
         """Of tokens (T,) at these places of these texts: (T * G,), counted over the slots of all heads and texts."""
@@ -91,15 +102,16 @@ class Cache:
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: None) -> Tensor:
         """One token of each text, q (S, H, E) and k, v (S, G, E): stores key and value, attends to all so far."""
         keys, values = self.put(layer, self.newest, k, v)
+        is_local = self.config.window_of(layer) is not None
         out = [
             F.scaled_dot_product_attention(
                 q[part, :, None],  # (texts of the part, H, 1, E)
                 keys[part, :, :longest],
                 values[part, :, :longest],
-                attn_mask=mask,
+                attn_mask=local if is_local else mask,
                 enable_gqa=q.shape[1] != k.shape[1],
             )
-            for part, longest, mask in self.parts
+            for part, longest, mask, local in self.parts
         ]
         return torch.cat(out).squeeze(2)
 
@@ -130,7 +142,7 @@ def generate(
     trunk: Trunk,
     logits: Callable[[Tensor], Tensor],
     prompts: Sequence[np.ndarray],
-    end: int,
+    end: int | Sequence[int],
     search: Search | None = None,
 ) -> list[list[int]]:
     """Continues every prompt until its end token or the longest length.
@@ -139,7 +151,7 @@ def generate(
         trunk: causal.
         logits: (S, D) -> (S, V), the vocabulary head of the task.
         prompts: token ids of each; at least one token.
-        end: token that ends a text; it is not part of the result.
+        end: token that ends a text, or several any of which does; it is not part of the result.
         search: how; default greedy, at most 64 tokens.
 
     Returns:
@@ -204,9 +216,10 @@ def check_search(search: Search, vocab_size: int) -> None:
         raise ValueError(f"search: length_penalty must be a finite number, got {search.length_penalty!r}")
 
 
-def writer_of(prompts: int, search: Search, end: int, device: torch.device) -> "_Greedy | _Beams":
+def writer_of(prompts: int, search: Search, end: int | Sequence[int], device: torch.device) -> "_Greedy | _Beams":
     """What chooses the tokens of so many texts: `step` by `step` from logits, until none goes on."""
-    return (_Greedy if search.beams == 1 else _Beams)(prompts, search, end, device)
+    ends = [end] if isinstance(end, int) else list(end)
+    return (_Greedy if search.beams == 1 else _Beams)(prompts, search, ends, device)
 
 
 def _prefill(trunk: Trunk, prompts: Sequence[np.ndarray], slots: int) -> tuple[Tensor, Cache]:
@@ -223,7 +236,7 @@ def _prefill(trunk: Trunk, prompts: Sequence[np.ndarray], slots: int) -> tuple[T
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
         cache.put(layer, filled, k, v)
-        return attention(q, k, v, batch.plan, causal=True, rows=rows)
+        return attention(q, k, v, batch.plan, causal=True, window=trunk.config.window_of(layer), rows=rows)
 
     x = trunk(batch.tokens, batch.positions, attend, batch.rows.token)
     if trunk.config.exact_match:
@@ -231,11 +244,11 @@ def _prefill(trunk: Trunk, prompts: Sequence[np.ndarray], slots: int) -> tuple[T
     return torch.empty_like(x).index_copy_(0, order, x), cache
 
 
-def _forbid(scores: Tensor, texts: Tensor, search: Search, end: int) -> None:
+def _forbid(scores: Tensor, texts: Tensor, search: Search, ends: list[int]) -> None:
     """Sets the scores (S, V) of the tokens that may not follow the texts (S, length so far) to -inf."""
     n = search.no_repeat_ngram
     if texts.shape[1] < search.min_new_tokens:
-        scores[:, end] = float("-inf")
+        scores[:, ends] = float("-inf")
     if 0 < n <= texts.shape[1]:
         ngrams = texts.unfold(1, n, 1)  # (S, runs, n)
         begun = (ngrams[..., :-1] == texts[:, None, texts.shape[1] - n + 1 :]).all(-1)  # a run that could be repeated
@@ -254,11 +267,14 @@ def _closed_up(going: np.ndarray) -> np.ndarray:
 class _Greedy:
     """The most likely token of every text, until its end."""
 
-    def __init__(self, prompts: int, search: Search, end: int, device: torch.device):
-        self.search, self.end, self.length = search, end, 0
+    def __init__(self, prompts: int, search: Search, ends: list[int], device: torch.device):
+        self.search, self.ends, self.length = search, ends, 0
+        self.end_tokens = torch.tensor(ends, device=device)
         self.prompts = torch.arange(prompts, device=device)  # (S,) of the unfinished texts
         self.last = torch.empty(0, dtype=torch.int64, device=device)  # (S,) the newest token of each
-        self.texts = torch.full((prompts, search.max_new_tokens), end, device=device)  # of all prompts, in their order
+        self.texts = torch.full(
+            (prompts, search.max_new_tokens), ends[0], device=device
+        )  # of all prompts, in their order
 
     def step(self, logits: Tensor) -> np.ndarray:
         """Extends the texts by one token each, from logits (S, V).
@@ -267,13 +283,13 @@ class _Greedy:
             (S',) which of the S texts go on, in their new order.
         """
         if self.search.min_new_tokens or self.search.no_repeat_ngram:
-            _forbid(logits, self.texts[self.prompts, : self.length], self.search, self.end)
+            _forbid(logits, self.texts[self.prompts, : self.length], self.search, self.ends)
         token = logits.argmax(-1)  # (S,)
         self.texts[self.prompts, self.length] = token
         self.length += 1
         if self.length == self.search.max_new_tokens:
             return np.empty(0, np.int64)
-        going = np.flatnonzero((token != self.end).cpu().numpy())
+        going = np.flatnonzero((token[:, None] != self.end_tokens).all(1).cpu().numpy())
         places = _closed_up(going)
         if len(going) < len(token):
             chosen = torch.from_numpy(places).to(token.device)
@@ -283,8 +299,7 @@ class _Greedy:
 
     def written(self) -> list[list[int]]:
         """The text of every prompt."""
-        texts = self.texts.tolist()
-        return [text[: text.index(self.end)] if self.end in text else text for text in texts]
+        return [list(takewhile(lambda token: token not in self.ends, text)) for text in self.texts.tolist()]
 
 
 class _Beams:
@@ -293,8 +308,8 @@ class _Beams:
     A prompt is done as soon as W of its texts have ended, or its texts have the longest length.
     """
 
-    def __init__(self, prompts: int, search: Search, end: int, device: torch.device):
-        self.search, self.end = search, end
+    def __init__(self, prompts: int, search: Search, ends: list[int], device: torch.device):
+        self.search, self.ends = search, ends
         self.live = list(range(prompts))  # prompts that are not done
         self.scores = torch.zeros(prompts, 1, device=device)  # (live prompts, texts) log-probabilities
         self.texts = torch.zeros(prompts, 1, 0, dtype=torch.int64, device=device)  # (live prompts, texts, length)
@@ -315,16 +330,16 @@ class _Beams:
         log_p = logits.log_softmax(-1)
         prompts, width = self.scores.shape
         W, V = self.search.beams, log_p.shape[1]
-        _forbid(log_p, self.texts.flatten(0, 1), self.search, self.end)
+        _forbid(log_p, self.texts.flatten(0, 1), self.search, self.ends)
         totals = (self.scores[:, :, None] + log_p.view(prompts, width, V)).flatten(1)
-        # at most one candidate of every text is its end, so that of 2 W candidates W go on
-        scores, places = totals.topk(min(2 * W, totals.shape[1]))
+        # at most as many candidates of every text as there are ends are one, so that W of these candidates go on
+        scores, places = totals.topk(min((1 + len(self.ends)) * W, totals.shape[1]))
         parents, tokens = places // V, places % V
         length = self.texts.shape[2] + 1
         survivors: dict[int, list[int]] = {}  # row in `live`, its candidates that go on
         for row, (prompt, row_tokens) in enumerate(zip(self.live, tokens.tolist(), strict=True)):
-            going = [c for c, token in enumerate(row_tokens) if token != self.end][:W]
-            ending = [c for c in range(W) if row_tokens[c] == self.end]
+            going = [c for c, token in enumerate(row_tokens) if token not in self.ends][:W]
+            ending = [c for c in range(W) if row_tokens[c] in self.ends]
             self.ended[prompt] += len(ending)
             if length == self.search.max_new_tokens:
                 ending = list(range(W))
@@ -350,4 +365,4 @@ class _Beams:
         score /= length**self.search.length_penalty
         if score > self.results[prompt][0]:
             text = self.texts[row, parent].tolist()
-            self.results[prompt] = (score, text if token == self.end else [*text, token])
+            self.results[prompt] = (score, text if token in self.ends else [*text, token])

@@ -24,6 +24,8 @@ from trunkline.kernels.linear_cross_entropy import linear_cross_entropy
 from trunkline.kernels.task_loss import LossSums, task_loss
 from trunkline.kernels.task_projection import task_projection
 
+COLUMNS = 8  # products of 16-bit numbers want widths in multiples of it
+
 if TYPE_CHECKING:
     from trunkline.engine.tasks.task import Task
 
@@ -40,16 +42,21 @@ class MultiTaskModel(nn.Module):
         trunk: the shared feature extractor.
         tasks: N of them, in the order of `in_model_order`; a batch names a task by its place here.
         projection: activation of the per-task projection x + act(x W_t + b_t), which starts as the identity; '' : none.
+            'pooler': tanh(x W_t + b_t), which starts as the trunk's pooler, for tasks of one class or number an
+            example, and x + tanh(x W_t + b_t) for the others.
         label_smoothing: of all classification and next-token losses.
 
     Raises:
-        ValueError: a task that predicts tokens on a bidirectional trunk, or tasks out of order.
+        ValueError: a task that predicts tokens on a bidirectional trunk, tasks out of order, or a pooler asked of a
+            checkpoint without one.
     """
 
     class_offsets: Tensor  # (tasks of the table + 1,) int32, first column of each and the end of the last
+    vocabulary_bias: Tensor | None  # (V,)
     regression: Tensor  # (tasks of the table,) bool
     center: Tensor  # (tasks of the table,) what a regression's labels are around, and 0
     spread: Tensor  # (tasks of the table,) the unit of a regression's loss, and 1
+    kept: Tensor  # (N,) factor of x beside its projection: 0 where it is a pooler, else 1
 
     def __init__(self, trunk: Trunk, tasks: Sequence["Task"], projection: str = "", label_smoothing: float = 0.0):
         super().__init__()
@@ -63,7 +70,7 @@ class MultiTaskModel(nn.Module):
             raise ValueError(f"model: task '{name}' predicts next tokens, which needs a causal trunk")
         self.trunk, self.tasks = trunk, tuple(tasks)
         self.num_small, self.num_spans, self.num_vocabulary = (groups.count(group) for group in GROUPS)
-        self.activation, self.label_smoothing = projection, label_smoothing
+        self.activation, self.label_smoothing = "tanh" if projection == "pooler" else projection, label_smoothing
 
         columns = [HEADS[task.head].columns(task) for task in tasks[: self.num_small]]
         self.width = max(columns, default=0)
@@ -75,9 +82,21 @@ class MultiTaskModel(nn.Module):
         if "vocabulary" in groups and not trunk.config.tie_vocabulary:
             start = torch.empty(trunk.config.vocab_size, D).normal_(std=0.02)
             self.vocabulary = nn.Parameter(start if trunk.vocabulary is None else trunk.vocabulary.clone())
+        biased = "vocabulary" in groups and trunk.config.vocabulary_bias
+        if biased and trunk.vocabulary_bias is not None:
+            self.register_buffer("vocabulary_bias", trunk.vocabulary_bias.float())
+        else:
+            self.register_buffer("vocabulary_bias", torch.zeros(trunk.config.vocab_size) if biased else None)
         if projection:
             self.projection_weight = nn.Parameter(torch.zeros(N, D, D))
             self.projection_bias = nn.Parameter(torch.zeros(N, D))
+        pooled = torch.tensor([projection == "pooler" and HEADS[task.head].pools for task in tasks])
+        self.pools = bool(pooled.any())
+        if self.pools:
+            weight, bias = _pooler(trunk)
+            with torch.no_grad():
+                self.projection_weight[pooled], self.projection_bias[pooled] = weight.T.float(), bias.float()
+        self.register_buffer("kept", 1.0 - pooled.float(), persistent=False)
         offsets = torch.tensor([0, *columns]).cumsum(0).to(torch.int32)
         regression = torch.tensor([HEADS[task.head].squared for task in tasks[: self.num_small]], dtype=torch.bool)
         self.register_buffer("class_offsets", offsets, persistent=False)
@@ -126,7 +145,7 @@ class MultiTaskModel(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """(R, D) the trunk's output at the labelled rows."""
-        x = self.trunk(batch.tokens, batch.positions, batch.plan, batch.rows.token)
+        x = self.trunk(batch.tokens, batch.positions, batch.plan, batch.rows.token, types=batch.types)
         if torch.is_autocast_enabled(x.device.type):  # norms leave float32; the heads' products need not
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
@@ -177,7 +196,7 @@ class MultiTaskModel(nn.Module):
             number = (sequence.diff(prepend=sequence[:1]) != 0).cumsum(0)  # of those that have rows here
             sums.append(span_loss(logits, task, rows.target[a:b], rows.weight[a:b], number, self.num_spans))
         if self.num_vocabulary:
-            weights = vocabulary or [self.vocabulary_weight]
+            x, weights = self._with_bias(x, vocabulary or [self.vocabulary_weight])
             per_weight = self.num_vocabulary // len(weights)
             firsts = range(first_vocabulary, N, per_weight)
             sums.append(
@@ -202,7 +221,9 @@ class MultiTaskModel(nn.Module):
         predicts_tokens = task >= self.num_small + self.num_spans
         return self.losses(x, batch), x[:0] if predicts_tokens else self.logits(x, task)
 
-    def generate(self, prompts: Sequence[np.ndarray], task: int, end: int, search: Search) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[np.ndarray], task: int, end: int | Sequence[int], search: Search
+    ) -> list[list[int]]:
         """Continues prompts as one task's head says: `trunkline.engine.network.generate.generate`."""
         return generate(self.trunk, partial(self.logits, task=task), prompts, end, search)
 
@@ -221,7 +242,11 @@ class MultiTaskModel(nn.Module):
         if not self.activation:
             return x
         weight, bias = self.projection_weight.to(x.dtype), self.projection_bias.to(x.dtype)
-        return x + task_projection(x, weight, bias, offsets, self.activation)
+        projected = task_projection(x, weight, bias, offsets, self.activation)
+        if not self.pools:
+            return x + projected
+        kept = self.kept.to(x.dtype).repeat_interleave(offsets.diff(), output_size=len(x))  # (N,) -> (R,)
+        return x * kept[:, None] + projected
 
     def logits(self, x: Tensor, task: int) -> Tensor:
         """What one task's head makes of hidden states, for inference.
@@ -245,4 +270,26 @@ class MultiTaskModel(nn.Module):
             return exact * self.spread[task] + self.center[task]
         if task < self.num_small + self.num_spans:
             return F.linear(x, self.span_weight[task - self.num_small].to(x.dtype))
-        return (self.vocabulary_weight.to(x.dtype) @ x.T).T  # of few rows: on a CPU half the time of x @ weight.T
+        y = (self.vocabulary_weight.to(x.dtype) @ x.T).T  # of few rows: on a CPU half the time of x @ weight.T
+        return y if self.vocabulary_bias is None else y + self.vocabulary_bias.to(x.dtype)
+
+    def _with_bias(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+        """(R, D) and matrices (V, D) whose products have the vocabulary's bias: a column more, of which x has 1."""
+        if self.vocabulary_bias is None:
+            return x, weights
+        column = F.pad(self.vocabulary_bias[:, None], (x.shape[1], COLUMNS - 1))  # (V,) -> (V, D + 8)
+        x = torch.cat([x, F.pad(x.new_ones(len(x), 1), (0, COLUMNS - 1))], 1)  # (R, D) -> (R, D + 8)
+        # padded and added, and not joined: the gradient then lies in memory as the matrix does
+        return x, [F.pad(weight, (0, COLUMNS)) + column.to(weight.dtype) for weight in weights]
+
+
+def _pooler(trunk: Trunk) -> tuple[Tensor, Tensor]:
+    """Weight (D, D) and bias (D,) that poolers start from: the checkpoint's; new ones for a trunk of ours."""
+    if trunk.pooler is not None:
+        return trunk.pooler
+    if trunk.origin is not None:
+        raise ValueError(
+            "projection: pooler: the checkpoint that the trunk comes from has none; use tanh, gelu or no projection"
+        )
+    D = trunk.config.hidden_size
+    return torch.empty(D, D).normal_(std=0.02), torch.zeros(D)

@@ -44,6 +44,7 @@ class PackedBatch(OnDevice):
     order: tuple[int, ...]  # the examples in the order in which they lie in the stream
     examples: tuple[int, ...]  # of every task, (N,)
     real_tokens: int  # T less the dummy sequence
+    types: Tensor | None = None  # (T,) uint8, token types; None: the trunk has none, or all tokens are of type 0
 
     @property
     def padding_waste(self) -> float:
@@ -66,6 +67,7 @@ class Example:
     targets: np.ndarray | None = None  # (r,) int; None: 0
     values: np.ndarray | None = None  # (r,) float; None: 0
     weights: np.ndarray | None = None  # (r,) float; None: 1
+    types: np.ndarray | None = None  # (L,) uint8, token types; None: 0
 
 
 def batches_of(lengths: Sequence[int], tokens: int) -> list[list[int]]:
@@ -144,7 +146,20 @@ def pack(examples: Sequence[Example], num_tasks: int, budget: int | None = None)
         order=tuple(order),
         examples=tuple(sum(example.task == task for example in examples) for task in range(num_tasks)),
         real_tokens=total,
+        types=_types([examples[i] for i in order], budget),
     )
+
+
+def _types(examples: Sequence[Example], budget: int) -> Tensor | None:
+    """(T,) token types of examples that lie one after the other; None where no example has any."""
+    if all(example.types is None for example in examples):
+        return None
+    types, end = np.zeros(budget, np.uint8), 0
+    for example in examples:
+        begin, end = end, end + len(example.tokens)
+        if example.types is not None:
+            types[begin:end] = example.types
+    return torch.from_numpy(types)
 
 
 def _rows(examples: Sequence[Example], num_tasks: int) -> LabelledRows:

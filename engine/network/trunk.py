@@ -9,7 +9,7 @@ T tokens, D width, H query heads, G key/value heads, E head width, R rows asked 
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +20,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from trunkline.engine.network.packing import PackPlan
+from trunkline.engine.network.trunk_config import PRESETS as PRESETS
+from trunkline.engine.network.trunk_config import TrunkConfig as TrunkConfig
+from trunkline.engine.network.trunk_config import preset as preset
 from trunkline.kernels.attention.attention import attention
 
 if TYPE_CHECKING:
@@ -31,116 +34,6 @@ Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
 Checkpointing = Literal["none", "block", "selective"]
 
 
-@dataclass(frozen=True)
-class TrunkConfig:
-    """Shape of a trunk.
-
-    Raises:
-        ValueError: the fields contradict one another.
-    """
-
-    vocab_size: int = 8192
-    """Entries of the vocabulary; a run sets it from its tokenizer."""
-    hidden_size: int = 256
-    """D, the width of the residual stream."""
-    num_layers: int = 4
-    """Transformer blocks."""
-    num_heads: int = 4
-    """H, query heads."""
-    num_kv_heads: int | None = None
-    """G, key/value heads; None: as many as query heads."""
-    head_dim: int | None = None
-    """E, width of a head; None: hidden_size / num_heads."""
-    intermediate_size: int | None = None
-    """Width inside the MLP; None: 4 x hidden_size."""
-    max_positions: int = 1024
-    """Longest sequence, in tokens."""
-    positions: Literal["learned", "rotary"] = "learned"
-    """Where a token's place comes from: a learned vector added to the input, or a rotation of queries and keys."""
-    rope_theta: float = 10000.0
-    """Base of the rotary wavelengths."""
-    rope_factor: float = 1.0
-    """Makes long rotary wavelengths this much longer: those that fit less than `rope_low_frequency` times into
-    `rope_original_positions` wholly, more than `rope_high_frequency` times not at all, others partly (Llama 3)."""
-    rope_low_frequency: float = 1.0
-    rope_high_frequency: float = 4.0
-    rope_original_positions: int = 0
-    """Longest sequence before `rope_factor`; 0: it applies to all wavelengths alike (linear scaling)."""
-    norm: Literal["layer", "rms"] = "layer"
-    """LayerNorm or RMSNorm."""
-    norm_eps: float = 1e-5
-    """Added to the variance."""
-    norm_position: Literal["pre", "post"] = "pre"
-    """pre: x + f(norm(x)), with one more norm at the end (GPT-2, Llama). post: norm(x + f(x)) (BERT)."""
-    embedding_norm: bool = False
-    """A norm right after the embeddings (BERT)."""
-    activation: Literal["gelu", "gelu_tanh", "swiglu"] = "gelu"
-    """Of the MLP; gelu_tanh is GPT-2's approximation, swiglu gates (Llama)."""
-    bias: bool = True
-    """Biases on all linear layers."""
-    qkv_bias: bool | None = None
-    """Biases on the query, key and value projections; None: as `bias`."""
-    qk_norm: bool = False
-    """RMSNorm on every head's queries and keys (Qwen3)."""
-    causal: bool = True
-    """A token sees what stands before it (decoder) or everything (encoder)."""
-    token_types: int = 0
-    """Segment embeddings; every token is of type 0 (BERT)."""
-    dropout: float = 0.0
-    """Probability of zeroing the embeddings' and each sublayer's output in training."""
-    exact_match: bool = False
-    """A learned vector marks every token that occurred before in its sequence. What two texts share is then to be seen
-    in the input, and need not be found by comparing all tokens, which takes far more text than most tasks have (after
-    DrQA's feature, arXiv:1704.00051)."""
-    tie_vocabulary: bool = True
-    """The vocabulary head uses the embedding matrix."""
-
-    def __post_init__(self):
-        if self.head_dim is None and self.hidden_size % self.num_heads:
-            raise ValueError(f"trunk: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
-        if self.num_heads % self.kv_heads:
-            raise ValueError(f"trunk: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
-        if self.positions == "rotary" and self.head_width % 2:
-            raise ValueError(f"trunk: rotary positions need an even head width, got {self.head_width}")
-        if not self.rope_low_frequency < self.rope_high_frequency:
-            raise ValueError(
-                f"trunk: rope_low_frequency {self.rope_low_frequency} must be below "
-                f"rope_high_frequency {self.rope_high_frequency}"
-            )
-
-    @property
-    def kv_heads(self) -> int:
-        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
-
-    @property
-    def head_width(self) -> int:
-        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
-
-    @property
-    def mlp_width(self) -> int:
-        return 4 * self.hidden_size if self.intermediate_size is None else self.intermediate_size
-
-
-_GPT2 = {"vocab_size": 50257, "max_positions": 1024, "activation": "gelu_tanh"}
-PRESETS: dict[str, dict] = {
-    "tiny": {"hidden_size": 256, "num_layers": 4, "num_heads": 4, "max_positions": 1024, "positions": "rotary"},
-    "small": {"hidden_size": 768, "num_layers": 12, "num_heads": 12, **_GPT2},
-    "medium": {"hidden_size": 1024, "num_layers": 24, "num_heads": 16, **_GPT2},
-    "bert-base": {
-        "vocab_size": 30522,
-        "hidden_size": 768,
-        "num_layers": 12,
-        "num_heads": 12,
-        "max_positions": 512,
-        "norm_position": "post",
-        "norm_eps": 1e-12,
-        "embedding_norm": True,
-        "causal": False,
-        "token_types": 2,
-    },
-}
-
-
 class Norm(nn.Module):
     """LayerNorm or RMSNorm over the last dimension, as the config says."""
 
@@ -149,7 +42,7 @@ class Norm(nn.Module):
         width, self.eps = width or config.hidden_size, config.norm_eps
         self.weight = nn.Parameter(torch.ones(width))
         layer = (kind or config.norm) == "layer"
-        self.bias = nn.Parameter(torch.zeros(width)) if layer else None
+        self.bias = nn.Parameter(torch.zeros(width)) if layer and config.norm_bias else None
         self.is_layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
@@ -194,12 +87,12 @@ class Block(nn.Module):
         self.config, self.layer = config, layer
         D, H, G, E = config.hidden_size, config.num_heads, config.kv_heads, config.head_width
         qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
-        gate = 2 if config.activation == "swiglu" else 1
-        self.attention_norm = Norm(config)
+        gate = 2 if config.gates else 1
+        self.attention_norm = Norm(config) if layer or config.first_norm else nn.Identity()
         self.qkv = nn.Linear(D, (H + 2 * G) * E, bias=qkv_bias)  # queries, keys, values
         self.attention_out = nn.Linear(H * E, D, bias=config.bias)
         self.mlp_norm = Norm(config)
-        self.mlp_in = nn.Linear(D, gate * config.mlp_width, bias=config.bias)  # swiglu: gate, then value
+        self.mlp_in = nn.Linear(D, gate * config.mlp_width, bias=config.bias)  # gate, then value
         self.mlp_out = nn.Linear(config.mlp_width, D, bias=config.bias)
         if config.qk_norm:
             self.query_norm, self.key_norm = Norm(config, E, "rms"), Norm(config, E, "rms")
@@ -217,9 +110,9 @@ class Block(nn.Module):
 
     def mlp(self, x: Tensor) -> Tensor:
         hidden = self.mlp_in(x)
-        if self.config.activation == "swiglu":
+        if self.config.gates:
             gate, value = hidden.chunk(2, -1)
-            return self.mlp_out(F.silu(gate) * value)
+            return self.mlp_out((F.silu if self.config.activation == "swiglu" else F.gelu)(gate) * value)
         return self.mlp_out(gelu_tanh(hidden) if self.config.activation == "gelu_tanh" else F.gelu(hidden))
 
     def forward(
@@ -247,15 +140,19 @@ class Trunk(nn.Module):
 
     checkpointing: Checkpointing = "none"  # what a block keeps for its backward pass
     vocabulary: Tensor | None  # (V, D) what a checkpoint predicts tokens with, where that is not the embedding
+    vocabulary_bias: Tensor | None  # (V,) of a config that says there is one
+    pooler: tuple[Tensor, Tensor] | None  # (D, D) and (D,) of tanh(x W^T + b), where a checkpoint has it
     origin: "Origin | None"  # what else the Hugging Face checkpoint held that this trunk comes from
 
     def __init__(self, config: TrunkConfig | str = "tiny"):
         super().__init__()
-        self.vocabulary = self.origin = None  # neither is trained here: not among the parameters
+        self.vocabulary = self.vocabulary_bias = self.pooler = self.origin = (
+            None  # none is trained here: not among the parameters
+        )
         self.config = config = preset(config) if isinstance(config, str) else config
         self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.positions == "learned":
-            self.positions = nn.Embedding(config.max_positions, config.hidden_size)
+            self.positions = nn.Embedding(config.max_positions + config.position_offset, config.hidden_size)
         if config.token_types:
             self.token_types = nn.Embedding(config.token_types, config.hidden_size)
         if config.exact_match:
@@ -267,18 +164,25 @@ class Trunk(nn.Module):
         self.blocks = nn.ModuleList(blocks)
         if config.norm_position == "pre":
             self.final_norm = Norm(config)
+        if config.last_layer:
+            self.last_layer, self.last_norm = (
+                nn.Linear(config.hidden_size, config.hidden_size, bias=False),
+                Norm(config),
+            )
         self.apply(_initialise)
         with torch.no_grad():  # GPT-2: the residual stream keeps its variance over the layers
             for block in blocks:
                 for linear in (block.attention_out, block.mlp_out):
                     linear.weight.mul_((2 * config.num_layers) ** -0.5)
 
-    def embed(self, tokens: Tensor, positions: Tensor, repeated: Tensor | None = None) -> Tensor:
+    def embed(
+        self, tokens: Tensor, positions: Tensor, repeated: Tensor | None = None, types: Tensor | None = None
+    ) -> Tensor:
         x = self.tokens(tokens)
         if self.config.positions == "learned":
-            x = x + self.positions(positions)
+            x = x + self.positions(positions + self.config.position_offset)
         if self.config.token_types:
-            x = x + self.token_types.weight[0]
+            x = x + (self.token_types.weight[0] if types is None else self.token_types(types.int()))
         if self.config.exact_match:
             repeated = occurred_before(tokens, positions) if repeated is None else repeated
             x = x + repeated[:, None] * self.match
@@ -286,11 +190,14 @@ class Trunk(nn.Module):
             x = self.embedding_norm(x)
         return self.dropout(x)
 
-    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor] | None:
+    def angles(self, positions: Tensor, theta: float | None = None) -> tuple[Tensor, Tensor] | None:
+        """Cosines and sines of rotary positions, (T, E / 2) each; `theta`: None: `rope_theta`."""
         if self.config.positions == "learned":
             return None
         half = torch.arange(0, self.config.head_width, 2, device=positions.device, dtype=torch.float32)
-        frequency = 1 / self.config.rope_theta ** (half / self.config.head_width)  # rounded as Hugging Face does
+        frequency = 1 / (theta or self.config.rope_theta) ** (
+            half / self.config.head_width
+        )  # rounded as Hugging Face does
         if (factor := self.config.rope_factor) != 1:
             fits = self.config.rope_original_positions * frequency / (2 * math.pi)  # times a wavelength does
             low, high = self.config.rope_low_frequency, self.config.rope_high_frequency
@@ -306,6 +213,7 @@ class Trunk(nn.Module):
         plan: PackPlan | Attend,
         rows: Tensor | None = None,
         repeated: Tensor | None = None,
+        types: Tensor | None = None,
     ) -> Tensor:
         """Hidden states of a packed stream.
 
@@ -316,22 +224,23 @@ class Trunk(nn.Module):
             rows: (R,) int64, the tokens whose hidden states are wanted; None: all.
             repeated: (T,) bool, the tokens that occurred before in their sequence, which `exact_match` marks; None: as
                 the stream shows it.
+            types: (T,) uint8, token types, below `token_types`; None: 0. A trunk without any does not look at them.
 
         Returns:
             (R, D), or (T, D) without `rows`; after the final norm.
         """
-        x, angles = self.embed(tokens, positions, repeated), self.angles(positions)
-        if isinstance(plan, PackPlan):
-            attend = lambda layer, q, k, v, rows: attention(q, k, v, plan, causal=self.config.causal, rows=rows)  # noqa: E731
-        else:
-            attend = plan
-        for block in self.blocks:
+        x, everywhere = self.embed(tokens, positions, repeated, types), self.angles(positions)
+        local = self.angles(positions, self.config.rope_theta_local) if self.config.window else None
+        attend = partial(_packed, self.config, plan) if isinstance(plan, PackPlan) else plan
+        for layer, block in enumerate(self.blocks):
+            angles = everywhere if self.config.window_of(layer) is None else local
             of_block = (x, angles, attend, rows if block is self.blocks[-1] else None)
             if self.checkpointing == "none" or not torch.is_grad_enabled():
                 x = block(*of_block)
             else:
                 x = checkpoint(block, *of_block, use_reentrant=False, **_CONTEXTS[self.checkpointing])
-        return self.final_norm(x) if self.config.norm_position == "pre" else x
+        x = self.final_norm(x) if self.config.norm_position == "pre" else x
+        return self.last_norm(F.gelu(self.last_layer(x))) if self.config.last_layer else x
 
     def grow_vocabulary(self, vocab_size: int) -> None:
         """Adds entries up to `vocab_size`, near the mean of those there are; a vocabulary that is larger stays."""
@@ -343,6 +252,8 @@ class Trunk(nn.Module):
         self.tokens.weight = nn.Parameter(_with_entries(self.tokens.weight.detach(), added))
         if self.vocabulary is not None:
             self.vocabulary = _with_entries(self.vocabulary, added)
+        if self.vocabulary_bias is not None:
+            self.vocabulary_bias = F.pad(self.vocabulary_bias, (0, added))
 
     @classmethod
     def from_pretrained(
@@ -350,9 +261,11 @@ class Trunk(nn.Module):
     ) -> "Trunk":
         """The trunk of a Hugging Face checkpoint, or of an engine of ours.
 
-        Covers GPT-2, BERT, Llama, Mistral, Qwen2 and Qwen3; reads safetensors and JSON only and runs no code of the
-        checkpoint. What the trunk has no use for (heads, BERT's pooler) is kept as it is for `to_hugging_face`; an
-        output embedding that is not tied to the input's is kept in `vocabulary`, where `MultiTaskModel` starts from it.
+        Covers GPT-2, BERT, RoBERTa, XLM-R, CamemBERT, ModernBERT and Ettin (encoder and decoder), Llama (SmolLM2 is
+        one), Mistral, Qwen2 and Qwen3; reads safetensors and JSON only and runs no code of the
+        checkpoint. What the trunk has no use for (heads, BERT's pooler) is kept as it is for `to_hugging_face`. An
+        output embedding that is not tied to the input's is kept in `vocabulary`, and the pooler in `pooler`, too:
+        `MultiTaskModel` starts from them.
 
         Args:
             source: a folder with config.json and model.safetensors, or with model.safetensors.index.json and the files
@@ -392,6 +305,13 @@ class Trunk(nn.Module):
         return save(self, Path(folder), vocabulary)
 
 
+def _packed(
+    config: TrunkConfig, plan: PackPlan, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None
+) -> Tensor:
+    """Attention of one layer in a packed batch."""
+    return attention(q, k, v, plan, causal=config.causal, window=config.window_of(layer), rows=rows)
+
+
 def _with_entries(weight: Tensor, added: int) -> Tensor:
     """(V, D) -> (V + added, D)"""
     entries = weight.float().mean(0) + 0.02 * torch.randn(added, weight.shape[1], device=weight.device)
@@ -409,13 +329,6 @@ _CONTEXTS: dict[str, dict[str, Any]] = {  # what `checkpoint` is told
     "block": {},
     "selective": {"context_fn": partial(create_selective_checkpoint_contexts, _worth_keeping)},
 }
-
-
-def preset(name: str, **changes: Any) -> TrunkConfig:
-    """The config of a preset, with some of its fields changed."""
-    if name not in PRESETS:
-        raise ValueError(f"trunk: unknown preset '{name}'; there are {', '.join(PRESETS)}")
-    return TrunkConfig(**{**PRESETS[name], **changes})
 
 
 def _initialise(module: nn.Module) -> None:

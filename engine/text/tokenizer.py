@@ -1,6 +1,6 @@
 """Text to token ids and back: a tokenizer of the user's, or one trained on the run's own text.
 
-The file name is that of Hugging Face: a folder with a tokenizer.json serves here, and one of ours serves there.
+The file names are those of Hugging Face: a folder with a tokenizer.json serves here, and one of ours serves there.
 """
 
 import json
@@ -8,12 +8,17 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
 
+from trunkline.engine.text.template import Frame, Marks, Template
+
+Version = Literal[1, 2]  # of the layout: the same for every tokenizer, or as the tokenizer's own template says
 Ids = tuple[np.ndarray, list[tuple[int, int]]]  # token ids of a text, (l,) int32, and the characters each covers
-FILE = "tokenizer.json"
+FILE, SETTINGS = "tokenizer.json", "generation_config.json"
+BESIDE = (SETTINGS, "config.json", "tokenizer_config.json")  # files that may say what ends a text
 # What marks the end of a text, what stands between two texts, and where a summary begins. A tokenizer that comes with
 # a token for the purpose keeps it; otherwise the first name is added to its vocabulary.
 END = ("<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "[CLS]")
@@ -35,32 +40,88 @@ class UntokenizedError(ValueError):
 
 
 class Tokenizer:
-    """A `tokenizers.Tokenizer` with the three special tokens that tasks are put together with."""
+    """A `tokenizers.Tokenizer`, and the tokens that tasks are put together with.
 
-    def __init__(self, inner: tokenizers.Tokenizer):
+    Args:
+        inner: the tokenizer.
+        layout: 2: what stands around texts is asked from the tokenizer, and what ends one is `ends`; 1: neither is.
+        grows: tokens that the vocabulary lacks for a purpose are added; otherwise text stands in their place, which
+            is what a model has learnt that never saw such a token.
+        ends: tokens any of which ends a text, the one to be learnt first; none: the first of END that there is.
+
+    Raises:
+        ValueError: a vocabulary without an end, which may not grow.
+    """
+
+    def __init__(
+        self, inner: tokenizers.Tokenizer, *, layout: Version = 2, grows: bool = True, ends: Sequence[int] = ()
+    ):
         inner.no_truncation()
         inner.no_padding()
         inner.encode_special_tokens = True  # a text that spells '<|end|>' out has no END token
-        self.inner = inner
-        self.end, self.separator, self.summary = (self._special(names) for names in (END, SEPARATOR, SUMMARY))
+        self.inner, self.added = inner, 0
+        grows = grows or layout == 1
+        if not (layout == 2 and ends):
+            ends = [token for token in [self._special(END, grows)] if token is not None]
+        if not ends:
+            raise ValueError(
+                f"tokenizer: its vocabulary has no token that ends a text, none of {', '.join(END)}, and no {SETTINGS} "
+                "beside it names an eos_token_id"
+            )
+        self.end, self.ends = ends[0], tuple(ends)
+        self.separator, self.summary = self._special(SEPARATOR, grows), self._special(SUMMARY, grows)
+        self.template = Template.of(self.inner) if layout == 2 else None
 
-    def _special(self, names: tuple[str, ...]) -> int:
+    def _special(self, names: tuple[str, ...], grows: bool) -> int | None:
+        """The first of these tokens that there is; the first of all, added, where there is none and it may grow."""
         ids = self.inner.get_vocab()
         users = Counter(ids.values())  # where somebody added a token to a vocabulary with gaps, an id may have two
-        present = [name for name in names if name in ids and (name == names[0] or users[ids[name]] == 1)]
-        if not present:
-            self.inner = _with_special(self.inner, names[0])
-        token = self.inner.token_to_id((present or names)[0])
-        assert token is not None
-        return token
+        for name in names:
+            if name in ids and (name == names[0] or users[ids[name]] == 1):
+                return ids[name]
+        if not grows:
+            return None
+        self.inner = _with_special(self.inner, names[0])
+        self.added += 1
+        return self.inner.token_to_id(names[0])
 
     def mask(self) -> int:
         """The token that hides others; added to a vocabulary that has none."""
-        return self._special(MASK)
+        token = self._special(MASK, grows=True)
+        assert token is not None
+        return token
+
+    def frame(self, texts: int, causal: bool) -> Frame:
+        """What stands around so many texts of an example."""
+        if self.template is not None:
+            return self.template.frame(texts)
+        end, none = Marks.of(self.end), Marks()
+        between = [self._marks(self.separator, "\n")] * (texts - 1)
+        return Frame((none if causal else end, *between, end if causal else none), (0,) * texts)
+
+    def prompt_frame(self) -> Frame:
+        """What stands around a document that a summary is to follow."""
+        return Frame((self.prefix, self._marks(self.summary, "\nSummary:")), (0,))
+
+    @property
+    def prefix(self) -> Marks:
+        """What a text begins with that goes on to be written."""
+        return Marks() if self.template is None else self.template.prefix
+
+    def _marks(self, token: int | None, text: str) -> Marks:
+        return Marks.of(*(self.inner.encode(text, add_special_tokens=False).ids if token is None else [token]))
+
+    @property
+    def special(self) -> set[int]:
+        """All tokens that are structure, and no text."""
+        present = {token for token in (*self.ends, self.separator, self.summary) if token is not None}
+        return present if self.template is None else present | self.template.ids
 
     @classmethod
-    def load(cls, source: str) -> "Tokenizer":
+    def load(cls, source: str, *, layout: Version = 2, grows: bool = True) -> "Tokenizer":
         """From a tokenizer.json, a folder that has one, or the Hugging Face hub.
+
+        What ends a text is what generation_config.json, config.json or tokenizer_config.json beside it say.
 
         Raises:
             ValueError: it is neither.
@@ -69,11 +130,14 @@ class Tokenizer:
         path = path / FILE if path.is_dir() else path
         if path.is_file():
             try:
-                return cls(tokenizers.Tokenizer.from_file(str(path)))
+                inner = tokenizers.Tokenizer.from_file(str(path))
             except Exception as error:
                 raise ValueError(f"{path} is not a tokenizer: {error}") from error
+            return cls(inner, layout=layout, grows=grows, ends=_ends_beside(path, inner))
         try:
-            return cls(tokenizers.Tokenizer.from_pretrained(source))
+            from huggingface_hub import snapshot_download
+
+            return cls.load(snapshot_download(source, allow_patterns=[FILE, *BESIDE]), layout=layout, grows=grows)
         except Exception as error:
             raise ValueError(
                 f"tokenizer '{source}' is no file, no folder with a {FILE}, and not to be had from the hub: {error}"
@@ -107,11 +171,22 @@ class Tokenizer:
 
     @property
     def digest(self) -> str:
-        """SHA-256 of the whole tokenizer; keys what is encoded with it."""
-        return sha256(self.inner.to_str().encode()).hexdigest()
+        """SHA-256 of the whole tokenizer and of how it frames texts; keys what is encoded with it."""
+        state = sha256(self.inner.to_str().encode())
+        if not self.is_plain:
+            state.update(repr((self.ends, self.frame(2, causal=True), self.prompt_frame())).encode())
+        return state.hexdigest()
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether both versions of the layout are the same to it."""
+        own = self.separator is not None and self.summary is not None
+        return own and self.template is None and self.ends == (self._special(END, grows=False),)
 
     def save(self, folder: Path) -> None:
         self.inner.save(str(folder / FILE))
+        if not self.is_plain:
+            (folder / SETTINGS).write_text(json.dumps({"eos_token_id": list(self.ends)}) + "\n", encoding="utf-8")
 
     def encode(self, texts: Sequence[str], offsets: bool = True) -> list[Ids]:
         """Every text without special tokens.
@@ -138,8 +213,9 @@ class Tokenizer:
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of the tokens; special ones are left out, and what they separate is joined by ' | '."""
         parts: list[list[int]] = [[]]
+        special = self.special
         for token in tokens:
-            if token in (self.end, self.separator, self.summary):
+            if token in special:
                 parts.append([])
             else:
                 parts[-1].append(int(token))
@@ -162,3 +238,31 @@ def _with_special(inner: tokenizers.Tokenizer, name: str) -> tokenizers.Tokenize
         inner.encode_special_tokens = True
     inner.add_special_tokens([name])
     return inner
+
+
+def _ends_beside(path: Path, inner: tokenizers.Tokenizer) -> tuple[int, ...]:
+    """The tokens that end a text as the files beside a tokenizer.json say; none where they say nothing.
+
+    Raises:
+        ValueError: a file is damaged, or speaks of a token that the tokenizer lacks.
+    """
+    ends: list[int] = []
+    for name in BESIDE:
+        file = path.with_name(name)
+        settings = _json(file)
+        said = settings.get("eos_token_id", settings.get("eos_token"))
+        for token in said if isinstance(said, list) else [] if said is None else [said]:
+            token = token["content"] if isinstance(token, dict) else token
+            known = inner.token_to_id(token) if isinstance(token, str) else token
+            if known is None or inner.id_to_token(known) is None:
+                raise ValueError(f"tokenizer: {file} says that {token!r} ends a text, which {path} does not have")
+            ends.append(known)
+    return tuple(dict.fromkeys(ends))
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """What a file says; nothing where there is none."""
+    try:
+        return json.loads(path.read_bytes()) if path.is_file() else {}
+    except ValueError as error:
+        raise ValueError(f"tokenizer: {path} is not JSON: {error}") from error

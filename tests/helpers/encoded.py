@@ -28,8 +28,15 @@ def rows_of(**columns: list[Any]) -> Rows:
     return Rows(columns, (("train.csv", len(next(iter(columns.values())))),), "digest")
 
 
-def made(task: Task, max_length: int = 64, causal: bool = True, tokenizer: Tokenizer = BYTES, **columns) -> Encoded:
-    return encode(task, rows_of(**columns), tokenizer, max_length, causal)
+def made(
+    task: Task,
+    max_length: int = 64,
+    causal: bool = True,
+    tokenizer: Tokenizer = BYTES,
+    typed: bool = False,
+    **columns: list[Any],
+) -> Encoded:
+    return encode(task, rows_of(**columns), tokenizer, max_length, causal, typed)
 
 
 def error_of(task: Task, max_length: int = 64, tokenizer: Tokenizer = BYTES, **columns) -> str:

@@ -77,6 +77,11 @@ BUILD: dict[str, Callable[[], Any]] = {
     "modernbert": lambda: transformers.ModernBertForMaskedLM(
         transformers.ModernBertConfig(**SMALL, local_attention=2 * WINDOW, global_attn_every_n_layers=2)
     ),
+    "roberta": lambda: transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SMALL)),
+    "xlm-roberta": lambda: transformers.XLMRobertaForMaskedLM(transformers.XLMRobertaConfig(**SMALL)),
+    "modernbert-decoder": lambda: transformers.ModernBertDecoderForCausalLM(
+        transformers.ModernBertDecoderConfig(**SMALL, local_attention=2 * WINDOW, global_attn_every_n_layers=2)
+    ),
     "bart": lambda: transformers.BartForConditionalGeneration(
         transformers.BartConfig(
             vocab_size=VOCABULARY,
@@ -99,7 +104,8 @@ BUILD: dict[str, Callable[[], Any]] = {
 # Of these it is the release of transformers that says whether they have an attention of their own, which is refused.
 OWN_ATTENTION = [family for family in ("gptj", "gptneo") if not BUILD[family]()._can_set_attn_implementation()]
 FAMILIES = [family for family in BUILD if family not in OWN_ATTENTION]
-DECODERS = [family for family in FAMILIES if family not in ("bert", "modernbert", "bart")]
+ENCODERS = ("bert", "roberta", "xlm-roberta", "modernbert", "bart")  # and one with both
+DECODERS = [family for family in FAMILIES if family not in ENCODERS]
 
 
 def ids(*shape: int) -> Tensor:

@@ -23,6 +23,7 @@ FULL = Config(
     base="configs",
     trunk=TrunkConfig(hidden_size=96, num_heads=6, num_kv_heads=2, positions="rotary", norm="rms", bias=False),
     projection="gelu",
+    layout=1,
     weights={"mine": 2.0, "sst2": 0.5},
     balancing=Balancing("cagrad", ("blocks.0.qkv", "blocks.2"), 5),
     class_weights={"mine": [1.0, 2.5]},

@@ -126,6 +126,8 @@ def _write(path: Path, data: Encoded) -> None:
         "labels": pa.LargeListArray.from_arrays(data.label_bounds, data.labels),
         "references": pa.array(references or [[]] * len(data), pa.large_list(pa.large_string())),
     }
+    if data.types is not None:
+        columns["types"] = pa.LargeListArray.from_arrays(data.bounds, data.types)
     batch = pa.record_batch(columns, metadata={"counts": json.dumps(asdict(data.counts))})
     with pa.ipc.new_file(path, batch.schema) as file:
         file.write_batch(batch)  # as one, so that every column lies in one piece
@@ -145,6 +147,7 @@ def _mapped(path: Path, task: Task, causal: bool) -> Encoded:
         label_bounds=labels.offsets.to_numpy(),
         references=References(batch["references"]) if HEADS[task.head].learns_words else [],
         counts=Counts(**json.loads(batch.schema.metadata[b"counts"])),
+        types=batch["types"].values.to_numpy() if "types" in batch.schema.names else None,
     )
     object.__setattr__(data, "again", (_mapped, (path, task, causal)))
     return data

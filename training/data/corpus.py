@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from trunkline.engine.config import Config
+from trunkline.engine.config import Config, check_vocabulary
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.model import in_model_order
 from trunkline.engine.tasks.task import Task
@@ -55,17 +55,20 @@ def load_corpus(
     if tokenizer is None:
         training = [(task, sources[task, "train"]) for task in tasks]
         tokenizer = _tokenizer(config, training, tell)
+    check_vocabulary(config, tokenizer)
     if any(HEADS[task.head].hides for task in tasks):
         tokenizer.mask()  # before anything is encoded: it may be new to the vocabulary
+
+    typed = config.trunk.token_types > 1
 
     def encoded(task: Task, split: str) -> Encoded:
         def make() -> Encoded:
             rows = source.read()
             tell(f"encoding {task.name}, {split}: {len(rows)} rows")
-            return encode(task, rows, tokenizer, config.batch.max_length, config.trunk.causal)
+            return encode(task, rows, tokenizer, config.batch.max_length, config.trunk.causal, typed)
 
         source = sources[task, split]
-        key = [split, source.digest, tokenizer.digest, config.batch.max_length]
+        key = [split, source.digest, tokenizer.digest, config.batch.max_length, typed]
         return cache.encoded(task, key, config.trunk.causal, make, tell)
 
     return Corpus(
@@ -90,7 +93,7 @@ def _once(tell: Callable[[str], None]) -> Callable[[str], None]:
 
 def _tokenizer(config: Config, training: list[tuple[Task, Source]], tell: Callable[[str], None]) -> Tokenizer:
     if source := config.tokenizer or config.init:
-        return Tokenizer.load(source)
+        return Tokenizer.load(source, layout=config.layout, grows=not config.init)
 
     def texts() -> Iterator[str]:
         for task, source in training:

@@ -47,6 +47,7 @@ class Encoded:
     label_bounds: np.ndarray  # (n + 1,)
     references: Sequence[str | list[str]]  # (n,) generate, extract: the texts to be matched; empty otherwise
     counts: Counts
+    types: np.ndarray | None = None  # all examples' token types, uint8; None for a trunk without them
     again: Any = field(init=False, default=None, repr=False, compare=False)  # as __reduce__; lost when it is changed
 
     def __reduce_ex__(self, protocol: Any) -> Any:
@@ -91,7 +92,8 @@ class Encoded:
             labels = head.label(tokens, label, self.causal)
         if class_weights is not None:
             labels = labels._replace(weights=labels.weights * np.take(class_weights, labels.targets.astype(int)))
-        return Example(task, tokens, *labels)
+        types = None if self.types is None else self.types[self.bounds[i] : self.bounds[i + 1]]
+        return Example(task, tokens, *labels, types=types)
 
     def reference(self, i: int) -> Any:
         """The label as metrics want it: a class, a number, a text, tags, a span, or the number of predicted tokens."""

@@ -20,12 +20,13 @@ from trunkline.training.data.sources import Rows
 ENCODED_AT_ONCE = 4_000_000  # characters that are encoded together: a token in the tokenizer's hands takes 150 bytes
 
 
-def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal: bool) -> Encoded:
+def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal: bool, typed: bool = False) -> Encoded:
     """Encodes all rows of a split and checks every label on the way.
 
     Args:
         max_length: longest example, in tokens.
         causal: the kind of trunk it is for, which decides where the END token stands.
+        typed: whether the trunk has token types.
 
     Raises:
         ValueError: a row's text or label cannot be used; names task, file, row and value.
@@ -64,7 +65,10 @@ def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal
                 start = rows.columns[task.start][row] if task.start else None
                 made, cut = head.encode(layout, task, Row(texts, ids, label, start))
                 if cut and task.too_long == "error":
-                    raise ValueError(f"longer than {max_length} tokens, and the task's policy for that is 'error'")
+                    raise ValueError(
+                        f"{sum(len(tokens) for tokens, _ in ids)} tokens of text: longer than {max_length} tokens, "
+                        "and the task's policy for that is 'error'"
+                    )
                 if not made or (cut and task.too_long == "drop"):
                     counts["too_long"] += 1
                 else:
@@ -86,6 +90,7 @@ def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal
         label_bounds=_bounds([part.label_lengths for part in parts]),
         references=[reference for part in parts for reference in part.references],
         counts=Counts(**counts),
+        types=np.concatenate([part.types for part in parts]) if typed else None,
     )
 
 
@@ -124,6 +129,7 @@ class _Flat(NamedTuple):
     labels: np.ndarray  # all examples' labels, float64
     label_lengths: np.ndarray  # (n,)
     references: list[str | list[str]]
+    types: np.ndarray  # all examples' token types, uint8
 
     @classmethod
     def of(cls, pieces: list[Piece]) -> "_Flat":
@@ -133,4 +139,5 @@ class _Flat(NamedTuple):
             labels=np.concatenate([piece.label for piece in pieces]).astype(np.float64),
             label_lengths=np.array([len(piece.label) for piece in pieces]),
             references=[piece.reference for piece in pieces if piece.reference is not None],
+            types=np.concatenate([np.zeros(len(p.tokens), np.uint8) if p.types is None else p.types for p in pieces]),
         )

@@ -43,6 +43,7 @@ def fingerprint(config: Config, corpus: Corpus) -> dict[str, Any]:
     elsewhere = ("run", "base", "data", "tokenizer")  # of the tokenizer the digest counts
     for name in (*elsewhere, "device", "compile", "checkpointing", "profile"):
         del settings[name]
+    settings["layout"] = 1 if corpus.tokenizer.is_plain else config.layout
     settings["init"] = pretrained.digest(config.init) if config.init else ""
     settings["tasks"] = [task.name for task in corpus.tasks]  # in the order of the heads
     data = {

@@ -105,7 +105,7 @@ def _texts(
     texts: dict[int, str] = {}
     for places in prompts_at_once([len(split.prompt_of(i)) for i in chosen], search, tokens):
         members = [chosen[place] for place in places]
-        made = model.generate([split.prompt_of(i) for i in members], task, tokenizer.end, search)
+        made = model.generate([split.prompt_of(i) for i in members], task, tokenizer.ends, search)
         texts.update(zip(members, map(tokenizer.decode, made), strict=True))
     return texts
 

@@ -8,12 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from trunkline.engine.foreign.families import FAMILIES
+from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import Example, pack
 from trunkline.engine.network.trunk import Trunk, TrunkConfig, preset
+from trunkline.engine.tasks.task import Task
 
 transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -26,6 +29,13 @@ _LLAMA = {**_OTHER, "num_key_value_heads": 2}
 _LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 _LLAMA3 |= {"original_max_position_embeddings": 32}
 _LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
+_ROBERTA = {**_OTHER, "max_position_embeddings": POSITIONS + 2, "pad_token_id": 1}
+_MODERN = {**_OTHER, "num_hidden_layers": 4, "local_attention": 8, "pad_token_id": 0, "bos_token_id": 1}
+_MODERN |= {"eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+_KINDS = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
+_THETAS = {
+    kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in zip(_KINDS, (500.0, 50.0), strict=False)
+}
 MODELS = {
     "gpt2": ("GPT2Model", {**_GPT2, "n_inner": 48}),
     "gpt2-text": ("GPT2LMHeadModel", _GPT2),
@@ -40,10 +50,25 @@ MODELS = {
     "qwen2": ("Qwen2ForCausalLM", {**_LLAMA, "num_key_value_heads": 1}),
     "qwen3": ("Qwen3ForCausalLM", {**_LLAMA, "head_dim": 16, "tie_word_embeddings": True}),
     "mistral": ("MistralForCausalLM", {**_LLAMA, "sliding_window": None}),
+    "roberta": ("RobertaModel", _ROBERTA),
+    "roberta-masks": ("RobertaForMaskedLM", {**_ROBERTA, "type_vocab_size": 1}),
+    "roberta-classes": ("RobertaForSequenceClassification", {**_ROBERTA, "num_labels": 3}),
+    "xlm-roberta": ("XLMRobertaForMaskedLM", {**_ROBERTA, "pad_token_id": 3, "max_position_embeddings": POSITIONS + 4}),
+    "camembert": ("CamembertModel", _ROBERTA),
+    "modernbert": ("ModernBertModel", _MODERN),
+    "modernbert-masks": ("ModernBertForMaskedLM", {**_MODERN, "norm_bias": True, "layer_types": _KINDS}),
+    "modernbert-classes": (
+        "ModernBertForSequenceClassification",
+        {**_MODERN, "attention_bias": True, "mlp_bias": True},
+    ),
+    "modernbert-decoder": ("ModernBertDecoderModel", {**_MODERN, "layer_types": _KINDS}),
+    "modernbert-decoder-text": ("ModernBertDecoderForCausalLM", {**_MODERN, "rope_parameters": _THETAS}),
+    "modernbert-decoder-classes": ("ModernBertDecoderForSequenceClassification", _MODERN),
     "bert": ("BertModel", _OTHER),
     "bert-pretraining": ("BertForPreTraining", _OTHER),
     "bert-classes": ("BertForSequenceClassification", {**_OTHER, "num_labels": 3, "hidden_act": "gelu_new"}),
 }
+OFFSET = ("roberta", "xlm-roberta", "camembert")  # positions begin after that of padding
 every_model = pytest.mark.parametrize("name", MODELS)
 
 
@@ -102,8 +127,17 @@ def states(trunk: Trunk, tokens: np.ndarray) -> Tensor:
 
 
 def their_states(model: torch.nn.Module, tokens: np.ndarray) -> Tensor:
+    return their_batch(model, torch.from_numpy(tokens)[None])[0]
+
+
+def their_batch(model: torch.nn.Module, tokens: Tensor, **masks) -> Tensor:
+    """What a head is put on, (rows, tokens, D)."""
+    if model.config.model_type in OFFSET:  # where a random token may be that of padding
+        masks["position_ids"] = (torch.arange(tokens.shape[1]) + model.config.pad_token_id + 1).expand(tokens.shape)
     with torch.no_grad():
-        return model.base_model(torch.from_numpy(tokens)[None]).last_hidden_state[0]
+        states = model.base_model(tokens, **masks).last_hidden_state
+        last = getattr(model, "lm_head", getattr(model, "head", None))
+        return last(states) if model.config.model_type.startswith("modernbert") and last else states
 
 
 def same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
@@ -116,6 +150,40 @@ TOKENS = np.random.default_rng(0).integers(V, size=POSITIONS)
 
 
 # There and back
+
+
+@every_model
+def test_a_ragged_batch_is_theirs(name, saved):
+    model = make(name)
+    trunk = Trunk.from_pretrained(saved(model))
+    lengths = [33, 80, 1, 17]
+    texts = [np.random.default_rng(length).integers(4, V, length) for length in lengths]
+    batch = pack([Example(0, text, np.array([0])) for text in texts], 1)
+    tokens, mask = torch.zeros(2, 4, 80, dtype=torch.int64)
+    for i, text in enumerate(texts):
+        tokens[i, : len(text)], mask[i, : len(text)] = torch.from_numpy(text), 1
+    with torch.no_grad():
+        ours = trunk(batch.tokens, batch.positions, batch.plan).split([lengths[i] for i in batch.order])
+    theirs = their_batch(model, tokens, attention_mask=mask)
+    for i, states_of in zip(batch.order, ours, strict=True):
+        torch.testing.assert_close(states_of, theirs[i, : lengths[i]], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "name", [name for name, (kind, _) in MODELS.items() if kind.endswith(("LMHeadModel", "CausalLM"))]
+)
+def test_logits_are_theirs(name, saved):
+    model = make(name)
+    trunk = Trunk.from_pretrained(saved(model))
+    network = MultiTaskModel(trunk, [Task("prose", "language-model", ("text",))]).eval()
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(TOKENS)[None]).logits[0]
+        torch.testing.assert_close(network.logits(states(trunk, TOKENS), 0), theirs, atol=1e-5, rtol=1e-5)
+        # and so is what is learnt from
+        example = Example(0, TOKENS, np.arange(len(TOKENS) - 1), TOKENS[1:])
+        loss = network(pack([example], 1)).loss[0]
+        expected = F.cross_entropy(theirs[:-1], torch.from_numpy(TOKENS[1:]), reduction="sum")
+        torch.testing.assert_close(loss, expected)
 
 
 @every_model
@@ -229,6 +297,7 @@ def test_old_checkpoints_are_read(saved):
 
 _SMALL = {"vocab_size": V, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "max_positions": POSITIONS}
 _GATED = {"positions": "rotary", "norm": "rms", "activation": "swiglu", "bias": False, "norm_eps": 1e-6}
+_LOCAL = {"positions": "rotary", "embedding_norm": True, "first_norm": False, "activation": "geglu"}
 OWN = {
     "GPT2LMHeadModel": preset("small", **_SMALL, dropout=0.2),
     "BertModel": preset("bert-base", **_SMALL),
@@ -236,6 +305,10 @@ OWN = {
     "LlamaModel": TrunkConfig(**_SMALL, **_GATED | {"bias": True}, num_kv_heads=2, head_dim=6, tie_vocabulary=False),
     "Qwen2ForCausalLM": TrunkConfig(**_SMALL, **_GATED, qkv_bias=True, rope_factor=2.0),
     "Qwen3ForCausalLM": TrunkConfig(**_SMALL, **_GATED, num_kv_heads=1, qk_norm=True, intermediate_size=40),
+    "RobertaModel": preset("bert-base", **_SMALL, position_offset=2),
+    "ModernBertModel": TrunkConfig(**_SMALL, **_LOCAL, causal=False, window=5),
+    "ModernBertDecoderModel": TrunkConfig(**_SMALL, **_LOCAL, rope_theta_local=70.0),
+    "ModernBertDecoderForCausalLM": TrunkConfig(**_SMALL, **_LOCAL, last_layer=True, window=5, global_every=2),
 }
 
 
@@ -282,7 +355,9 @@ def test_an_untied_vocabulary_makes_a_model_of_texts():
 def test_a_shape_that_nobody_has_is_told_from_the_nearest(config, lacks):
     with torch.device("meta"):
         trunk = Trunk(config)
-    with pytest.raises(ValueError, match="none of gpt2, bert, llama, qwen2, qwen3, mistral has this") as caught:
+    with pytest.raises(
+        ValueError, match="none of gpt2, bert, llama, qwen2, qwen3, mistral, roberta, .* has this"
+    ) as caught:
         trunk.to_hugging_face()
     assert str(caught.value).endswith(lacks)
 
@@ -446,4 +521,5 @@ def test_without_a_connection_the_folder_that_would_serve_is_told(monkeypatch):
 
 
 def test_every_family_is_tried():
-    assert {FAMILIES[name.split("-")[0]].name for name in MODELS} == {family.name for family in FAMILIES.values()}
+    tried = {getattr(transformers, kind).config_class.model_type for kind, _ in MODELS.values()}
+    assert tried == FAMILIES.keys()

@@ -4,16 +4,25 @@ import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import tokenizers
 import torch
 import yaml
 
 from conftest import tiny_rows, write_jsonl
 from trunkline import Engine, Trunk, TrunkConfig
+from trunkline.engine.config import Config
 from trunkline.engine.foreign import pretrained
+from trunkline.engine.network.model import MultiTaskModel
+from trunkline.engine.network.packing import Example, pack
 from trunkline.engine.network.trunk import preset
+from trunkline.engine.settings import Batch
+from trunkline.engine.tasks.task import Task
+from trunkline.engine.text.layout import Layout
 from trunkline.engine.text.tokenizer import Tokenizer
 from trunkline.training.config_file import config_from, load_config
+from trunkline.training.data.corpus import load_corpus
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -24,6 +33,10 @@ TASKS = {
     "colour": {"head": "classify", "text": ["text"], "label": "label", "labels": ["red", "black", "white", "brown"]},
     "prose": {"head": "language-model", "text": ["text"]},
 }
+
+
+# the first layout adds SEPARATOR and SUMMARY to a vocabulary
+each_layout = pytest.mark.parametrize(("layout", "added"), [(1, 2), (2, 0)])
 
 
 def foreign(folder: Path, config: TrunkConfig, vocabulary: torch.Tensor | None = None) -> Path:
@@ -64,15 +77,17 @@ def settings(tmp_path: Path) -> dict:
 def started(settings: dict, **changes) -> Engine:
     """An engine with the weights that it starts from."""
     engine = Engine.from_config(config_from({**settings, **changes}))
-    engine.build(Tokenizer.load(engine.config.tokenizer or engine.config.init))
+    source = engine.config.tokenizer or engine.config.init
+    engine.build(Tokenizer.load(source, layout=engine.config.layout, grows=False))
     return engine
 
 
-def test_a_run_starts_from_a_checkpoint(settings, checkpoint):
-    engine = started(settings, init=str(checkpoint))
+@each_layout
+def test_a_run_starts_from_a_checkpoint(settings, checkpoint, layout, added):
+    engine = started(settings, init=str(checkpoint), layout=layout)
     theirs = Trunk.from_pretrained(checkpoint)
     vocabulary = engine.tokenizer.vocab_size
-    assert vocabulary == VOCABULARY + 2  # SEPARATOR and SUMMARY
+    assert vocabulary == VOCABULARY + added
     assert engine.config.trunk == replace(theirs.config, vocab_size=vocabulary)
     for name, weight in theirs.state_dict().items():
         assert torch.equal(engine.model.trunk.state_dict()[name][: len(weight)], weight), name
@@ -85,7 +100,8 @@ def test_it_trains_saves_and_goes_out_again(settings, checkpoint):
     Engine.from_config(config).fit()
     run = Path(config.run)
     engine = Engine.load(run, device="cpu")
-    assert engine.tokenizer.digest == Tokenizer.load(str(checkpoint)).digest
+    assert engine.tokenizer.digest == Tokenizer.load(str(checkpoint), grows=False).digest
+    assert engine.tokenizer.vocab_size == VOCABULARY  # the checkpoint has learnt no other token
     trained, before = engine.model.trunk.state_dict(), Trunk.from_pretrained(checkpoint).state_dict()
     moved = (trained["blocks.0.qkv.weight"] - before["blocks.0.qkv.weight"]).abs()
     assert 0 < moved.max() < 0.01
@@ -95,14 +111,15 @@ def test_it_trains_saves_and_goes_out_again(settings, checkpoint):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_vocabulary_of_its_own_is_the_start_of_ours(settings, tmp_path, dtype):
+@each_layout
+def test_a_vocabulary_of_its_own_is_the_start_of_ours(settings, tmp_path, dtype, layout, added):
     vocabulary = torch.randn(VOCABULARY, 32)
     folder = foreign(tmp_path / "llama", TrunkConfig(**FIELDS, **GATED), vocabulary)
     Trunk.from_pretrained(folder, dtype=dtype).save_pretrained(folder)
-    engine = started(settings, init=str(folder))
+    engine = started(settings, init=str(folder), layout=layout)
     expected = vocabulary.to(dtype).float()
     assert torch.equal(engine.model.vocabulary[:VOCABULARY], expected)
-    assert engine.model.vocabulary.shape == (VOCABULARY + 2, 32)
+    assert engine.model.vocabulary.shape == (VOCABULARY + added, 32)
     again = Trunk.from_pretrained(engine.save(tmp_path / "saved"))
     assert torch.equal(again.vocabulary, engine.model.vocabulary)
     assert {p.dtype for p in engine.model.parameters()} == {torch.float32}
@@ -192,3 +209,106 @@ def test_settings_keep_where_the_start_is(settings, checkpoint):
     config = config_from({**settings, "init": str(checkpoint)})
     assert asdict(config)["init"] == str(checkpoint)
     assert config_from(settings).init == ""
+
+
+# A tokenizer and a checkpoint that do not belong together
+
+
+@pytest.mark.parametrize("entries", [VOCABULARY - 1, VOCABULARY + 1025])
+def test_a_tokenizer_of_another_checkpoint_is_found_before_anything_is_encoded(settings, tmp_path, entries):
+    folder = foreign(tmp_path / "other", preset("small", **FIELDS | {"vocab_size": entries}))
+    config = config_from({**settings, "init": str(folder)})
+    words = f"tokenizer of '{folder}' has {VOCABULARY} entries, the vocabulary of the checkpoint '{folder}' {entries}"
+    with pytest.raises(ValueError, match=words):
+        load_corpus(config, tell=pytest.fail)
+
+
+def test_a_vocabulary_that_is_rounded_up_is_no_other(settings, tmp_path):
+    folder = foreign(tmp_path / "padded", preset("small", **FIELDS | {"vocab_size": VOCABULARY + 1024}))
+    corpus = load_corpus(config_from({**settings, "init": str(folder)}))
+    assert corpus.tokenizer.vocab_size == VOCABULARY
+    assert load_corpus(config_from({**settings, "init": str(folder), "layout": 1})).tokenizer.added == 2
+
+
+# The pooler
+
+
+def bert(folder: Path, **changes) -> Path:
+    """A classifier of BERT's kind, with a tokenizer of its kind."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    config = transformers.BertConfig(vocab_size=100, max_position_embeddings=40, **sizes, **changes)
+    model = transformers.BertForSequenceClassification(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(folder)
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({f"w{i}": i for i in range(96)}, "w0"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    inner.add_special_tokens(["[CLS]", "[SEP]", "[PAD]", "[UNK]"])
+    inner.post_processor = tokenizers.processors.BertProcessing(("[SEP]", 97), ("[CLS]", 96))
+    inner.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+def test_answers_of_a_classifier_are_those_of_transformers(tmp_path):
+    """The template, token types, the pooler and a head, from text to logits: with the head copied they are all there
+    is."""
+    transformers = pytest.importorskip("transformers")
+    folder = bert(tmp_path / "bert", num_labels=3)
+    labels = ("no", "yes", "maybe")
+    tasks = [Task(name, "classify", ("a", "b")[:n], "label", labels) for n, name in ((1, "one"), (2, "two"))]
+    tasks.append(Task("tags", "tag", ("a",), "label", labels))
+    settings = {"trunk": pretrained.shape_of(str(folder)), "batch": Batch(tokens=64, max_length=20), "device": "cpu"}
+    engine = Engine.from_config(Config(tuple(tasks), init=str(folder), projection="pooler", **settings))
+    engine.build(Tokenizer.load(str(folder), grows=False))
+    theirs = transformers.BertForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        for place in (0, 3):
+            engine.model.weight[place : place + 3] = theirs.classifier.weight
+            engine.model.bias[place : place + 3] = theirs.classifier.bias
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_file=str(folder / "tokenizer.json"), pad_token="[PAD]")
+    texts = [(" ".join(f"w{i}" for i in range(1, n)), " ".join(f"w{i}" for i in range(50, 90 - n))) for n in (2, 9, 15)]
+    for task, columns in ((0, 1), (1, 2)):
+        laid = [Layout(engine.tokenizer, 20, causal=False).lay(text[:columns]) for text in texts]
+        batch = pack([Example(task, text.tokens, np.array([0]), types=text.types) for text in laid], 3, 64)
+        ours = engine.model.eval().logits(engine.model.hidden(batch), task)[np.argsort(batch.order)]
+        inputs = fast(
+            *zip(*[text[:columns] for text in texts], strict=True) if columns == 2 else ([text[0] for text in texts],),
+            truncation=True,
+            max_length=20,
+            padding=True,
+            return_tensors="pt",
+            return_token_type_ids=True,
+        )
+        assert inputs["token_type_ids"].any() == (columns == 2)
+        torch.testing.assert_close(ours, theirs(**inputs).logits, atol=1e-5, rtol=1e-5)
+    # a head that looks at words starts from the trunk as it is
+    x = torch.randn(5, 32)
+    offsets = torch.tensor([0, 0, 0, 5], dtype=torch.int32)
+    assert torch.equal(engine.model.project(x, offsets), x)
+    assert engine.save(tmp_path / "saved")
+    loaded = Engine.load(tmp_path / "saved", device="cpu")
+    assert loaded.predict(texts, ["two"]) == engine.predict(texts, ["two"])
+    assert torch.equal(loaded.model.project(x, offsets), x)
+
+
+def test_a_pooler_is_learnt_by_each_task_alone(tmp_path):
+    folder = bert(tmp_path / "bert")
+    tasks = [Task(name, "regress", ("a",), "label") for name in ("one", "two")]
+    trunk = Trunk.from_pretrained(folder, dropout=0.0)
+    model = MultiTaskModel(trunk, tasks, "pooler")
+    assert torch.equal(model.projection_weight[0], model.projection_weight[1])
+    batch = pack([Example(1, np.array([96, 5, 97]), np.array([0]), values=np.array([3.0]))], 2)
+    model(batch).loss.sum().backward()
+    assert not model.projection_weight.grad[0].any()
+    x = model.hidden(batch).detach().requires_grad_()
+    expected = torch.tanh(x @ trunk.pooler[0].T + trunk.pooler[1])
+    torch.testing.assert_close(model.project(x, batch.rows.offsets), expected)
+    assert model.projection_weight.grad[1].any()
+
+
+def test_a_checkpoint_without_a_pooler_says_so(settings, checkpoint):
+    with pytest.raises(ValueError, match="projection: pooler: the checkpoint that the trunk comes from has none; use"):
+        started(settings, init=str(checkpoint), projection="pooler")
+    assert started(settings, projection="pooler", tokenizer=str(checkpoint)).model.kept.tolist() == [0, 1]

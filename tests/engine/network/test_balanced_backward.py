@@ -24,6 +24,9 @@ TRUNKS = {
     ),
     "own vocabulary": replace(CAUSAL, tie_vocabulary=False),
     "norms after": replace(CAUSAL, norm_position="post", embedding_norm=True),
+    "local, gated, a last layer": replace(
+        CAUSAL, positions="rotary", activation="geglu", window=5, global_every=2, last_layer=True, vocabulary_bias=True
+    ),
 }
 TASKS = in_model_order(
     [
@@ -130,7 +133,7 @@ def assert_same(gradients: dict, expected: dict) -> None:
 
 
 @pytest.mark.parametrize("config", TRUNKS.values(), ids=TRUNKS)
-@pytest.mark.parametrize("projection", ["", "tanh"])
+@pytest.mark.parametrize("projection", ["", "tanh", "pooler"])
 def test_every_shape_of_trunk(config, projection):
     model = make_model(config, projection)
     _, gradients = in_two_parts(model, ["last"], BATCHES["one batch"])

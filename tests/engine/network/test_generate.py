@@ -22,6 +22,9 @@ SHAPES = {
     "llama": replace(GPT, **LLAMA),
     "qwen3": replace(GPT, **LLAMA, head_dim=16, qk_norm=True),
     "exact match": replace(GPT, exact_match=True),
+    "ettin": replace(
+        GPT, num_layers=3, positions="rotary", activation="geglu", window=11, global_every=2, rope_theta_local=5.0
+    ),
 }
 LENGTHS = [5, 1, 140, 30, 128, 64, 65, 200, 2]
 
@@ -33,8 +36,9 @@ every_shape = pytest.mark.parametrize("shape", SHAPES)
 class Writer:
     """A trunk with a vocabulary head; its texts end after anything from no token to a dozen and more."""
 
-    def __init__(self, shape: str, seed: int = 0, end_bias: float = 2.5):
+    def __init__(self, shape: str, seed: int = 0, end_bias: float = 2.5, ends: tuple[int, ...] = (END,)):
         torch.manual_seed(seed)
+        self.ends = ends
         self.trunk = Trunk(SHAPES[shape]).double().eval()
         with torch.no_grad():
             for parameter in self.trunk.parameters():
@@ -43,7 +47,7 @@ class Writer:
                     parameter.add_(0.4 * torch.randn_like(parameter))
         self.head = 0.5 * torch.randn(VOCABULARY, 32, dtype=torch.float64)
         self.bias = torch.zeros(VOCABULARY, dtype=torch.float64)
-        self.bias[END] = end_bias
+        self.bias[list(ends)] = end_bias
 
     def logits(self, x: Tensor) -> Tensor:
         return F.linear(x, self.head, self.bias)
@@ -60,7 +64,9 @@ class Writer:
         log_p, n = self.log_p([*prompt, *text]), search.no_repeat_ngram
         runs = {tuple(text[i : i + n]) for i in range(len(text) - n + 1)} if n else set()
         for token in range(VOCABULARY):
-            if (*text[len(text) - n + 1 :], token) in runs or (token == END and len(text) < search.min_new_tokens):
+            if (*text[len(text) - n + 1 :], token) in runs or (
+                token in self.ends and len(text) < search.min_new_tokens
+            ):
                 log_p[token] = float("-inf")
         return log_p
 
@@ -68,7 +74,7 @@ class Writer:
         text: list[int] = []
         while len(text) < search.max_new_tokens:
             token = int(self.next_log_p(prompt, text, search).argmax())
-            if token == END:
+            if token in self.ends:
                 break
             text.append(token)
         return text
@@ -84,11 +90,11 @@ class Writer:
             candidates.sort(key=lambda candidate: -candidate[0])
             last = length == search.max_new_tokens
             done += [
-                (score / length**search.length_penalty, [token for token in text if token != END])
+                (score / length**search.length_penalty, [token for token in text if token not in self.ends])
                 for score, text in candidates[:W]
-                if last or text[-1] == END
+                if last or text[-1] in self.ends
             ]
-            going = [candidate for candidate in candidates if candidate[1][-1] != END][:W]
+            going = [candidate for candidate in candidates if candidate[1][-1] not in self.ends][:W]
             if len(done) >= W:
                 break
         return max(done, key=lambda text: text[0])
@@ -154,6 +160,15 @@ def test_a_text_has_the_shortest_length_at_least(beams):
     texts = writer.write(chosen, search)
     assert min(map(len, texts)) >= 5
     assert texts == [writer.greedy(p, search) if beams == 1 else writer.beam(p, search)[1] for p in chosen]
+
+
+@pytest.mark.parametrize("beams", [1, 2, 4])
+def test_any_of_several_ends_ends_a_text(beams):
+    writer, search = Writer("llama", end_bias=1.5, ends=(END, 11, 22)), Search(12, beams, min_new_tokens=1)
+    texts = generate(writer.trunk, writer.logits, prompts(), writer.ends, search)
+    assert texts == [writer.greedy(p, search) if beams == 1 else writer.beam(p, search)[1] for p in prompts()]
+    assert texts != writer.write(prompts(), search)
+    assert len({len(text) for text in texts}) > 2
 
 
 @every_shape

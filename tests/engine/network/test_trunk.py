@@ -14,6 +14,8 @@ from trunkline.kernels.attention.attention import attention
 _SMALL = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48, "max_positions": 256}
 _GATED = {"norm": "rms", "norm_eps": 1e-6, "activation": "swiglu", "bias": False}
 _LLAMA = {"positions": "rotary", "rope_theta": 500.0, **_GATED}
+_LOCAL = {"positions": "rotary", "embedding_norm": True, "first_norm": False, "norm_bias": False}
+_LOCAL |= {"activation": "geglu", "bias": False}
 SHAPES = {
     "gpt2": TrunkConfig(**_SMALL, activation="gelu_tanh"),
     "llama": TrunkConfig(**_SMALL, **_LLAMA, num_kv_heads=2),
@@ -21,6 +23,12 @@ SHAPES = {
     "qwen3": TrunkConfig(**_SMALL, **_LLAMA, num_kv_heads=2, head_dim=16, qk_norm=True),
     "bert": TrunkConfig(
         **_SMALL, norm_position="post", norm_eps=1e-12, embedding_norm=True, causal=False, token_types=2
+    ),
+    "roberta": TrunkConfig(
+        **_SMALL, norm_position="post", embedding_norm=True, causal=False, token_types=1, position_offset=2
+    ),
+    "modernbert": TrunkConfig(
+        **_SMALL | {"num_layers": 3}, **_LOCAL, rope_theta_local=50.0, window=9, global_every=2, last_layer=True
     ),
     "exact match": TrunkConfig(**_SMALL, exact_match=True),
 }
@@ -162,6 +170,62 @@ def test_exact_match_marks_what_occurred_before_in_the_same_sequence():
     marked = trunk.tokens.weight[batch.tokens] + trunk.positions.weight[batch.positions]
     marked[torch.tensor(expected)] += trunk.match
     torch.testing.assert_close(trunk.embed(batch.tokens, batch.positions), marked)
+
+
+@causal_or_not
+def test_a_local_layer_sees_its_window_and_no_more(causal):
+    """A token 64 places away has influence, one 65 places away has none; in between global layers everything has."""
+    config = TrunkConfig(
+        **_SMALL | {"num_layers": 2}, **_LOCAL, vocab_size=300, window=64, global_every=2, causal=causal
+    )
+    trunk = Trunk(config).eval()
+    randomise(trunk)
+    tokens = np.arange(200)
+    seen: dict[str, set[int]] = {"local": set(), "whole": set()}
+    plain = packed([tokens])
+
+    def states(tokens: np.ndarray) -> dict[str, Tensor]:
+        """Of the token in the middle: after both layers, and after the local one alone."""
+        batch = packed([tokens])
+        both = run(trunk, batch)[100]
+        x, angles = trunk.embed(batch.tokens, batch.positions), trunk.angles(batch.positions)
+        window = config.window_of(1)
+        attend = lambda layer, q, k, v, rows: attention(q, k, v, plain.plan, causal=causal, window=window)  # noqa: E731
+        return {"whole": both, "local": trunk.blocks[1](x, angles, attend)[100]}
+
+    before = states(tokens)
+    for place in (0, 35, 36, 99, 101, 164, 165, 199):
+        changed = tokens.copy()
+        changed[place] = 250
+        after = states(changed)
+        for kind, found in seen.items():
+            if not torch.equal(after[kind], before[kind]):
+                found.add(place)
+    later = set() if causal else {101, 164}
+    assert config.window_of(0) is None
+    assert seen["local"] == {36, 99} | later
+    assert seen["whole"] == {0, 35, 36, 99} | (set() if causal else {101, 164, 165, 199})
+
+
+def test_waves_of_local_layers_are_their_own():
+    trunk, batch = make("modernbert"), packed([np.arange(1, 80)])
+    before = run(trunk, batch)
+    trunk.config = replace(trunk.config, rope_theta_local=None)
+    same = run(trunk, batch)
+    trunk.config = replace(trunk.config, rope_theta_local=trunk.config.rope_theta)
+    assert torch.equal(run(trunk, batch), same)
+    assert not torch.allclose(same, before, atol=1e-3)
+
+
+def test_token_types_are_added_where_there_are_any():
+    trunk, batch = make("bert"), packed([np.arange(1, 20), np.arange(20, 50)], 60)
+    types = (torch.arange(60) % 3 == 0).to(torch.uint8)
+    embedded = trunk.tokens.weight[batch.tokens] + trunk.positions.weight[batch.positions]
+    expected = trunk.embedding_norm(embedded + trunk.token_types.weight[types.long()])
+    torch.testing.assert_close(trunk.embed(batch.tokens, batch.positions, types=types), expected)
+    assert torch.equal(run(trunk, batch), trunk(batch.tokens, batch.positions, batch.plan, types=0 * types))
+    other = make("gpt2")
+    assert torch.equal(run(other, batch), other(batch.tokens, batch.positions, batch.plan, types=types))
 
 
 def test_rotary_positions_are_relative():

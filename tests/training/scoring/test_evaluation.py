@@ -116,9 +116,9 @@ def test_batches_change_nothing_and_keep_to_their_budget(engine, scored, monkeyp
     few = scored(tokens=4096)
     passes, forward = [], engine.model.trunk.forward
 
-    def count(tokens, *rest):
+    def count(tokens, *rest, **named):
         passes.append(len(tokens))
-        return forward(tokens, *rest)
+        return forward(tokens, *rest, **named)
 
     monkeypatch.setattr(engine.model.trunk, "forward", count)
     many = scored(tokens=40, texts=0)
