@@ -215,7 +215,8 @@ def test_long_rows_are_cut_dropped_or_an_error():
     assert [dropped.reference(i) for i in range(len(dropped))] == [0, 2]
     assert dropped.counts == Counts(too_long=1)
     message = error_of(changed(CLASSIFY, too_long="error"), 5, **columns)
-    assert message == "task 'toy': 8 tokens of text: longer than 5 tokens, and the task's policy for that is 'error' (train.csv, row 2)"
+    told = "8 tokens of text: longer than 5 tokens, and the task's policy for that is 'error' (train.csv, row 2)"
+    assert message == f"task 'toy': {told}"
 
 
 def test_rows_are_the_same_however_many_are_encoded_at_once(monkeypatch):
