@@ -23,6 +23,7 @@ from torch.optim import AdamW
 
 Named = Iterable[tuple[str, Tensor]]
 FORMAT = 1  # of the folder; any other is refused
+FILES = ("*.safetensors", "state.json", "manifest.json")  # that a checkpoint is made of
 ENTRIES = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
 
 
@@ -85,7 +86,7 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
         CheckpointError: there are checkpoints, but not a valid one; says what is wrong with each.
     """
     faults = []
-    for path in _steps(folder):
+    for path in steps(folder):
         try:
             _verified(path)
             return path
@@ -100,8 +101,8 @@ def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
 def prune(folder: Path, keep: int) -> None:
     """Removes all checkpoints 'step-<n>' but the `keep`, at least 1, of the largest n."""
     _settle(folder)
-    for path in _steps(folder)[max(keep, 1) :]:
-        shutil.rmtree(path)
+    for path in steps(folder)[max(keep, 1) :]:
+        _remove(path)
 
 
 def optimizer_tensors(optimizer: AdamW, named_parameters: Named) -> dict[str, Tensor]:
@@ -158,16 +159,35 @@ def _settle(folder: Path) -> None:
         shutil.rmtree(partial)
     for complete in folder.glob(".*.complete"):
         target = folder / complete.name.removeprefix(".").removesuffix(".complete")
-        shutil.rmtree(target, ignore_errors=True)  # the rename fails if something is left of it
+        _remove(target)
+        for other in target.iterdir() if target.is_dir() else ():  # what is not ours stays where it was
+            other.rename(complete / other.name)
+        if target.is_dir():
+            target.rmdir()
         complete.rename(target)
 
 
-def _steps(folder: Path) -> list[Path]:
-    """The checkpoints 'step-<n>' of a folder, largest n first."""
-    entries = os.listdir(folder) if folder.exists() else []
-    names = {entry.removeprefix(".").removesuffix(".complete") for entry in entries}
-    steps = [name for name in names if name.startswith("step-") and name[5:].isdecimal()]
-    return [folder / name for name in sorted(steps, key=lambda name: int(name[5:]), reverse=True)]
+def _remove(path: Path) -> None:
+    """Removes a checkpoint, and its folder unless something else lies there."""
+    for file in _files(path):
+        file.unlink(missing_ok=True)
+    if path.is_dir() and not any(path.iterdir()):
+        path.rmdir()
+
+
+def _files(path: Path) -> list[Path]:
+    return [file for pattern in FILES for file in path.glob(pattern)]
+
+
+def steps(folder: Path) -> list[Path]:
+    """The checkpoints 'step-<n>' of a folder, whole or damaged, largest n first."""
+    numbers = set()
+    for path in map(folder.joinpath, os.listdir(folder) if folder.exists() else ()):
+        number = path.name.removeprefix(".").removesuffix(".complete").removeprefix("step-")
+        others = path.is_dir() and not _files(path) and any(path.iterdir())  # nothing of ours is in there
+        if number.isdecimal() and path.name in (f"step-{number}", f".step-{number}.complete") and not others:
+            numbers.add(number)
+    return [folder / f"step-{number}" for number in sorted(numbers, key=int, reverse=True)]
 
 
 def _verified(path: Path) -> list[Path]:

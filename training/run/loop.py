@@ -7,6 +7,7 @@ uninterrupted one.
 
 from typing import TYPE_CHECKING, Any
 
+from trunkline.training.run.folder import RunFolder
 from trunkline.training.run.run import Run
 
 if TYPE_CHECKING:
@@ -15,20 +16,21 @@ if TYPE_CHECKING:
 
 def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
     """Trains an engine as its config says and writes the run folder. `Engine.fit` says what comes back."""
-    with Run(engine, resume, overwrite) as run:
-        run.first_look()
-        while run.goes_on:
-            with run.step():
-                members, batches = run.next_batches()
-                loss, weight = run.gradients(members, batches)
-                norm = run.judge(loss)
-                run.update()
-                run.count(batches, loss, weight)
-            if run.logs_now:
-                run.write_log(norm)
-            if run.evaluates_now:
-                run.evaluate()
-            if run.evaluates_now or run.stop:
-                run.save()
-            run.stop_if_asked()
-    return run.finish()
+    with RunFolder(engine.config, resume, overwrite) as folder:
+        with Run(engine, folder) as run:
+            run.first_look()
+            while run.goes_on:
+                with run.step():
+                    members, batches = run.next_batches()
+                    loss, weight = run.gradients(members, batches)
+                    norm = run.judge(loss)
+                    run.update()
+                    run.count(batches, loss, weight)
+                if run.logs_now:
+                    run.write_log(norm)
+                if run.evaluates_now:
+                    run.evaluate()
+                if run.evaluates_now or run.stop:
+                    run.save()
+                run.stop_if_asked()
+        return run.finish()

@@ -4,7 +4,7 @@ import importlib.util
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,12 +89,17 @@ class Interval:
 class Log:
     """metrics.jsonl, and TensorBoard where it is installed; a context manager."""
 
-    def __init__(self, run: Path, step: int):
-        """Lines after `step`, where a run is resumed, are forgotten; at step 0 all are."""
+    def __init__(self, run: Path, step: int, tell: Callable[[str], None] = print):
+        """Lines after `step`, where a run is resumed, are forgotten; at step 0 all are. So are damaged ones."""
         path, kept = run / "metrics.jsonl", run / ".metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if step and path.exists() else []  # whole lines
-        kept.write_text("".join(line + "\n" for line in lines if json.loads(line)["step"] <= step), encoding="utf-8")
+        lines = path.read_bytes().split(b"\n")[:-1] if step and path.exists() else []  # whole lines
+        steps = [_step_of(line) for line in lines]
+        kept.write_bytes(
+            b"".join(line + b"\n" for line, at in zip(lines, steps, strict=True) if at is not None and at <= step)
+        )
         kept.replace(path)  # so that a kill costs no line
+        if damaged := [number for number, at in enumerate(steps, start=1) if at is None]:
+            tell(f"{path}: damaged lines are left out: {', '.join(map(str, damaged[:9]))}{' ...' * (len(damaged) > 9)}")
         self.file = path.open("a", encoding="utf-8")
         self.board = None
         if importlib.util.find_spec("tensorboard"):
@@ -116,6 +121,17 @@ class Log:
         if self.board:
             for name, value in _flat(values):
                 self.board.add_scalar(f"{values['event']}/{name}", value, step)
+
+
+def _step_of(line: bytes) -> int | None:
+    """The step that a line of metrics.jsonl is about; None for a damaged one."""
+    try:
+        match json.loads(line):
+            case {"step": int(step), "event": str()}:
+                return step
+    except ValueError:  # also where it is not UTF-8
+        pass
+    return None
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

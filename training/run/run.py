@@ -11,7 +11,6 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from signal import Signals
 from typing import TYPE_CHECKING, Any
 
@@ -36,7 +35,7 @@ from trunkline.training.pages.summary import summarise
 from trunkline.training.run import checkpoint
 from trunkline.training.run.faults import Guard, Parts, named_culprits
 from trunkline.training.run.faults import in_words as left_out_in_words
-from trunkline.training.run.folder import fingerprint, open_folder
+from trunkline.training.run.folder import RunFolder, check_goes_on, fingerprint
 from trunkline.training.run.interruption import Interruption
 from trunkline.training.run.optimizer import freeze, in_words, make_optimizer, share_of_rate, warning
 from trunkline.training.run.profiling import Profile
@@ -56,11 +55,10 @@ FIRST_LOOK = 32  # validation examples of each task before the first step: their
 class Run:
     """A context; what `Engine.fit` says of its arguments, results and errors goes for this."""
 
-    def __init__(self, engine: "Engine", resume: bool, overwrite: bool):
+    def __init__(self, engine: "Engine", folder: RunFolder):
         self.began = time.perf_counter()
-        self.engine, self.folder = engine, Path(engine.config.run)
+        self.engine, self.folder = engine, folder.path
         keep_freed_memory()
-        open_folder(self.folder, resume, overwrite)
         self.corpus = load_corpus(engine.config, engine.tokenizer, tell=print)
         self.model = self._build()
         self.config = config = engine.config
@@ -75,16 +73,16 @@ class Run:
         self.balancer = Balancer(config.balancing, self.model, config.seed, self.compiled)
         self.adaptive = Adaptive(config.mixing, self.corpus.tasks, self.model, self.mixer, config.batch.accumulate)
         self.fingerprint = fingerprint(config, self.corpus)
-        self.progress = self._resume() if resume else Progress()
+        self.progress = self._resume() if folder.resume else Progress()
         self.began -= self.progress.wall_seconds
         self.progress.compile_seconds += self.compiled.seconds if self.compiled else 0.0
 
-        (self.folder / "checkpoints").mkdir(exist_ok=True)  # from here on the folder holds a run
+        folder.begin()
         save_config(config, self.folder / "config.yaml")
         self.corpus.tokenizer.save(self.folder)
         shown = {task.name: metric_names(task)[0] for task in self.corpus.tasks}
         self.display = Display(shown, config.steps, self.progress.step)
-        self.log = Log(self.folder, self.progress.step)
+        self.log = Log(self.folder, self.progress.step, tell=print)
         self.interruption = Interruption()
         self.profile = Profile(config.profile, self.folder, engine.device, self.display.tell)
         self.parts = Parts(self.packer, self.corpus.tokenizer, self.progress, self.display.tell)
@@ -317,12 +315,12 @@ class Run:
         if path is None:
             raise ValueError(f"run folder {self.folder} has no checkpoint to resume from")
         tensors, state = checkpoint.load(path)
-        checkpoint.check_same(state["settings"], self.fingerprint)
+        progress = Progress(**state["progress"])
+        check_goes_on(state["settings"], self.fingerprint, progress.step)
         self.model.load_state_dict(tensors["model"])
         checkpoint.load_optimizer_tensors(self.optimizer, self.model.named_parameters(), tensors.get("optimizer", {}))
         self.balancer.load_state_dict(state["balancing"])
         self.adaptive.load_state_dict(state["mixing"])
-        progress = Progress(**state["progress"])
         print(f"resuming at step {progress.step}")
         return progress
 

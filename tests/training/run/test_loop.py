@@ -76,7 +76,7 @@ OTHERS = {  # changes of the config, words of the error
     ),
     "batch size": ({"batch": Batch(256, 2, 128)}, "batch.tokens: 512 in the checkpoint, 256 now"),
     "accumulation": ({"batch": Batch(512, 1, 128)}, "batch.accumulate: 2 in the checkpoint, 1 now"),
-    "steps": ({"steps": 48}, "steps: 24 in the checkpoint, 48 now"),
+    "fewer steps": ({"steps": 12}, "steps: 24 in the checkpoint, 12 now"),
     "weights": ({"weights": {"colour": 2.0}}, "weights.colour: absent in the checkpoint, 2.0 now"),
 }
 
@@ -187,7 +187,7 @@ def test_data_that_cannot_be_used_does_not_leave_a_run_behind(tmp_path):
 
 
 def test_the_run_folder_is_complete(finished):
-    files = "config.yaml tokenizer.json metrics.jsonl checkpoints model summary.json samples.json report.html"
+    files = "run.json config.yaml tokenizer.json metrics.jsonl checkpoints model summary.json samples.json report.html"
     assert {path.name for path in finished.run.iterdir()} == set(files.split())
     names = {path.name for path in (finished.run / "checkpoints").iterdir()}
     assert names == {"best", "step-20", "step-24"}
