@@ -1,19 +1,29 @@
 """Everything a run depends on besides its data, as frozen dataclasses; a run saves the one it used."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, is_dataclass, replace
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
 from typing import Any, Literal
 
+from trunkline.engine.checks import at_least, check, from_to_below, made, raise_all, short
 from trunkline.engine.foreign import pretrained
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.generate import Search
-from trunkline.engine.network.trunk import Checkpointing, TrunkConfig
+from trunkline.engine.network.trunk import PRESETS, Checkpointing, TrunkConfig
 from trunkline.engine.settings import ADAPTIVE, GRADIENT_METHODS, Balancing, Batch, Evaluation, Mixing, Optimizer
-from trunkline.engine.tasks.builtin import get_task
+from trunkline.engine.tasks.builtin import BUILTIN, get_task
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.tokenizer import Tokenizer
 
 WARM_UP, RECORDED = 5, 3  # steps of a profile
+WEIGHTS = at_least(1e-20, 1e20)  # of tasks and classes: beyond, they are lost in float32
+RANGES = {
+    "steps": at_least(1, 10**9),
+    "vocab_size": at_least(1, 2**24),
+    "seed": at_least(0, 2**42),
+    "prompt_weight": at_least(0, 1e20),
+    "label_smoothing": from_to_below(0, 1),
+}
 
 
 @dataclass(frozen=True)
@@ -88,81 +98,81 @@ class Config:
     """Write a trace of a few steps, and a table of where their time goes, to the folder profile of the run."""
 
     def __post_init__(self):
-        if not isinstance(self.balancing, Balancing):  # from Python, too, the name of a method, or fields
-            object.__setattr__(self, "balancing", Balancing(**_tuples(balancing_of(self.balancing))))
-        names = [task.name for task in self.all_tasks]
+        object.__setattr__(self, "trunk", trunk_fields(self.trunk))  # the name of a preset, of a method, or fields
+        object.__setattr__(self, "balancing", balancing_fields(self.balancing))
+        for name in ("data", "run", "base", "init", "tokenizer"):
+            if isinstance(path := getattr(self, name), str):
+                object.__setattr__(self, name, os.path.expanduser(path))
+        try:
+            check(self, "", **RANGES)
+            raise_all(list(self._contradictions()))
+        except ValueError as error:
+            raise ValueError(f"config: {str(error).removeprefix('config: ')}") from error
+
+    def _contradictions(self) -> Iterator[str]:
+        tasks = self.all_tasks
+        names = [task.name for task in tasks]
         if not names:
-            raise ValueError("config: tasks is empty")
+            yield "tasks is empty"
         if repeated := sorted({name for name in names if names.count(name) > 1}):
-            raise ValueError(f"config: tasks names {', '.join(repeated)} twice")
+            yield f"tasks names {', '.join(repeated)} twice"
         if self.architecture == "bilstm":
-            self._check_bilstm()
-        if self.batch.max_length > self.batch.tokens:
-            raise ValueError(
-                f"config: batch.max_length {self.batch.max_length} is more than a batch holds, "
-                f"batch.tokens {self.batch.tokens}"
-            )
-        generates = any(HEADS[task.head].writes for task in self.all_tasks)
-        positions = self.batch.max_length + (self.search.max_new_tokens if generates else 0)
-        if positions > self.trunk.max_positions:
-            raise ValueError(
-                f"config: batch.max_length {self.batch.max_length} and search.max_new_tokens "
-                f"{self.search.max_new_tokens} need more than trunk.max_positions {self.trunk.max_positions}"
-            )
+            yield from self._not_for_bilstm()
+        elif following := [task.name for task in tasks if HEADS[task.head].follows and not self.trunk.causal]:
+            of = f"the one of '{self.init}' is not" if self.init else "trunk.causal is false"
+            yield f"task '{following[0]}' predicts next tokens, which needs a causal trunk: {of}"
+        yield from self._too_long()
         for key, given in (("weights", self.weights), ("mixing.shares", self.mixing.shares)):
             if strangers := [name for name in given if name not in names]:
-                raise ValueError(f"config: {key} names {', '.join(strangers)}, which is none of {', '.join(names)}")
+                yield f"{key} names {', '.join(strangers)}, which is none of {', '.join(names)}"
             if wrong := {name: value for name, value in given.items() if not value > 0}:
-                raise ValueError(f"config: {key} must be above 0, got {wrong}")
+                yield f"{key} must be above 0, got {wrong}"
+            elif lost := {name: value for name, value in given.items() if WEIGHTS.broken(value)}:
+                yield f"{key} must be {WEIGHTS.broken(next(iter(lost.values())))}, got {lost}"
         for name, factors in self.class_weights.items():
-            task = next((task for task in self.all_tasks if task.name == name), None)
+            task = next((task for task in tasks if task.name == name), None)
             if task is None or not task.labels or len(factors) != len(task.labels) or not min(factors) > 0:
                 expected = f"{len(task.labels)} numbers above 0" if task and task.labels else "tasks with classes only"
-                raise ValueError(f"config: class_weights of '{name}': expected {expected}, got {list(factors)}")
+                yield f"class_weights of '{name}': expected {expected}, got {short(list(factors))}"
+            elif wanted := next(filter(None, map(WEIGHTS.broken, factors)), ""):
+                yield f"class_weights of '{name}' must be {wanted}, got {short(list(factors))}"
         needs_shares = self.mixing.method == "fixed" or (self.mixing.method in ADAPTIVE and self.mixing.shares)
         if needs_shares and (missing := [name for name in names if name not in self.mixing.shares]):
-            raise ValueError(
-                f"config: mixing.method {self.mixing.method} needs mixing.shares for every task; "
-                f"{', '.join(missing)} lack"
+            yield f"mixing.method {self.mixing.method} needs mixing.shares for every task; {', '.join(missing)} lack"
+        looks = self.balancing.method in GRADIENT_METHODS or self.balancing.watch
+        if self.checkpointing == "selective" and looks:
+            yield (
+                "checkpointing selective does not go with a balancing that looks at gradients, whose backward pass "
+                "needs the activations twice; use block"
+            )
+        if self.profile and self.steps < WARM_UP + RECORDED:
+            yield f"profile takes {WARM_UP + RECORDED} steps at least, got steps {self.steps}"
+        rate, decay = self.optimizer.learning_rate, self.optimizer.weight_decay
+        if not isinstance(rate, str) and rate * decay >= 1:
+            yield (
+                f"optimizer.weight_decay {decay} with optimizer.learning_rate {rate} takes more from a weight than "
+                "there is of it"
+            )
+
+    def _too_long(self) -> Iterator[str]:
+        longest, room = self.batch.max_length, self.trunk.max_positions
+        if longest > self.batch.tokens:
+            yield f"batch.max_length {longest} is more than a batch holds, batch.tokens {self.batch.tokens}"
+        generates = any(HEADS[task.head].writes for task in self.all_tasks)
+        if longest + (self.search.max_new_tokens if generates else 0) > room:
+            yield (
+                f"batch.max_length {longest} and search.max_new_tokens {self.search.max_new_tokens} need more than "
+                f"trunk.max_positions {room}"
             )
         for task in self.all_tasks:
             others = HEADS[task.head].room(task)
-            if self.batch.max_length <= others:
-                raise ValueError(
-                    f"config: batch.max_length {self.batch.max_length} leaves no room for the text of task "
-                    f"'{task.name}', whose separators and target take {others} tokens"
+            if longest <= others:
+                yield (
+                    f"batch.max_length {longest} leaves no room for the text of task '{task.name}', whose separators "
+                    f"and target take {others} tokens"
                 )
-        looks = self.balancing.method in GRADIENT_METHODS or self.balancing.watch
-        if self.checkpointing == "selective" and looks:
-            raise ValueError(
-                "config: checkpointing selective does not go with a balancing that looks at gradients, whose backward "
-                "pass needs the activations twice; use block"
-            )
-        least = {
-            "steps": (self.steps, 1),
-            "vocab_size": (self.vocab_size, 1),
-            "seed": (self.seed, 0),
-            "prompt_weight": (self.prompt_weight, 0),
-            "batch.accumulate": (self.batch.accumulate, 1),
-            "optimizer.give_up_after": (self.optimizer.give_up_after, 1),
-            "evaluation.every": (self.evaluation.every, 1),
-            "evaluation.examples": (self.evaluation.examples, 0),
-            "evaluation.texts": (self.evaluation.texts, 0),
-            "evaluation.last_examples": (self.evaluation.last_examples, 0),
-            "search.max_new_tokens": (self.search.max_new_tokens, 1),
-            "search.beams": (self.search.beams, 1),
-            "search.min_new_tokens": (self.search.min_new_tokens, 0),
-            "search.no_repeat_ngram": (self.search.no_repeat_ngram, 0),
-        }
-        for name, (value, minimum) in least.items():
-            if value < minimum:
-                raise ValueError(f"config: {name} must be at least {minimum}, got {value}")
-        if self.profile and self.steps < WARM_UP + RECORDED:
-            raise ValueError(f"config: profile takes {WARM_UP + RECORDED} steps at least, got steps {self.steps}")
-        if self.mixing.temperature <= 0:
-            raise ValueError(f"config: mixing.temperature must be more than 0, got {self.mixing.temperature}")
 
-    def _check_bilstm(self) -> None:
+    def _not_for_bilstm(self) -> Iterator[str]:
         refused = {
             "init": self.init,
             "projection": self.projection,
@@ -173,34 +183,127 @@ class Config:
         }
         for name, value in refused.items():
             if value:
-                raise ValueError(f"config: {name} is for a trunk; with architecture bilstm it cannot be {value!r}")
+                yield f"{name} is for a trunk; with architecture bilstm it cannot be {value!r}"
 
     @property
     def all_tasks(self) -> list[Task]:
         return [get_task(task) if isinstance(task, str) else task for task in self.tasks]
 
 
+def config_from(settings: Mapping[str, Any], kind: type[Config] = Config) -> Config:
+    """The config that plain dicts, lists and values describe; what they leave open fits what they say.
+
+    Raises:
+        ValueError: lists all that is wrong; of an unknown key or value the nearest valid one.
+    """
+    trunk = settings.get("trunk", {})
+    if (init := settings.get("init")) and isinstance(init, str | os.PathLike) and isinstance(trunk, Mapping):
+        trunk = {**trunk_fields(trunk), **asdict(trunk_of(os.path.expanduser(init), trunk_fields(trunk)))}
+    settings = {**settings, "trunk": trunk_fields(trunk)} if "trunk" in settings or init else settings
+    if "balancing" in settings:
+        settings = {**settings, "balancing": balancing_fields(settings["balancing"])}
+    try:
+        return made(kind, _fitted(settings))
+    except ValueError as error:
+        raise ValueError(f"config: {str(error).removeprefix('config: ')}") from error
+
+
 def restore_config(settings: Mapping[str, Any]) -> Config:
-    """The config whose `asdict` these settings are."""
-    inner = {f.name: f.type for f in fields(Config) if isinstance(f.type, type) and is_dataclass(f.type)}
-    settings = {"layout": 1, **settings}  # of engines from before there were two
-    values: dict[str, Any] = {k: inner[k](**_tuples(value)) if k in inner else value for k, value in settings.items()}
-    tasks = [task if isinstance(task, str) else Task(**_tuples(task)) for task in values.pop("tasks")]
-    return Config(tasks=tuple(tasks), **values)
+    """The config whose `asdict` these settings are.
+
+    Raises:
+        ValueError: they are of no config.
+    """
+    return made(Config, {"layout": 1, **settings})  # of engines from before there were two
 
 
-def _tuples(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Lists as tuples, which JSON does not have."""
-    return {key: tuple(value) if isinstance(value, list) else value for key, value in settings.items()}
+def _fitted(settings: Mapping[str, Any]) -> Mapping[str, Any]:
+    """With lengths, where none are given, that the trunk's positions and the batch have room for.
+
+    Where the usual lengths do not fit, an answer gets a quarter of the positions, and the target of a generating task
+    half of its longest example.
+    """
+    tasks = settings.get("tasks", ())
+    batch, search = (_part(settings, name) for name in ("batch", "search"))
+    if batch is None or search is None or not isinstance(tasks, list | tuple):
+        return settings  # something is wrong, which is said where it is found
+    room = (_part(settings, "trunk") or {}).get("max_positions", TrunkConfig.max_positions)
+    numbers = (
+        room,
+        *(part.get(name, 1) for part, name in ((batch, "tokens"), (batch, "max_length"), (search, "max_new_tokens"))),
+    )
+    if not all(isinstance(number, int) and number > 0 for number in numbers):
+        return settings
+    writes = any(_writes(task) for task in tasks)
+    if "max_new_tokens" not in search and writes:
+        left = room - batch["max_length"] if "max_length" in batch else max(1, room // 4)
+        search["max_new_tokens"] = max(1, min(Search.max_new_tokens, left))
+    if "max_length" not in batch:
+        left = room - search["max_new_tokens"] if writes else room
+        batch["max_length"] = max(1, min(Batch.max_length, batch.get("tokens", Batch.tokens), left))
+    longest = batch["max_length"]
+    target = Task.max_target_tokens if Task.max_target_tokens + 2 < longest else max(1, (longest - 2) // 2)
+    return {**settings, "batch": batch, "search": search, "tasks": [_with_target(task, target) for task in tasks]}
 
 
-def balancing_of(balancing: Any) -> Any:
+def _part(settings: Mapping[str, Any], name: str) -> dict[str, Any] | None:
+    """The fields that are given of a part; None where it is none."""
+    part = settings.get(name, {})
+    if is_dataclass(part) and not isinstance(part, type):
+        return asdict(part)
+    return dict(part) if isinstance(part, Mapping) else None
+
+
+def _writes(task: Any) -> bool:
+    """Whether the answer of a task, or of what is given for one, is a text."""
+    if isinstance(task, str):
+        task = BUILTIN.get(task)
+    head = task.get("head") if isinstance(task, Mapping) else getattr(task, "head", None)
+    return isinstance(head, str) and head in HEADS and HEADS[head].writes
+
+
+def _with_target(task: Any, target: int) -> Any:
+    """The task, with a target of that many tokens where it does not say, or, of an embedded one, has no room."""
+    if isinstance(task, Mapping) and _writes(task):
+        return {"max_target_tokens": target, **task}
+    if isinstance(task, str) and _writes(task) and BUILTIN[task].max_target_tokens > target:
+        return replace(BUILTIN[task], max_target_tokens=target)
+    return task
+
+
+def trunk_fields(trunk: Any) -> Any:
+    """The fields of the trunk: the name of a preset stands for its fields, and may be given with others."""
+    if isinstance(trunk, str):
+        trunk = {"preset": trunk}
+    if not isinstance(trunk, Mapping) or "preset" not in trunk:
+        return trunk
+    name = trunk["preset"]
+    if name not in PRESETS:
+        raise ValueError(f"config: trunk '{name}' is no preset; there are {', '.join(PRESETS)}")
+    return {**PRESETS[name], **{key: value for key, value in trunk.items() if key != "preset"}}
+
+
+def balancing_fields(balancing: Any) -> Any:
     """The fields of the balancing: a method's name stands for it, and one layer for a list of one."""
     if isinstance(balancing, str):
         balancing = {"method": balancing}
-    if isinstance(balancing, dict) and isinstance(balancing.get("layers"), str):
+    if isinstance(balancing, Mapping) and isinstance(balancing.get("layers"), str):
         balancing = {**balancing, "layers": [balancing["layers"]]}
     return balancing
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """The config with some fields changed; a dict changes the fields it names of the part that it stands for.
+
+    Raises:
+        ValueError: an unknown field, or settings that cannot be.
+    """
+    current = {field.name: getattr(config, field.name) for field in fields(config)}
+    for name, value in changes.items():
+        before = current.get(name)
+        is_part = is_dataclass(before) and isinstance(value, Mapping)
+        current[name] = {**asdict(before), **value} if is_part else value
+    return config_from(current, type(config))
 
 
 def trunk_of(init: str, given: Mapping[str, Any]) -> TrunkConfig:

@@ -1,11 +1,12 @@
 """What users hold: a trunk with its tasks, to be trained, scored, asked, saved and loaded.
 
-The engine ties the rooms together; the arithmetic is in network/, the loop in training/run/. `fit` and `evaluate` are
-the only calls up into training.
+The engine ties the rooms together; the arithmetic is in network/, the loop in training/run/. `fit`, `evaluate` and
+`load`, of a run that is not finished, are the only calls up into training.
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
 from itertools import chain
@@ -14,16 +15,19 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from trunkline.engine.config import Config, restore_config, trunk_of, with_vocabulary
+from trunkline.engine.config import Config, changed, config_from, with_vocabulary
 from trunkline.engine.foreign.pretrained import SETTINGS, WEIGHTS
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import BiLSTM, Model
 from trunkline.engine.network.generate import Search, check_search, prompts_at_once
+from trunkline.engine.network.kept_heads import keep_heads
 from trunkline.engine.network.model import MultiTaskModel, in_model_order
 from trunkline.engine.network.packing import Example, pack
-from trunkline.engine.network.trunk import Trunk, TrunkConfig, preset
+from trunkline.engine.network.trunk import Trunk, TrunkConfig
+from trunkline.engine.saved import check_weights, read_saved
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.given import fits, listed, text_rows
 from trunkline.engine.text.layout import Laid, Layout
@@ -41,11 +45,12 @@ class Engine:
         engine.predict(["a gripping film"], tasks=["sst2"])
 
     Args:
-        trunk: a preset's name, a `TrunkConfig`, or a `Trunk` whose weights are the start (its tokenizer goes with it);
-            None: what `init` brings, or 'tiny'.
+        trunk: a preset's name, a `TrunkConfig` or its fields, or a `Trunk` whose weights are the start (its tokenizer
+            goes with it); None: what `init` brings, or 'tiny'.
         tasks: names of embedded tasks, or `Task`s.
         tokenizer: as `Config.tokenizer`, or a `Tokenizer`.
-        settings: any other field of `trunkline.engine.config.Config`.
+        settings: any other field of `trunkline.engine.config.Config`; of a part such as the optimizer, a dict of its
+            fields will do.
 
     Raises:
         ValueError: settings that contradict one another.
@@ -56,7 +61,7 @@ class Engine:
 
     def __init__(
         self,
-        trunk: str | TrunkConfig | Trunk | None = None,
+        trunk: str | TrunkConfig | Mapping[str, Any] | Trunk | None = None,
         tasks: Sequence[str | Task] = (),
         tokenizer: str | Tokenizer = "",
         **settings: Any,
@@ -64,24 +69,21 @@ class Engine:
         if isinstance(tokenizer, str):
             settings["tokenizer"] = tokenizer
         start = trunk if isinstance(trunk, Trunk) else None
-        if isinstance(trunk, Trunk):
-            shape = trunk.config
-        elif isinstance(trunk, TrunkConfig):
-            shape = trunk
-        else:
-            shape = preset(trunk or "tiny")
-        if init := settings.get("init"):
-            if start is not None:
-                raise ValueError(f"engine: a Trunk and init='{init}' are two starts: give one of them")
-            shape = trunk_of(init, {} if trunk is None else asdict(shape))
-        self._hold(Config(tasks=tuple(listed(tasks, "engine: tasks")), trunk=shape, **settings), start)
+        if start is not None and (init := settings.get("init")):
+            raise ValueError(f"engine: a Trunk and init='{init}' are two starts: give one of them")
+        shape = trunk.config if isinstance(trunk, Trunk) else trunk
+        if isinstance(shape, TrunkConfig) and settings.get("init"):
+            shape = asdict(shape)
+        if shape is None:
+            shape = {} if settings.get("init") else "tiny"
+        self._hold(config_from({"tasks": listed(tasks, "engine: tasks"), "trunk": shape, **settings}), start)
         if isinstance(tokenizer, Tokenizer):
             self.tokenizer = tokenizer
 
     def _hold(self, config: Config, trunk: Trunk | None = None) -> None:
         self.config = config
         self.tasks = in_model_order(config.all_tasks)
-        self.device = torch.device(_default_device() if config.device == "auto" else config.device)
+        self.device = usable_device(config.device)
         self.tokenizer = None
         self._trunk, self._model = trunk, None
 
@@ -107,7 +109,8 @@ class Engine:
         self.tokenizer = tokenizer
         if self._model is None:
             torch.manual_seed(self.config.seed)
-            if self._trunk is None and self.config.init:
+            starts = self._trunk is None and self.config.init
+            if starts:
                 dropout = self.config.trunk.dropout
                 self._trunk = Trunk.from_pretrained(self.config.init, dropout=dropout, dtype=torch.float32)
                 self._trunk.grow_vocabulary(tokenizer.vocab_size)
@@ -119,10 +122,27 @@ class Engine:
                     f"engine: the tokenizer has {tokenizer.vocab_size} entries, "
                     f"more than the trunk's vocabulary of {self.config.trunk.vocab_size}"
                 )
-            self._model = make_model(self.config, self._trunk).to(self.device)
+            self._model = make_model(self.config, self._trunk)
+            if starts:
+                self._go_on_from(self.config.init)
+            self._model.to(self.device)
         if isinstance(self._model, MultiTaskModel):
             self._model.trunk.checkpointing = self.config.checkpointing
         return self._model
+
+    def _go_on_from(self, init: str) -> None:
+        """The heads of a run of ours go on with the trunk; what is new is said."""
+        model = self.model
+        assert isinstance(model, MultiTaskModel)
+        if model.num_vocabulary and not model.trunk.config.tie_vocabulary and model.trunk.vocabulary is None:
+            names = ", ".join(task.name for task in model.tasks[-model.num_vocabulary :])
+            print(f"'{init}' has no vocabulary head (lm_head): that of {names} starts from random numbers")
+        folder = Path(init)
+        if any((place / SETTINGS).is_file() for place in (folder, folder / "model")):
+            other = Engine.load(folder, device="cpu").model
+            assert isinstance(other, MultiTaskModel)
+            kept, new = keep_heads(model, other)
+            print(f"from '{init}': heads of {', '.join(kept) or 'no task'} are kept; new: {', '.join(new) or 'none'}")
 
     @property
     def compiles(self) -> bool:
@@ -153,7 +173,9 @@ class Engine:
 
         if fixed := ", ".join(name for name in changes if name in FIXED):
             raise ValueError(f"fit: {fixed} cannot be changed once there is an engine: make another one")
-        self.config = replace(self.config, **changes)
+        config = changed(self.config, changes)
+        here = {name: os.path.abspath(path) for name in ("data", "base") if (path := getattr(config, name))}
+        self.config = replace(config, **here)  # so that the run's data is found from anywhere
         return train(self, resume=resume, overwrite=overwrite)
 
     def evaluate(self, examples: int = 0) -> dict[str, dict[str, float]]:
@@ -313,31 +335,47 @@ class Engine:
         return names.index(name)
 
     def save(self, folder: str | Path) -> Path:
-        """Writes weights (safetensors), settings (JSON) and tokenizer; nothing is pickled."""
+        """Writes weights (safetensors), settings (JSON) and tokenizer; nothing is pickled.
+
+        Raises:
+            ValueError: the folder holds the weights of something else.
+            OSError: the disk is full, not writable, ...
+        """
         folder = Path(folder)
+        if (folder / WEIGHTS).exists() and not (folder / SETTINGS).exists():
+            raise ValueError(f"engine: {folder} holds a checkpoint that is not ours: name another folder")
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(self.model.state_dict(), folder / WEIGHTS)
+        partial = folder / f".{WEIGHTS}.partial"
+        try:
+            save_file(self.model.state_dict(), partial)
+        except SafetensorError as error:  # how safetensors tells of a full disk
+            partial.unlink(missing_ok=True)
+            raise OSError(f"engine: {folder / WEIGHTS} is not saved: {error}") from error
+        partial.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the owner only, whatever the umask
+        partial.replace(folder / WEIGHTS)  # weights that were loaded may still lie in a file of that name
         (folder / SETTINGS).write_text(json.dumps(asdict(self.config), indent=1), encoding="utf-8")
         self._tokenizer.save(folder)
         return folder
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> "Engine":
-        """The engine that `save` wrote, or the model of a run folder.
+        """The engine that `save` wrote, the model of a run, or a checkpoint of one, such as RUN/checkpoints/best.
+
+        Of a run that is not finished it is the newest checkpoint, which is said on standard error.
 
         Raises:
-            ValueError: the folder holds neither.
+            ValueError: the folder holds none of these, or something that is damaged; names the file.
         """
-        folder = Path(folder)
-        folder = folder / "model" if (folder / "model" / SETTINGS).is_file() else folder
-        if not (folder / SETTINGS).is_file():
-            raise ValueError(f"engine: {folder} has no {SETTINGS}: it is neither a saved engine nor a finished run")
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        config = replace(restore_config(settings), device=device)
+        config, tokenizer, weights, path = read_saved(Path(folder).expanduser())
+        config = replace(config, device=device)
+        if config.trunk.num_layers > len(weights):
+            raise ValueError(f"engine: {path} does not fit its settings: {config.trunk.num_layers} layers need more")
+        with torch.device("meta"):  # shapes only: what does not fit takes no memory
+            trunk = Trunk(config.trunk) if config.architecture == "trunk" else None
+            check_weights(weights, make_model(with_vocabulary(config, tokenizer), trunk).state_dict(), path)
         engine = cls.__new__(cls)
         engine._hold(config, Trunk(config.trunk) if config.architecture == "trunk" else None)
-        tokenizer = Tokenizer.load(str(folder), layout=config.layout, grows=False)  # what it lacks it never had
-        engine.build(tokenizer).load_state_dict(load_file(folder / WEIGHTS, str(engine.device)))
+        engine.build(tokenizer).load_state_dict(weights)
         return engine
 
 
@@ -349,5 +387,21 @@ def make_model(config: Config, trunk: Trunk | None = None) -> Model:
     return MultiTaskModel(trunk or Trunk(config.trunk), tasks, config.projection, config.label_smoothing)
 
 
-def _default_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
+def usable_device(name: str) -> torch.device:
+    """The device of that name; auto: a GPU if there is one.
+
+    Raises:
+        ValueError: there is none, or it cannot be used here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+        if device.type == "meta":
+            raise RuntimeError("it holds no numbers")
+        return device
+    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
+        here = ["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"config: device '{name}' cannot be used: {reason}; here are {', '.join(here)}") from error

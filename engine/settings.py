@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal, get_args
 
+from trunkline.engine.checks import above, at_least, check, from_to_below
+
 MixingMethod = Literal["proportional", "temperature", "annealed", "fixed", "progress", "loss_ratio"]
 ADAPTIVE = ("progress", "loss_ratio")  # methods whose shares react to training
 GRADIENT_METHODS = (
@@ -39,7 +41,12 @@ class Batch:
     accumulate: int = 1
     """Batches whose gradients make one step."""
     max_length: int = 512
-    """Longest example, in tokens; what happens to longer ones is their task's policy."""
+    """Longest example, in tokens; what happens to longer ones is their task's policy. Where a config does not say, as
+    many as `tokens` and the trunk's positions have room for, up to 512."""
+
+    def __post_init__(self):
+        sizes = at_least(1, 2**31 - 1)
+        check(self, "batch.", tokens=sizes, accumulate=at_least(1, 1_000_000), max_length=sizes)
 
 
 @dataclass(frozen=True)
@@ -67,6 +74,26 @@ class Optimizer:
     give_up_after: int = 5
     """Steps in a row whose loss or gradient is not finite that end the run; fewer are left out, named and counted."""
 
+    def __post_init__(self):
+        if isinstance(self.warmup, int | float) and self.warmup > 1:
+            raise ValueError(
+                f"optimizer.warmup is the share of the steps in which the learning rate rises, from 0 to 1, not their "
+                f"number; got {self.warmup}"
+            )
+        check(
+            self,
+            "optimizer.",
+            learning_rate=above(0, 10),
+            head_learning_rate=above(0, 10),
+            layer_decay=above(0, 1),
+            warmup=at_least(0, 1),
+            weight_decay=at_least(0, 100),
+            beta1=from_to_below(0, 1),
+            beta2=from_to_below(0, 1),
+            clip=above(0),
+            give_up_after=at_least(1),
+        )
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -81,6 +108,10 @@ class Evaluation:
     texts: int = 16
     """Of each generating task, texts written and scored during training; 0: none. The last evaluation takes all of its
     examples."""
+
+    def __post_init__(self):
+        count = at_least(0)
+        check(self, "evaluation.", every=at_least(1), examples=count, last_examples=count, texts=count)
 
 
 @dataclass(frozen=True)
@@ -105,8 +136,7 @@ class Mixing:
             nearest = get_close_matches(str(self.method), get_args(MixingMethod), n=1, cutoff=0.0)[0]
             known = ", ".join(get_args(MixingMethod))
             raise ValueError(f"mixing: method must be one of {known}, got '{self.method}'; did you mean '{nearest}'?")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"mixing: patience must be at least 1 evaluation, got {self.patience}")
+        check(self, "mixing.", temperature=above(0, 1e6), patience=at_least(1))
 
     @property
     def reacts(self) -> bool:
@@ -132,5 +162,4 @@ class Balancing:
         if self.method not in get_args(BalancingMethod):
             methods = ", ".join(get_args(BalancingMethod))
             raise ValueError(f"balancing: method must be one of {methods}, got '{self.method}'")
-        if self.watch < 0:
-            raise ValueError(f"balancing: watch must be at least 0, got {self.watch}")
+        check(self, "balancing.", watch=at_least(0))

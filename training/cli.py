@@ -133,16 +133,16 @@ class _SettingsHelp(argparse.Action):
         super().__init__(option_strings, dest, nargs=0, **settings)
 
     def __call__(self, parser, *_):
-        from trunkline.training.config_file import config_parser
+        from trunkline.training.config_file import settings_help
 
         print(parser.format_help())
         if parser.prog.endswith("compare"):
             from trunkline.training.compare.compare import Comparison
 
-            keys = config_parser(Comparison).format_help()
+            keys = settings_help(Comparison)
         else:
-            keys = config_parser().format_help()
-        print("settings, in CONFIG.yaml or as key=value:" + keys.partition("options:")[2])
+            keys = settings_help()
+        print(f"settings, in CONFIG.yaml or as key=value:\n\n{keys}")
         parser.exit()
 
 

@@ -1,75 +1,64 @@
 """Configs as YAML files: read, with key=value overrides, checked key by key, and written."""
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
-from difflib import get_close_matches
+import os
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
+<<<<<<< HEAD
 from trunkline.engine.config import Config, balancing_of, trunk_of
 from trunkline.engine.heads.registry import head_of
 from trunkline.engine.network.trunk import PRESETS
+=======
+from trunkline.engine.checks import short
+from trunkline.engine.config import Config, config_from
+>>>>>>> 47c7503 (config, engine: what comes from outside is checked before it is believed)
 from trunkline.engine.tasks.task import Task
-
-if TYPE_CHECKING:
-    import jsonargparse
+from trunkline.training.yaml_file import read_yaml
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), kind: type[Config] = Config) -> Config:
     """Reads a run's YAML and changes what `overrides` say.
 
     Args:
-        path: the file; relative file names of its tasks start from its folder.
+        path: the file; relative file names of its tasks, of `init` and of `tokenizer` start from its folder.
         overrides: 'key=value' or 'key.inner=value', the value in YAML.
         kind: `Config`, or one with more fields.
 
     Raises:
-        ValueError: no such file, not YAML, an unknown key (the nearest valid one is named) or a wrong type.
+        ValueError: no such file, not YAML, a key that stands twice or is unknown (the nearest valid one is named), or a
+            value of a wrong type.
     """
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        settings = read_yaml(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise ValueError(f"config {path}: {error}") from error
     if not isinstance(settings, dict):
-        raise ValueError(f"config {path}: expected 'key: value' lines, got {settings!r}")
-    settings = {"run": f"runs/{path.stem}", "base": str(path.parent), **settings}
+        raise ValueError(f"config {path}: expected 'key: value' lines, got {short(settings)}")
+    base = os.path.abspath(path.parent)
+    for name in ("init", "tokenizer"):
+        given = settings.get(name)
+        if given and isinstance(given, str) and (beside := Path(base, given)).exists():
+            settings[name] = str(beside)  # else it lies here, or on the hub
+    settings = {"run": f"runs/{path.stem}", "base": base, **settings}
     for override in overrides:
         _override(settings, override)
     return config_from(settings, kind)
 
 
-def config_from(settings: Mapping[str, Any], kind: type[Config] = Config) -> Config:
-    """The config that plain dicts, lists and values describe.
-
-    Raises:
-        ValueError: an unknown key (the nearest valid one is named) or a wrong type.
-    """
-    import jsonargparse
-
-    trunk = _expand_preset(settings.get("trunk", {}))
-    if (init := settings.get("init")) and isinstance(trunk, Mapping):
-        trunk = {**trunk, **asdict(trunk_of(init, trunk))}
-    settings = {**settings, "trunk": trunk}
-    if "balancing" in settings:
-        settings["balancing"] = balancing_of(settings["balancing"])
-    _check_keys(settings, kind, "")
-    parser = config_parser(kind)
-    try:
-        return kind(**vars(parser.instantiate(parser.parse_object(settings))))
-    except jsonargparse.ArgumentError as error:
-        raise ValueError(f"config: {' '.join(str(error).split())}") from error
-
-
-def config_parser(kind: type[Config] = Config) -> "jsonargparse.ArgumentParser":
-    """A parser that knows every key, its type, its default and what its docstring says."""
+def settings_help(kind: type[Config] = Config) -> str:
+    """Every key of a config and of a task, with its type, its default and what it means."""
     import jsonargparse
 
     jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
-    parser = jsonargparse.ArgumentParser(exit_on_error=False, prog="trunkline train CONFIG.yaml")
+    parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False)
     parser.add_class_arguments(kind)
-    return parser
+    parser.add_class_arguments(Task, "tasks[i]")
+    lines = parser.format_help().partition("\n\n")[2].split("\n")
+    return "\n".join(line for line in lines if ".help " not in line)
 
 
 def save_config(config: Config, path: Path) -> None:
@@ -94,14 +83,15 @@ def _override(settings: dict[str, Any], override: str) -> None:
         settings[name] = {SHORT[name]: inner} if name in SHORT and isinstance(inner, str) else (inner or {})
         settings = settings[name]
         if not isinstance(settings, dict):
-            raise ValueError(f"config: '{override}': '{name}' is {settings!r} and has no keys")
+            raise ValueError(f"config: '{override}': '{name}' is {short(settings)} and has no keys")
     try:
-        settings[last] = yaml.safe_load(value) if value else ""
-    except yaml.YAMLError as error:
+        settings[last] = read_yaml(value) if value else ""
+    except ValueError as error:
         raise ValueError(f"config: '{override}': {error}") from error
 
 
 SHORT = {"trunk": "preset", "balancing": "method"}  # keys that may have one of their fields as their value
+<<<<<<< HEAD
 
 
 def _expand_preset(trunk: Any) -> Any:
@@ -143,3 +133,5 @@ def _check_head(name: Any, where: str) -> None:
             head_of(name)
         except ValueError as error:
             raise ValueError(f"config: {where}: {error}") from error
+=======
+>>>>>>> 47c7503 (config, engine: what comes from outside is checked before it is believed)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from trunkline.engine.checks import short
+
 
 @dataclass(frozen=True)
 class Family:
@@ -309,9 +311,9 @@ def family_of(settings: Mapping[str, Any]) -> Family:
         ValueError: it is none of these.
     """
     kind = settings.get("model_type")
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
-            f"model_type {kind!r} is not covered; covered are {', '.join(FAMILIES)}. trunkline.patch(model) puts our "
+            f"model_type {short(kind)} is not covered; covered are {', '.join(FAMILIES)}. trunkline.patch(model) puts our "
             "attention into any other model of transformers, which then trains in a loop of its own"
         )
     return FAMILIES[kind]

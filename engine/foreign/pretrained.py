@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from trunkline.engine.checks import made, short
 from trunkline.engine.foreign.families import Family, family_of
 from trunkline.engine.foreign.shapes import matching_family, settings_of, trunk_config
 from trunkline.engine.network.trunk import Trunk, TrunkConfig
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS, INDEX, CONFIG = "model.safetensors", "model.safetensors.index.json", "config.json"
+LARGEST_JSON = 100_000_000  # bytes
 SETTINGS = "engine.json"  # beside the weights of an engine of ours
 
 
@@ -50,6 +52,8 @@ def load(source: str, dropout: float | None = None, dtype: torch.dtype | None = 
         config = _config(settings)
         if dropout is not None:
             config = replace(config, dropout=dropout)
+        if config.num_layers > len(tensors):
+            raise ValueError(f"{config.num_layers} layers, but {len(tensors)} tensors")
         with torch.device("meta"):
             trunk = Trunk(config)
         if "trunk" not in settings:
@@ -59,7 +63,11 @@ def load(source: str, dropout: float | None = None, dtype: torch.dtype | None = 
             weights = {name.removeprefix("trunk."): tensors[name].clone() for name in ours}
             trunk.vocabulary = tensors.get("vocabulary")
             trunk.vocabulary_bias = tensors.get("vocabulary_bias")
+        if missing := [name for name, _ in trunk.named_parameters() if name not in weights]:
+            raise ValueError(f"{len(missing)} tensors are missing: {', '.join(missing[:4])}")
         for name, parameter in trunk.named_parameters():
+            if not weights[name].is_floating_point():
+                raise ValueError(f"{name}: expected numbers with a point, got {weights[name].dtype}")
             if (shape := weights[name].shape) != parameter.shape:
                 raise ValueError(f"{name}: expected {list(parameter.shape)}, got {list(shape)}")
     except ValueError as error:
@@ -133,7 +141,10 @@ def _from_hugging_face(trunk: Trunk, settings: dict[str, Any], tensors: dict[str
         raise ValueError(f"{len(missing)} tensors are missing: {', '.join(missing[:4])} ...")
     weights = {}
     for name, sources in names.items():
-        weight = torch.cat([tensors.pop(source) for source in sources])
+        try:
+            weight = torch.cat([tensors.pop(source) for source in sources])
+        except (RuntimeError, IndexError) as error:
+            raise ValueError(f"{', '.join(sources)} do not fit together: {str(error).splitlines()[0]}") from error
         weights[name] = weight.T.contiguous() if family.transposed(name) else weight
     inside = tuple(f"{prefix}{module}." for module in {sources[0].split(".")[0] for sources in family.tensors.values()})
     if unknown := [
@@ -210,7 +221,7 @@ def _parts(config: TrunkConfig, name: str, weight: Tensor, count: int) -> tuple[
 
 def _folder(source: str) -> Path:
     """Where the files of a checkpoint are: here, or in the hub's cache, which may take a download."""
-    folder = Path(source)
+    folder = Path(source).expanduser()
     if (folder / "model" / SETTINGS).is_file():
         return folder / "model"  # of a finished run
     if folder.is_dir():
@@ -239,18 +250,22 @@ def _settings_file(folder: Path) -> Path:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    return _json(_settings_file(folder))
+    return read_json(_settings_file(folder))
 
 
 def _config(settings: dict[str, Any]) -> TrunkConfig:
-    return TrunkConfig(**settings["trunk"]) if "trunk" in settings else trunk_config(settings)
+    if "trunk" not in settings:
+        return trunk_config(settings)
+    if not isinstance(settings["trunk"], dict):
+        raise ValueError(f"trunk: expected keys and values, got {short(settings['trunk'])}")
+    return made(TrunkConfig, settings["trunk"], "trunk")
 
 
 def _weight_files(folder: Path) -> list[Path]:
     if (folder / WEIGHTS).is_file():
         return [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        return [folder / name for name in sorted(set(_json(folder / INDEX)["weight_map"].values()))]
+        return [_inside(folder, name) for name in sorted(set(_weight_map(folder).values()))]
     pickled = [path.name for path in sorted(folder.glob("*.bin"))]
     told = (
         f"; {', '.join(pickled)} would have to be unpickled, which can run any code: save it as safetensors"
@@ -267,13 +282,41 @@ def _tensors(folder: Path) -> dict[str, Tensor]:
             tensors |= load_file(path)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"pretrained: {path} is missing or damaged: {error}") from error
-    if (folder / INDEX).is_file() and (lost := sorted(_json(folder / INDEX)["weight_map"].keys() - tensors.keys())):
+    if (folder / INDEX).is_file() and (lost := sorted(_weight_map(folder).keys() - tensors.keys())):
         raise ValueError(f"pretrained {folder}: {INDEX} lists {', '.join(lost[:4])}, which its files lack")
     return tensors
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _weight_map(folder: Path) -> dict[str, str]:
+    """Names of tensors -> names of files."""
+    given = read_json(folder / INDEX).get("weight_map")
+    if not isinstance(given, dict) or not all(isinstance(name, str) for name in given.values()) or not given:
+        raise ValueError(f"pretrained {folder}: {INDEX} has no weight_map from tensors to files")
+    return given
+
+
+def _inside(folder: Path, name: str) -> Path:
+    """A file that is named in a folder, which it must be in; no device or pipe, which may never end."""
+    if Path(name).name != name or not name.endswith(".safetensors"):
+        raise ValueError(
+            f"pretrained {folder}: {INDEX} names {short(name)}, which is no .safetensors file in its folder"
+        )
+    if not (folder / name).is_file():
+        raise ValueError(f"pretrained: {folder / name} is missing or damaged: {INDEX} names it, but it is no file")
+    return folder / name
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """
+    Raises:
+        ValueError: it is no JSON object; names the file.
+    """
+    if (size := path.stat().st_size) > LARGEST_JSON:
+        raise ValueError(f"{path} has {size:,} bytes, far more than settings take")
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:  # also where it is not UTF-8
-        raise ValueError(f"pretrained: {path} is not JSON: {error}") from error
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:  # the former also where it is not UTF-8
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object, got {short(content)}")
+    return content

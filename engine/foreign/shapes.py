@@ -2,8 +2,10 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, fields, replace
+from types import NoneType
 from typing import Any
 
+from trunkline.engine.checks import raise_all, short
 from trunkline.engine.foreign.families import FAMILIES, Family, family_of
 from trunkline.engine.network.trunk import TrunkConfig
 
@@ -15,6 +17,7 @@ def trunk_config(settings: Mapping[str, Any]) -> TrunkConfig:
         ValueError: another family, or an option that the trunk lacks; names all of them.
     """
     family = family_of(settings)
+    raise_all(list(_mistyped(family, settings)))
     if uncovered := "; ".join(_uncovered(family, settings)):
         raise ValueError(f"model_type '{settings['model_type']}' with options that are not covered: {uncovered}")
     values = {ours: settings.get(key, default) for ours, (key, default) in family.fields.items()}
@@ -38,8 +41,50 @@ def trunk_config(settings: Mapping[str, Any]) -> TrunkConfig:
         if rope["rope_type"] == "llama3":
             values["rope_low_frequency"] = float(rope["low_freq_factor"])
             values["rope_high_frequency"] = float(rope["high_freq_factor"])
-            values["rope_original_positions"] = rope["original_max_position_embeddings"]
+            positions = rope.get("original_max_position_embeddings", values["max_positions"])  # as transformers does
+            values["rope_original_positions"] = positions
     return TrunkConfig(**family.fixed, **values)
+
+
+_NUMBER, _OBJECT = (int, float), (dict, NoneType)
+_KINDS: dict[str, tuple[type, ...]] = {  # keys of config.json that decide what a trunk is, besides a family's fields
+    **dict.fromkeys(("rope_parameters", "rope_scaling"), _OBJECT),
+    **dict.fromkeys(("rope_theta", "partial_rotary_factor"), _NUMBER),
+    **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), (bool, NoneType)),
+    "sliding_window": (int, NoneType),
+    "layer_types": (list, NoneType),
+    **dict.fromkeys(("global_rope_theta", "local_rope_theta"), _NUMBER),
+    **dict.fromkeys(("global_attn_every_n_layers", "local_attention"), (int,)),
+    "pad_token_id": (int, NoneType),
+    "decoder_bias": (bool,),
+    "architectures": (list, NoneType),
+}
+_ROPE_KINDS = {
+    **dict.fromkeys(("rope_type", "type"), (str,)),
+    **dict.fromkeys(("rope_theta", "factor", "low_freq_factor", "high_freq_factor", "partial_rotary_factor"), _NUMBER),
+    "original_max_position_embeddings": (int,),
+}
+
+
+def _mistyped(family: Family, settings: Mapping[str, Any]) -> Iterator[str]:
+    """Values that are not what their keys are for: what is read from outside may hold anything."""
+    wholes = {field.name for field in fields(TrunkConfig) if field.type in (int, int | None)}
+    optional = {field.name for field in fields(TrunkConfig) if field.default is None}
+    kinds = dict(_KINDS)
+    for ours, (key, default) in family.fields.items():
+        kinds[key] = (int,) if ours in wholes else _NUMBER if isinstance(default, float) else (type(default),)
+        kinds[key] += (NoneType,) if ours in optional else ()
+    given = [(key, settings[key], kind) for key, kind in kinds.items() if key in settings]
+    rope = settings.get("rope_parameters") or settings.get("rope_scaling")
+    if isinstance(rope, dict):
+        given += [(f"rope {key}", rope[key], kind) for key, kind in _ROPE_KINDS.items() if key in rope]
+    for key, value, kind in given:
+        if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind):
+            names = " or ".join({"NoneType": "null", "str": "text"}.get(one.__name__, one.__name__) for one in kind)
+            yield f"{key}: expected {names}, got {short(value)}"
+    layers = settings.get("layer_types")
+    if isinstance(layers, list) and not all(isinstance(layer, str) for layer in layers):
+        yield f"layer_types: expected texts, got {short(layers)}"
 
 
 _LOCAL = "sliding_attention"
@@ -95,6 +140,9 @@ def _uncovered(family: Family, settings: Mapping[str, Any]) -> Iterator[str]:
     if others := kinds - {"full_attention", "sliding_attention"}:
         yield f"layer_types {', '.join(sorted(others))}"
     rope = _rope(settings)
+    needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
+    if missing := [key for key in needed.get(rope["rope_type"], ()) if key not in rope]:
+        yield f"rope_type {rope['rope_type']!r} without {', '.join(missing)}"
     if rope["rope_type"] not in ("default", "linear", "llama3"):
         yield f"rope_type {rope['rope_type']!r}, other than default, linear, llama3"
     if (part := rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))) != 1:

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trunkline.engine.checks import at_least, check
 from trunkline.engine.network.packing import Example, batches_of, pack
 from trunkline.engine.network.trunk import Trunk, TrunkConfig
 from trunkline.kernels.attention.attention import attention
@@ -36,6 +37,21 @@ class Search:
     """Shortest text, in tokens."""
     no_repeat_ngram: int = 0
     """No run of this many tokens occurs twice in a text; 0: all may."""
+
+    def __post_init__(self):
+        check(
+            self,
+            "search.",
+            max_new_tokens=at_least(1, 1_000_000),
+            beams=at_least(1, 1024),
+            length_penalty=at_least(-20, 20),
+            min_new_tokens=at_least(0),
+            no_repeat_ngram=at_least(0),
+        )
+        if self.min_new_tokens > self.max_new_tokens:
+            raise ValueError(
+                f"search.min_new_tokens {self.min_new_tokens} is more than search.max_new_tokens {self.max_new_tokens}"
+            )
 
 
 AT_ONCE = 64  # prompts that are continued together, so that there are not too many logits

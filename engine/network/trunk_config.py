@@ -3,6 +3,26 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trunkline.engine.checks import above, at_least, check, from_to_below
+
+_WIDTH = at_least(1, 2**20)
+_RANGES = {
+    "vocab_size": at_least(1, 2**24),
+    **dict.fromkeys(("hidden_size", "num_heads", "num_kv_heads", "head_dim", "intermediate_size"), _WIDTH),
+    "num_layers": at_least(1, 4096),
+    "max_positions": at_least(1, 2**24),
+    **dict.fromkeys(("position_offset", "window"), at_least(0)),
+    "global_every": at_least(1),
+    "rope_theta": above(0),
+    "rope_factor": above(0),
+    "rope_low_frequency": above(0),
+    "rope_high_frequency": above(0),
+    "rope_original_positions": at_least(0),
+    "norm_eps": at_least(0, 1),
+    "token_types": at_least(0, 2**20),
+    "dropout": from_to_below(0, 1),
+}
+
 
 @dataclass(frozen=True)
 class TrunkConfig:
@@ -85,28 +105,13 @@ class TrunkConfig:
     """The vocabulary head has a bias, which a checkpoint brings and training leaves alone (ModernBERT)."""
 
     def __post_init__(self):
+        check(self, "trunk.", **_RANGES)
         if self.head_dim is None and self.hidden_size % self.num_heads:
             raise ValueError(f"trunk: hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if self.num_heads % self.kv_heads:
             raise ValueError(f"trunk: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f"trunk: rotary positions need an even head width, got {self.head_width}")
-        if self.window < 0 or self.global_every < 1 or self.position_offset < 0:
-            raise ValueError(
-                f"trunk: window {self.window} and position_offset {self.position_offset} must be at least 0, "
-                f"global_every {self.global_every} at least 1"
-            )
-        if not self.rope_low_frequency < self.rope_high_frequency:
-            raise ValueError(
-                f"trunk: rope_low_frequency {self.rope_low_frequency} must be below "
-                f"rope_high_frequency {self.rope_high_frequency}"
-            )
-
-    def window_of(self, layer: int) -> tuple[int, int] | None:
-        """How many tokens before and after its own a token of this layer sees; None: all there are."""
-        if not self.window or layer % self.global_every == 0:
-            return None
-        return self.window, 0 if self.causal else self.window
 
     @property
     def gates(self) -> bool:

@@ -6,8 +6,9 @@ Adding a task is one `Task(...)`, in Python or as ten lines of YAML.
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
+from trunkline.engine.checks import at_least, check
 from trunkline.engine.heads.registry import head_of
 from trunkline.engine.text.class_names import ClassNames
 
@@ -72,6 +73,8 @@ class Task:
         return ClassNames(self.labels)
 
     def __post_init__(self):
+        check(self, f"task {self.name!r}: ", max_target_tokens=at_least(1, 1_000_000))
+
         def require(condition: bool, message: str) -> None:
             if not condition:
                 raise ValueError(f"task '{self.name}': {message}")
@@ -87,8 +90,6 @@ class Task:
         except ValueError as error:
             raise ValueError(f"task '{self.name}': {error}") from error
         require(len(set(self.labels)) == len(self.labels), f"labels name a class twice: {list(self.labels)}")
-        known = get_args(References)
-        require(self.references in known, f"references must be one of {', '.join(known)}, got '{self.references}'")
         if isinstance(self.validation, str) and re.fullmatch(r"\d*\.\d+", self.validation):
             object.__setattr__(self, "validation", float(self.validation))
         if not isinstance(self.validation, str):
@@ -98,4 +99,3 @@ class Task:
             "a".encode(self.encoding)
         except (LookupError, ValueError):
             require(False, f"encoding '{self.encoding}' is unknown; windows-1252, utf-16 or latin-1 are some there are")
-        require(self.max_target_tokens >= 1, f"max_target_tokens must be at least 1, got {self.max_target_tokens}")

@@ -1,6 +1,7 @@
 """A config is read, changed and written back as it was; what is wrong with one is said before anything is done."""
 
 import json
+import re
 from dataclasses import asdict, fields, replace
 from pathlib import Path
 
@@ -45,6 +46,7 @@ FULL = Config(
     checkpointing="block",
 )
 ONE = {"tasks": ["sst2"]}
+WRITES = {"name": "mine", "head": "generate", "text": ["a"], "label": "b"}
 FIELDS = {"name": "mine", "head": "classify", "text": ["a"], "label": "b", "labels": ["no", "yes"]}
 
 
@@ -290,6 +292,7 @@ def test_an_unknown_key_is_an_error_with_the_nearest(settings, wrong, right):
         ({"tasks": "sst2"}, "tasks"),
         ({"tasks": 5}, "tasks"),
         ({"tasks": ["sst2", 5]}, "tasks[1]"),
+<<<<<<< HEAD
         (
             {"tasks": [FIELDS | {"head": "clasify"}]},
             "tasks[0].head: there is no head 'clasify'; did you mean",
@@ -297,6 +300,12 @@ def test_an_unknown_key_is_an_error_with_the_nearest(settings, wrong, right):
         ({"tasks": [FIELDS | {"labels": [False, True]}]}, '"labels"'),  # what YAML makes of [no, yes]
         ({"tasks": [FIELDS | {"text": "a"}]}, '"text"'),
         ({"tasks": [FIELDS | {"generated": "perhaps"}]}, '"generated"'),
+=======
+        ({"tasks": [FIELDS | {"head": "clasify"}]}, "tasks[0].head"),
+        ({"tasks": [FIELDS | {"labels": [False, True]}]}, "tasks[0].labels[0]"),  # what YAML makes of [no, yes]
+        ({"tasks": [FIELDS | {"text": "a"}]}, "tasks[0].text"),
+        ({"tasks": [FIELDS | {"generated": "perhaps"}]}, "tasks[0].generated"),
+>>>>>>> 47c7503 (config, engine: what comes from outside is checked before it is believed)
         ({"weights": {"sst2": "much"}}, "weights"),
         ({"weights": {"sst2": None}}, "weights"),
         ({"weights": ["sst2"]}, "weights"),
@@ -324,7 +333,7 @@ def test_a_wrong_type_is_an_error_with_its_key(settings, key):
     ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_a_key_without_a_value_is_an_error(settings, key):
-    assert error_of(ONE | settings) == f"config: '{key}' has no value"
+    assert re.fullmatch(f"config: '{re.escape(key)}' has no value( \\(in 'mine'\\))?", error_of(ONE | settings))
 
 
 def test_nothing_is_a_value_where_it_is_the_default():
@@ -345,21 +354,21 @@ def test_numbers_may_be_written_as_whole_or_with_an_exponent(demo):
     [
         ({"tasks": []}, "config: tasks is empty"),
         ({"tasks": ["sst2", "rte", "sst2"]}, "config: tasks names sst2 twice"),
-        ({"tasks": ["mine", FIELDS]}, "unknown task 'mine'; did you mean "),
+        ({"tasks": ["mine", FIELDS]}, "config: unknown task 'mine'; did you mean "),
         ({"tasks": ["rte", FIELDS, FIELDS | {"head": "tag"}]}, "config: tasks names mine twice"),
-        ({"tasks": ["sst-2"]}, "unknown task 'sst-2'; did you mean 'sst2'?"),
+        ({"tasks": ["sst-2"]}, "config: unknown task 'sst-2'; did you mean 'sst2'?"),
         (
             {"batch": {"max_length": 4096}},
             "config: batch.max_length 4096 is more than a batch holds, batch.tokens 2048",
         ),
         ({"batch": {"max_length": 1025}}, "config: batch.max_length 1025 and search.max_new_tokens 64 need more than "),
         (
-            {"tasks": ["dialogsum"], "batch": {"max_length": 961}},
+            {"tasks": ["dialogsum"], "batch": {"max_length": 961}, "search": {"max_new_tokens": 64}},
             "config: batch.max_length 961 and search.max_new_tokens 64 need more than trunk.max_positions 1024",
         ),
         (
-            {"tasks": ["dialogsum"], "batch": {"max_length": 102}},
-            "config: batch.max_length 102 leaves no room for the text of task 'dialogsum', whose separators and target "
+            {"tasks": [WRITES | {"max_target_tokens": 100}], "batch": {"max_length": 102}},
+            "config: batch.max_length 102 leaves no room for the text of task 'mine', whose separators and target "
             "take 102 tokens",
         ),
         ({"tasks": ["rte"], "batch": {"max_length": 2}}, "config: batch.max_length 2 leaves no room for the text of "),
@@ -371,7 +380,7 @@ def test_numbers_may_be_written_as_whole_or_with_an_exponent(demo):
             {"tasks": ["sst2", "rte"], "mixing": {"method": "progress", "shares": {"rte": 1}}},
             "config: mixing.method progress needs mixing.shares for every task; sst2 lack",
         ),
-        ({"mixing": {"patience": 0}}, "mixing: patience must be at least 1 evaluation, got 0"),
+        ({"mixing": {"patience": 0}}, "config: mixing.patience must be at least 1, got 0"),
         (
             {"mixing": {"shares": {"sst2": 1, "rte": 1}}},
             "config: mixing.shares names rte, which is none of sst2",
@@ -380,7 +389,7 @@ def test_numbers_may_be_written_as_whole_or_with_an_exponent(demo):
         ({"weights": {"sst-2": 1}}, "config: weights names sst-2, which is none of sst2"),
         ({"weights": {"sst2": -1}}, "config: weights must be above 0, got {'sst2': -1.0}"),
         ({"weights": {"sst2": float("nan")}}, "config: weights must be above 0, got {'sst2': nan}"),
-        ({"mixing": {"temperature": 0}}, "config: mixing.temperature must be more than 0, got 0"),
+        ({"mixing": {"temperature": 0}}, "config: mixing.temperature must be above 0, got 0"),
         ({"steps": 0}, "config: steps must be at least 1, got 0"),
         ({"vocab_size": -1}, "config: vocab_size must be at least 1, got -1"),
         ({"seed": -1}, "config: seed must be at least 0, got -1"),
@@ -403,7 +412,7 @@ def test_numbers_may_be_written_as_whole_or_with_an_exponent(demo):
         ({"evaluation": {"texts": -1}}, "config: evaluation.texts must be at least 0, got -1"),
         ({"search": {"beams": 0}}, "config: search.beams must be at least 1, got 0"),
         ({"search": {"max_new_tokens": 0}}, "config: search.max_new_tokens must be at least 1, got 0"),
-        ({"trunk": {"num_heads": 3}}, "trunk: hidden_size 256 is not a multiple of num_heads 3"),
+        ({"trunk": {"num_heads": 3}}, "config: trunk: hidden_size 256 is not a multiple of num_heads 3"),
     ],
     ids=lambda value: value[:60] if isinstance(value, str) else "",
 )

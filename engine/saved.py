@@ -1,0 +1,100 @@
+"""What a folder holds of an engine: what `Engine.save` wrote, a run, finished or not, or a checkpoint of one.
+
+Nothing in it is believed before it is checked, and nothing outside of it is read.
+"""
+
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from trunkline.engine.config import Config, restore_config
+from trunkline.engine.foreign.pretrained import SETTINGS, WEIGHTS, read_json
+from trunkline.engine.text.tokenizer import FILE, Tokenizer
+
+
+def read_saved(folder: Path) -> tuple[Config, Tokenizer, dict[str, Tensor], Path]:
+    """The settings, tokenizer and weights in a folder, and where the weights are.
+
+    Of a run that is not finished the newest checkpoint is taken, and said so on standard error.
+
+    Raises:
+        ValueError: it holds nothing of the kind, or something that is damaged; names the file.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"engine: {folder} is no folder")
+    if (folder / "model" / SETTINGS).is_file():
+        folder = folder / "model"
+    if (folder / SETTINGS).is_file():
+        try:
+            config = restore_config(read_json(folder / SETTINGS))
+        except ValueError as error:
+            raise ValueError(f"engine: {folder / SETTINGS} is damaged, or of another release: {error}") from error
+        return config, _tokenizer(folder, config), _weights(folder / WEIGHTS), folder / WEIGHTS
+    return _read_checkpoint(folder)
+
+
+def _read_checkpoint(folder: Path) -> tuple[Config, Tokenizer, dict[str, Tensor], Path]:
+    from trunkline.training.run import checkpoint
+    from trunkline.training.yaml_file import read_yaml
+
+    run = folder.parent.parent if (folder / "manifest.json").is_file() else folder
+    if not (run / "config.yaml").is_file():
+        raise ValueError(f"engine: {folder} has no {SETTINGS}: it is neither a saved engine nor a run")
+    if run == folder:
+        newest = checkpoint.newest(run / "checkpoints", warn=_tell)
+        if newest is None:
+            raise ValueError(f"engine: the run {run} is not finished, and has no checkpoint yet")
+        _tell(f"the run {run} is not finished: this is {newest.name}")
+        folder = newest
+    weights = checkpoint.load(folder)[0].get("model", {})
+    try:
+        config = restore_config(read_yaml((run / "config.yaml").read_text(encoding="utf-8")))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"engine: {run / 'config.yaml'} is damaged, or of another release: {error}") from error
+    tokenizer = _tokenizer(run, config)
+    if config.architecture == "trunk":  # the file tells of the trunk before its tokenizer was known
+        embedding = weights.get("trunk.tokens.weight", torch.empty(config.trunk.vocab_size, 1))
+        config = replace(config, trunk=replace(config.trunk, vocab_size=len(embedding)))
+    return config, tokenizer, weights, folder / "model.safetensors"
+
+
+def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:
+    """
+    Raises:
+        ValueError: a tensor is missing, surplus, of another shape, or holds no numbers with a point.
+    """
+    faults = [f"{name} is missing" for name in expected if name not in weights]
+    faults += [f"{name} has no place" for name in weights if name not in expected]
+    for name, tensor in weights.items():
+        if name in expected and tensor.shape != expected[name].shape:
+            faults.append(f"{name}: expected {list(expected[name].shape)}, got {list(tensor.shape)}")
+        elif not tensor.is_floating_point():
+            faults.append(f"{name} is of {tensor.dtype}")
+    if faults:
+        more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
+        raise ValueError(f"engine: {path} does not fit its settings: {'; '.join(faults[:4])}{more}")
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise ValueError(f"engine: {path} is missing")
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"engine: {path} is damaged: {error}") from error
+
+
+def _tokenizer(folder: Path, config: Config) -> Tokenizer:
+    if not (folder / FILE).is_file():
+        raise ValueError(f"engine: {folder / FILE} is missing")
+    return Tokenizer.load(str(folder / FILE), layout=config.layout, grows=False)  # what it lacks it never had
+
+
+def _tell(text: str) -> None:
+    print(f"trunkline: {text}", file=sys.stderr)

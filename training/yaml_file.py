@@ -1,0 +1,77 @@
+"""YAML as its writer meant it: no key twice, no aliases that stand for millions of values, 1e-3 a number."""
+
+import re
+from collections.abc import Hashable
+from typing import Any
+
+import yaml
+
+LARGEST = 100_000  # values of a file, with all that its aliases stand for
+NUMBER = re.compile(r"[-+]?(\d+|\d+\.\d*|\.\d+)[eE][-+]?\d+")  # YAML 1.1 wants a point and a sign as well
+
+
+class _Loader(yaml.SafeLoader):
+    """SafeLoader, which makes nothing but plain values, with the checks of this file."""
+
+
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^{NUMBER.pattern}$"), list("-+.0123456789"))
+
+
+def read_yaml(text: str) -> Any:
+    """The plain values of a YAML text.
+
+    Raises:
+        ValueError: not YAML, a key that stands twice in one mapping (both lines are named), or more values than any
+            config has.
+    """
+    loader = None
+    try:
+        loader = _Loader(text)  # characters that YAML does not have are found here
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _count(node, {})
+        _check_keys(node)
+        return loader.construct_document(node)
+    except RecursionError as error:
+        raise ValueError("lists or mappings lie too deep in one another") from error
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
+    finally:
+        if loader:
+            loader.dispose()
+
+
+def _inner(node: yaml.Node) -> list[yaml.Node]:
+    if isinstance(node, yaml.MappingNode):
+        return [inner for pair in node.value for inner in pair]
+    return node.value if isinstance(node, yaml.SequenceNode) else []
+
+
+def _count(node: yaml.Node, known: dict[int, int]) -> int:
+    """Values that a node stands for; each node is looked at once, however many aliases it has."""
+    if id(node) not in known:
+        known[id(node)] = LARGEST + 1  # should it lie inside itself
+        known[id(node)] = 1 + sum(_count(inner, known) for inner in _inner(node))
+    if known[id(node)] > LARGEST:
+        raise ValueError(f"{_line(node)}: its aliases stand for more than {LARGEST:,} values")
+    return known[id(node)]
+
+
+def _check_keys(node: yaml.Node) -> None:
+    if isinstance(node, yaml.MappingNode):
+        first: dict[Hashable, yaml.Node] = {}
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                before = first.setdefault((key.tag, key.value), key)
+                if before is not key:
+                    raise ValueError(
+                        f"'{key.value}' stands twice in the same place, in line {before.start_mark.line + 1} and in "
+                        f"{_line(key)}: leave one out; if these are two of a list, the second lacks its '-'"
+                    )
+    for inner in _inner(node):
+        _check_keys(inner)
+
+
+def _line(node: yaml.Node) -> str:
+    return f"line {node.start_mark.line + 1}"
