@@ -85,6 +85,7 @@ class Engine:
         self.tasks = in_model_order(config.all_tasks)
         self.device = usable_device(config.device)
         self.tokenizer = None
+        self.kept: list[str] = []  # tasks whose heads come from where the trunk does
         self._trunk, self._model = trunk, None
 
     @classmethod
@@ -141,8 +142,9 @@ class Engine:
         if any((place / SETTINGS).is_file() for place in (folder, folder / "model")):
             other = Engine.load(folder, device="cpu").model
             assert isinstance(other, MultiTaskModel)
-            kept, new = keep_heads(model, other)
-            print(f"from '{init}': heads of {', '.join(kept) or 'no task'} are kept; new: {', '.join(new) or 'none'}")
+            self.kept, new = keep_heads(model, other)
+            kept = ", ".join(self.kept) or "no task"
+            print(f"from '{init}': heads of {kept} are kept; new: {', '.join(new) or 'none'}")
 
     @property
     def compiles(self) -> bool:

@@ -8,14 +8,8 @@ from typing import Any
 
 import yaml
 
-<<<<<<< HEAD
-from trunkline.engine.config import Config, balancing_of, trunk_of
-from trunkline.engine.heads.registry import head_of
-from trunkline.engine.network.trunk import PRESETS
-=======
 from trunkline.engine.checks import short
 from trunkline.engine.config import Config, config_from
->>>>>>> 47c7503 (config, engine: what comes from outside is checked before it is believed)
 from trunkline.engine.tasks.task import Task
 from trunkline.training.yaml_file import read_yaml
 
@@ -91,47 +85,3 @@ def _override(settings: dict[str, Any], override: str) -> None:
 
 
 SHORT = {"trunk": "preset", "balancing": "method"}  # keys that may have one of their fields as their value
-<<<<<<< HEAD
-
-
-def _expand_preset(trunk: Any) -> Any:
-    """The fields of the trunk, with those of its preset where it does not give them itself."""
-    if isinstance(trunk, str):
-        trunk = {"preset": trunk}
-    if not isinstance(trunk, dict) or "preset" not in trunk:
-        return trunk
-    name = trunk["preset"]
-    if name not in PRESETS:
-        raise ValueError(f"config: trunk '{name}' is no preset; there are {', '.join(PRESETS)}")
-    return {**PRESETS[name], **{key: value for key, value in trunk.items() if key != "preset"}}
-
-
-def _check_keys(settings: Any, of: type, where: str) -> None:
-    """Names the nearest valid key for one that does not exist."""
-    if not isinstance(settings, Mapping):
-        raise ValueError(f"config: expected keys and values for {where.rstrip('.')}, got {settings!r}")
-    known = {field.name: field for field in fields(of)}
-    for key, value in settings.items():
-        if key not in known:
-            near = get_close_matches(str(key), known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"config: unknown key '{where}{key}'; did you mean '{where}{near}'?")
-        if value is None and known[key].default is not None:
-            raise ValueError(f"config: '{where}{key}' has no value")
-        inner = known[key].type
-        if isinstance(inner, type) and is_dataclass(inner):
-            _check_keys(value, inner, f"{where}{key}.")
-        if issubclass(of, Config) and key == "tasks" and isinstance(value, Iterable):
-            for number, task in enumerate(value):
-                if not isinstance(task, str):
-                    _check_keys(task, Task, f"tasks[{number}].")
-                    _check_head(task.get("head"), f"tasks[{number}].head")
-
-
-def _check_head(name: Any, where: str) -> None:
-    if isinstance(name, str):
-        try:
-            head_of(name)
-        except ValueError as error:
-            raise ValueError(f"config: {where}: {error}") from error
-=======
->>>>>>> 47c7503 (config, engine: what comes from outside is checked before it is believed)

@@ -141,10 +141,14 @@ def _from_hugging_face(trunk: Trunk, settings: dict[str, Any], tensors: dict[str
         raise ValueError(f"{len(missing)} tensors are missing: {', '.join(missing[:4])} ...")
     weights = {}
     for name, sources in names.items():
+        if whole := [source for source in sources if not tensors[source].is_floating_point()]:
+            raise ValueError(f"{whole[0]}: expected numbers with a point, got {tensors[whole[0]].dtype}")
         try:
             weight = torch.cat([tensors.pop(source) for source in sources])
         except (RuntimeError, IndexError) as error:
             raise ValueError(f"{', '.join(sources)} do not fit together: {str(error).splitlines()[0]}") from error
+        if family.transposed(name) and weight.ndim != 2:
+            raise ValueError(f"{', '.join(sources)}: expected a matrix, got {list(weight.shape)}")
         weights[name] = weight.T.contiguous() if family.transposed(name) else weight
     inside = tuple(f"{prefix}{module}." for module in {sources[0].split(".")[0] for sources in family.tensors.values()})
     if unknown := [

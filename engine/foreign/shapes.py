@@ -5,7 +5,7 @@ from dataclasses import asdict, fields, replace
 from types import NoneType
 from typing import Any
 
-from trunkline.engine.checks import raise_all, short
+from trunkline.engine.checks import LONGEST, raise_all, short
 from trunkline.engine.foreign.families import FAMILIES, Family, family_of
 from trunkline.engine.network.trunk import TrunkConfig
 
@@ -120,10 +120,10 @@ def _global_every(kinds: list[str]) -> int:
 def _uncovered(family: Family, settings: Mapping[str, Any]) -> Iterator[str]:
     for key, value in {**family.only, "quantization_config": None}.items():
         if settings.get(key, value) != value:
-            yield f"{key} {settings[key]!r}, other than {value!r}"
+            yield f"{key} {short(settings[key])}, other than {value!r}"
     key, default = family.fields["activation"]
     if (activation := settings.get(key, default)) not in family.activations:
-        yield f"{key} {activation!r}, other than {', '.join(family.activations)}"
+        yield f"{key} {short(activation)}, other than {', '.join(family.activations)}"
     if family.fixed.get("positions") != "rotary":
         return
     if settings.get("mlp_bias", False) != settings.get("attention_bias", False):
@@ -138,13 +138,13 @@ def _uncovered(family: Family, settings: Mapping[str, Any]) -> Iterator[str]:
     if "sliding_attention" in kinds and window and window < settings.get(key, default):
         yield f"sliding_window {window}"
     if others := kinds - {"full_attention", "sliding_attention"}:
-        yield f"layer_types {', '.join(sorted(others))}"
+        yield f"layer_types {', '.join(sorted(others))[:LONGEST]}"
     rope = _rope(settings)
     needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor")}
     if missing := [key for key in needed.get(rope["rope_type"], ()) if key not in rope]:
         yield f"rope_type {rope['rope_type']!r} without {', '.join(missing)}"
     if rope["rope_type"] not in ("default", "linear", "llama3"):
-        yield f"rope_type {rope['rope_type']!r}, other than default, linear, llama3"
+        yield f"rope_type {short(rope['rope_type'])}, other than default, linear, llama3"
     if (part := rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))) != 1:
         yield f"partial_rotary_factor {part}"
 

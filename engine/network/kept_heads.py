@@ -14,15 +14,18 @@ def keep_heads(model: MultiTaskModel, other: MultiTaskModel) -> tuple[list[str],
     Returns:
         Names of the tasks whose heads are kept, and of those whose heads are new.
     """
+    names = [task.name for task in model.tasks]
+    if model.activation != other.activation:  # heads of another input
+        return [], names
     places = {_identity(task): place for place, task in enumerate(other.tasks)}
     same = {t: places[_identity(task)] for t, task in enumerate(model.tasks) if _identity(task) in places}
-    if model.activation != other.activation:  # heads of another input
-        same = {}
     with torch.no_grad():
         for (ours, owner), (theirs, their_owner) in zip(model.task_parameters(), other.task_parameters(), strict=True):
             for t, place in same.items():
                 ours[owner == t] = theirs[their_owner == place].to(ours)
-    names = [task.name for task in model.tasks]
+        for t, place in same.items():
+            if t < model.num_small:  # the unit of a regression
+                model.center[t], model.spread[t] = other.center[place], other.spread[place]
     return [names[t] for t in same], [name for t, name in enumerate(names) if t not in same]
 
 

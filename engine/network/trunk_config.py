@@ -112,6 +112,17 @@ class TrunkConfig:
             raise ValueError(f"trunk: num_heads {self.num_heads} is not a multiple of num_kv_heads {self.kv_heads}")
         if self.positions == "rotary" and self.head_width % 2:
             raise ValueError(f"trunk: rotary positions need an even head width, got {self.head_width}")
+        if not self.rope_low_frequency < self.rope_high_frequency:
+            raise ValueError(
+                f"trunk: rope_low_frequency {self.rope_low_frequency} must be below "
+                f"rope_high_frequency {self.rope_high_frequency}"
+            )
+
+    def window_of(self, layer: int) -> tuple[int, int] | None:
+        """How many tokens before and after its own a token of this layer sees; None: all there are."""
+        if not self.window or layer % self.global_every == 0:
+            return None
+        return self.window, 0 if self.causal else self.window
 
     @property
     def gates(self) -> bool:

@@ -185,7 +185,7 @@ def test_what_stands_for_a_value_is_one():
 
 
 def test_a_task_is_checked_in_python_too():
-    assert "task 'x': head: expected one of 'classify', " in error_of(Task, "x", "clasify", ("a",), "b", ("c",))
+    assert "task 'x': there is no head 'clasify'; did you mean 'classify'?" in error_of(Task, "x", "clasify", ("a",), "b", ("c",))
     assert "task 'x': text: expected a list such as [a], got 'a'" in error_of(Task, "x", "regress", "a", "b")
     assert Task("x", "classify", ["a"], "b", ["c", "d"]) == Task("x", "classify", ("a",), "b", ("c", "d"))
 

@@ -25,6 +25,7 @@ FULL = Config(
     trunk=TrunkConfig(hidden_size=96, num_heads=6, num_kv_heads=2, positions="rotary", norm="rms", bias=False),
     projection="gelu",
     layout=1,
+    counting="tasks",
     weights={"mine": 2.0, "sst2": 0.5},
     balancing=Balancing("cagrad", ("blocks.0.qkv", "blocks.2"), 5),
     class_weights={"mine": [1.0, 2.5]},
@@ -292,20 +293,10 @@ def test_an_unknown_key_is_an_error_with_the_nearest(settings, wrong, right):
         ({"tasks": "sst2"}, "tasks"),
         ({"tasks": 5}, "tasks"),
         ({"tasks": ["sst2", 5]}, "tasks[1]"),
-<<<<<<< HEAD
-        (
-            {"tasks": [FIELDS | {"head": "clasify"}]},
-            "tasks[0].head: there is no head 'clasify'; did you mean",
-        ),
-        ({"tasks": [FIELDS | {"labels": [False, True]}]}, '"labels"'),  # what YAML makes of [no, yes]
-        ({"tasks": [FIELDS | {"text": "a"}]}, '"text"'),
-        ({"tasks": [FIELDS | {"generated": "perhaps"}]}, '"generated"'),
-=======
-        ({"tasks": [FIELDS | {"head": "clasify"}]}, "tasks[0].head"),
+        ({"tasks": [FIELDS | {"head": "clasify"}]}, "task 'mine': there is no head 'clasify'; did you mean 'classify'"),
         ({"tasks": [FIELDS | {"labels": [False, True]}]}, "tasks[0].labels[0]"),  # what YAML makes of [no, yes]
         ({"tasks": [FIELDS | {"text": "a"}]}, "tasks[0].text"),
         ({"tasks": [FIELDS | {"generated": "perhaps"}]}, "tasks[0].generated"),
->>>>>>> 47c7503 (config, engine: what comes from outside is checked before it is believed)
         ({"weights": {"sst2": "much"}}, "weights"),
         ({"weights": {"sst2": None}}, "weights"),
         ({"weights": ["sst2"]}, "weights"),

@@ -99,7 +99,8 @@ class Run:
         model = engine.build(self.corpus.tokenizer)
         if is_new:
             heads = model.heads if isinstance(model, BiLSTM) else model
-            heads.set_units({t: s.labels for t, s in enumerate(self.corpus.train) if HEADS[s.task.head].squared})
+            regressions = {t: s for t, s in enumerate(self.corpus.train) if HEADS[s.task.head].squared}
+            heads.set_units({t: s.labels for t, s in regressions.items() if s.task.name not in engine.kept})
         on_gpu = engine.device.type == "cuda" and torch.cuda.is_bf16_supported()
         freeze(model, config.optimizer.freeze, torch.bfloat16 if on_gpu else None)
         return model
