@@ -42,7 +42,7 @@ class Config:
     """Fields of the trunk, or the name of a preset (tiny, small, medium, bert-base), or both: {preset: tiny, ...}."""
     init: str = ""
     """Folder or hub id of a Hugging Face checkpoint, or folder of a finished run, whose trunk and tokenizer are the
-    start; of `trunk`, only the dropout may then be another."""
+    start, and the heads of a run whose tasks are the same; of `trunk`, only the dropout may then be another."""
     architecture: Literal["trunk", "bilstm"] = "trunk"
     """What the heads stand on: the trunk; or the Bi-LSTM with attention that it is compared with, which takes width,
     layers and dropout from `trunk`."""
@@ -196,10 +196,10 @@ def config_from(settings: Mapping[str, Any], kind: type[Config] = Config) -> Con
     Raises:
         ValueError: lists all that is wrong; of an unknown key or value the nearest valid one.
     """
-    trunk = settings.get("trunk", {})
-    if (init := settings.get("init")) and isinstance(init, str | os.PathLike) and isinstance(trunk, Mapping):
-        trunk = {**trunk_fields(trunk), **asdict(trunk_of(os.path.expanduser(init), trunk_fields(trunk)))}
-    settings = {**settings, "trunk": trunk_fields(trunk)} if "trunk" in settings or init else settings
+    trunk, init = trunk_fields(settings.get("trunk", {})), settings.get("init")
+    if init and isinstance(init, str | os.PathLike) and isinstance(trunk, Mapping):
+        trunk = {**trunk, **asdict(trunk_of(os.path.expanduser(init), trunk))}
+    settings = {**settings, "trunk": trunk}
     if "balancing" in settings:
         settings = {**settings, "balancing": balancing_fields(settings["balancing"])}
     try:

@@ -83,8 +83,8 @@ class Optimizer:
         check(
             self,
             "optimizer.",
-            learning_rate=above(0, 10),
-            head_learning_rate=above(0, 10),
+            learning_rate=at_least(0, 10),
+            head_learning_rate=at_least(0, 10),
             layer_decay=above(0, 1),
             warmup=at_least(0, 1),
             weight_decay=at_least(0, 100),

@@ -1,6 +1,7 @@
 """Configs as YAML files: read, with key=value overrides, checked key by key, and written."""
 
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -51,8 +52,10 @@ def settings_help(kind: type[Config] = Config) -> str:
     parser = jsonargparse.ArgumentParser(exit_on_error=False, add_help=False)
     parser.add_class_arguments(kind)
     parser.add_class_arguments(Task, "tasks[i]")
-    lines = parser.format_help().partition("\n\n")[2].split("\n")
-    return "\n".join(line for line in lines if ".help " not in line)
+    text = parser.format_help().partition("\n\n")[2]
+    return re.sub(
+        r" +--\S+( CONFIG\s+Path to a configuration file\.|\.help\s+Show the help .*)\n", "", text
+    )  # not ours
 
 
 def save_config(config: Config, path: Path) -> None:

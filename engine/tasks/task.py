@@ -22,50 +22,55 @@ class Task:
     Its rows come from one of three places: `train`/`validation` files of the user, a dataset on the Hugging Face hub
     (or a folder laid out like it, `data=DIR`), or, for `generated` tasks, a seeded generator.
 
+    Args:
+        name: Unique in a run; lower case letters, digits, '-' and '_'.
+        head: What is predicted. classify: a class; regress: a number; tag: a class per word; span: a stretch of the
+            text; generate: a text; extract: the sentences of the text that come nearest to one; language-model: the
+            next token; masked-language-model: the tokens that were masked.
+        text: Columns with the input text, joined by the separator token. 'a|b' takes the first of both that the file
+            has.
+        label: Column with the label: a class id or name; a number; the target text; one tag per word; the answer's
+            text.
+        labels: Class names in the order of their ids (classify, tag).
+        metrics: Names from `trunkline.training.scoring.metrics.METRICS`; systems are compared by the first. Empty:
+            those of the head.
+        train: Split name on the hub, or a file: .csv, .tsv, .jsonl, .json, their .gz, or .parquet ('*' for several).
+        validation: As `train`; or the fraction of the training rows that is held out, such as 0.1, with every text on
+            one side.
+        encoding: Of text files, such as windows-1252.
+        hub: Dataset id on the Hugging Face hub, such as 'nyu-mll/glue'.
+        subset: Configuration of the hub dataset, such as 'sst2'.
+        generated: Rows are made by trunkline.training.data.generated instead of read.
+        start: Span only: column with the place of the answer in the last text column, in characters; empty: its first.
+        empty: What happens to a row without any text: dropped and counted, or an error.
+        too_long: What happens to a row longer than the sequence limit; dropped and truncated rows are counted.
+        unlabelled: What happens to a row without a label (empty, null, -1 or -100).
+        max_target_tokens: Generate only: longest target text, in tokens; longer ones are cut and counted as truncated.
+        references: Generate only: of several references for a document, whether the best ROUGE counts or the average
+            over all.
+
     Raises:
         ValueError: the fields contradict one another (a class task without class names, say).
     """
 
     name: str
-    """Unique in a run; lower case letters, digits, '-' and '_'."""
     head: str
-    """What is predicted. classify: a class; regress: a number; tag: a class per word; span: a stretch of the text;
-    generate: a text; extract: the sentences of the text that come nearest to one; language-model: the next token;
-    masked-language-model: the tokens that were masked."""
     text: tuple[str, ...]
-    """Columns with the input text, joined by the separator token. 'a|b' takes the first of both that the file has."""
     label: str = ""
-    """Column with the label: a class id or name; a number; the target text; one tag per word; the answer's text."""
     labels: tuple[str, ...] = ()
-    """Class names in the order of their ids (classify, tag)."""
     metrics: tuple[str, ...] = ()
-    """Names from `trunkline.training.scoring.metrics.METRICS`; systems are compared by the first. Empty: those of the
-    head."""
     train: str = "train"
-    """Split name on the hub, or a file: .csv, .tsv, .jsonl, .json, their .gz, or .parquet ('*' for several)."""
     validation: str | float = "validation"
-    """As `train`; or the fraction of the training rows that is held out, such as 0.1, with every text on one side."""
     encoding: str = "utf-8"
-    """Of text files, such as windows-1252."""
     hub: str = ""
-    """Dataset id on the Hugging Face hub, such as 'nyu-mll/glue'."""
     subset: str = ""
-    """Configuration of the hub dataset, such as 'sst2'."""
     generated: bool = False
-    """Rows are made by trunkline.training.data.generated instead of read."""
     start: str = ""
-    """Span only: column with the place of the answer in the last text column, in characters; empty: its first."""
     empty: Literal["drop", "error"] = "drop"
-    """What happens to a row without any text: dropped and counted, or an error."""
     too_long: Literal["truncate", "drop", "error"] = "truncate"
-    """What happens to a row longer than the sequence limit; dropped and truncated rows are counted."""
     unlabelled: Literal["drop", "error"] = "error"
-    """What happens to a row without a label (empty, null, -1 or -100)."""
     max_target_tokens: int = 100
-    """Generate only: longest target text, in tokens; longer ones are cut and counted as truncated."""
-
     references: References = "best"
-    """Generate only: of several references for a document, whether the best ROUGE counts or the average over all."""
 
     @cached_property
     def class_names(self) -> ClassNames:

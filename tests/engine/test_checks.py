@@ -39,8 +39,7 @@ def test_a_range_says_which_end_is_broken():
 DESTROYING = [
     (Optimizer, "optimizer", {"clip": 0}, "above 0"),
     (Optimizer, "optimizer", {"clip": -1.0}, "above 0"),
-    (Optimizer, "optimizer", {"learning_rate": 0}, "above 0"),
-    (Optimizer, "optimizer", {"learning_rate": -1e-3}, "above 0"),
+    (Optimizer, "optimizer", {"learning_rate": -1e-3}, "at least 0"),
     (Optimizer, "optimizer", {"learning_rate": 300}, "at most 10"),
     (Optimizer, "optimizer", {"learning_rate": math.nan}, "finite"),
     (Optimizer, "optimizer", {"warmup": -0.1}, "at least 0"),
@@ -185,7 +184,9 @@ def test_what_stands_for_a_value_is_one():
 
 
 def test_a_task_is_checked_in_python_too():
-    assert "task 'x': there is no head 'clasify'; did you mean 'classify'?" in error_of(Task, "x", "clasify", ("a",), "b", ("c",))
+    assert "task 'x': there is no head 'clasify'; did you mean 'classify'?" in error_of(
+        Task, "x", "clasify", ("a",), "b", ("c",)
+    )
     assert "task 'x': text: expected a list such as [a], got 'a'" in error_of(Task, "x", "regress", "a", "b")
     assert Task("x", "classify", ["a"], "b", ["c", "d"]) == Task("x", "classify", ("a",), "b", ("c", "d"))
 

@@ -115,7 +115,7 @@ def test_a_tokenizer_is_taken_as_it_is(tmp_path):
 
 def test_presets_and_seeds(tmp_path):
     assert one_step(tmp_path, trunk="tiny").config.trunk.hidden_size == 256
-    with pytest.raises(ValueError, match="unknown preset 'huge'"):
+    with pytest.raises(ValueError, match="trunk 'huge' is no preset"):
         one_step(tmp_path, trunk="huge")
     tokenizer = Tokenizer.train(["the red cat is in the barn"], 300)
     first, same, other = (one_step(tmp_path, seed=seed).build(tokenizer).state_dict() for seed in (1, 1, 2))
@@ -169,7 +169,7 @@ def test_a_run_folder_and_its_model_are_the_same_engine(finished):
 
 def test_other_folders_are_not_loaded(finished, tmp_path):
     for folder in (tmp_path, tmp_path / "absent", finished.run / "checkpoints"):
-        with pytest.raises(ValueError, match="has no engine.json: it is neither a saved engine nor a finished run"):
+        with pytest.raises(ValueError, match="has no engine.json: it is neither a saved engine nor a run"):
             Engine.load(folder)
 
 

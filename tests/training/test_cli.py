@@ -4,11 +4,13 @@ import io
 import json
 import subprocess
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from conftest import Finished, command_line, write_jsonl
+from trunkline import Task
 from trunkline.training.cli import main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -86,6 +88,15 @@ def test_help_of_train_explains_every_setting(trunkline):
     told = trunkline("train", "--help").stdout
     for words in ("--optimizer.learning_rate", "Highest learning rate;", "--batch.accumulate", "--trunk.num_kv_heads"):
         assert words in told
+    for words in ("--tasks[i].head", "Column with the label"):
+        assert words in told
+    for words in (".help", "Path to a configuration file"):  # which there are not
+        assert words not in told
+
+
+def test_a_task_is_explained_to_help():
+    explained = Task.__doc__ or ""
+    assert [field.name for field in fields(Task) if f"\n        {field.name}: " not in explained] == []
 
 
 def test_report_is_written_anew(finished, trunkline):

@@ -118,9 +118,7 @@ def test_a_fault_among_many_tasks_is_named_by_its_task(tmp_path: Path):
     path.write_text("tasks:\n" + "".join(task.format(i, "classify") for i in range(200)))
     assert len(load_config(path).tasks) == 200
     path.write_text("tasks:\n" + "".join(task.format(i, "clasify" if i == 123 else "classify") for i in range(200)))
-    with pytest.raises(
-        ValueError, match=r"^config: task 't123': there is no head 'clasify'; did you mean 'classify'"
-    ):
+    with pytest.raises(ValueError, match=r"^config: task 't123': there is no head 'clasify'; did you mean 'classify'"):
         load_config(path)
 
 

@@ -5,6 +5,7 @@ Where a task has no validation split of its own, a part of its training rows is 
 
 import glob
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -97,7 +98,7 @@ def find_rows(
             file and row.
     """
     held_out = task.validation if isinstance(task.validation, float) else None
-    name = str(task.train if split == "train" or held_out else task.validation)
+    name = os.path.expanduser(str(task.train if split == "train" or held_out else task.validation))
     wanted = tuple(dict.fromkeys(column for column in (*task.text, task.label, task.start) if column))
     with _named(task, split):
         if task.generated:

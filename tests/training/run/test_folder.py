@@ -166,7 +166,7 @@ def test_a_live_run_is_left_alone_and_a_dead_ones_folder_is_free(finished: Finis
     program, environment = command_line("train", finished.config, f"run={run}", "steps=100000")
     process = subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        deadline = time.monotonic() + 100
+        deadline = time.monotonic() + 300
         while not checkpoint.steps(run / "checkpoints"):
             assert process.poll() is None, "the run ended by itself"
             assert time.monotonic() < deadline, "no checkpoint"
@@ -279,7 +279,7 @@ def test_a_full_disk_is_said_in_words(finished: Finished, tmp_path, blocks):
     """Files of more than so many half kilobytes cannot be written: a checkpoint, or the model and what comes later."""
     program, environment = command_line("train", finished.config, f"run={tmp_path / 'run'}", "steps=4")
     limited = ["sh", "-c", f'ulimit -f {blocks}; exec "$0" "$@"', *program]
-    result = subprocess.run(limited, env=environment, capture_output=True, text=True, timeout=100)
+    result = subprocess.run(limited, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 2, result.stdout + result.stderr
     assert "Traceback" not in result.stderr
     assert "not saved" in result.stderr
