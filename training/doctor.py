@@ -55,8 +55,9 @@ def check_data(config: Config) -> None:
     Raises:
         ValueError: something cannot be used; names task, file, row and value.
     """
+    engine = Engine.from_config(config)  # what needs no data is found first
     corpus = load_corpus(config, tell=print)
-    Engine.from_config(config).build(corpus.tokenizer)
+    engine.build(corpus.tokenizer)
     for train, validation in zip(corpus.train, corpus.validation, strict=True):
         counts = "".join(f", {count}" for count in train.counts.in_words())
         if of_validation := ", ".join(validation.counts.in_words()):

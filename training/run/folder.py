@@ -98,6 +98,8 @@ class RunFolder:
         To be called once everything is checked that can be checked.
         """
         if not self.resume:
+            if self.earlier and not self.overwrite:
+                print(f"run folder {self.path}: the run there ended before its first checkpoint, and is begun anew")
             for name in self.earlier:
                 _remove(self.path, name)
         self._write(tuple(WRITTEN))

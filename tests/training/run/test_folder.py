@@ -193,7 +193,7 @@ def test_two_that_start_at_once_do_not_both_begin(tmp_path):
 # Killed early
 
 
-def test_a_run_killed_before_its_first_checkpoint_is_begun_anew(tmp_path, finished: Finished, monkeypatch):
+def test_a_run_killed_before_its_first_checkpoint_is_begun_anew(tmp_path, capsys):
     for name in ("config.yaml", "metrics.jsonl", "tokenizer.json"):
         (tmp_path / name).write_text("ours")
     (tmp_path / "checkpoints" / ".step-4.partial").mkdir(parents=True)
@@ -201,6 +201,7 @@ def test_a_run_killed_before_its_first_checkpoint_is_begun_anew(tmp_path, finish
     with RunFolder(config_of(tmp_path), False, False) as folder:
         folder.begin()
     assert contents(tmp_path).keys() == {MANIFEST}
+    assert "ended before its first checkpoint, and is begun anew" in capsys.readouterr().out
 
 
 def test_a_finished_run_without_checkpoints_is_not_begun_anew(run):
