@@ -62,6 +62,8 @@ class RunFolder:
         self.path = Path(config.run)
         self.checkpoints = self.path / "checkpoints"
         self.begun = False
+        self.before = b""  # the manifest as it was found
+        self.earlier: tuple[str, ...] = ()  # names that are an earlier run's
 
     def __enter__(self) -> "RunFolder":
         if self.path.exists() and not self.path.is_dir():
@@ -77,6 +79,7 @@ class RunFolder:
         except OSError as error:
             raise ValueError(f"run folder {self.path} cannot be written: {error}") from error
         try:
+            self.before = (self.path / MANIFEST).read_bytes()
             self.earlier = self._earlier()
             self._check()
             self._write(self.earlier)
@@ -167,8 +170,10 @@ class RunFolder:
             os.close(lock)  # the one who held it has just removed it
 
     def _leave(self) -> None:
-        """Lets go of the folder; where nothing came of the run, nothing is left of it."""
-        if not self.begun and not self.earlier:
+        """Lets go of the folder; where nothing came of the run, it is as it was."""
+        if not self.begun and self.before:
+            self._put(self.before)
+        elif not self.begun:
             (self.path / MANIFEST).unlink(missing_ok=True)
             if self.made and not any(self.path.iterdir()):
                 self.path.rmdir()
@@ -176,9 +181,11 @@ class RunFolder:
 
     def _write(self, names: tuple[str, ...]) -> None:
         holder = {"process": os.getpid(), "host": socket.gethostname()}
-        content = json.dumps({"format": 1, **holder, "written": names}, indent=1).encode()
-        os.pwrite(self.lock, content, 0)
-        os.ftruncate(self.lock, len(content))
+        self._put(json.dumps({"format": 1, **holder, "written": names}, indent=1).encode())
+
+    def _put(self, manifest: bytes) -> None:
+        os.pwrite(self.lock, manifest, 0)  # in place: the lock is on this very file
+        os.ftruncate(self.lock, len(manifest))
 
 
 def _in_words(holder: bytes) -> str:

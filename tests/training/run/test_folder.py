@@ -36,8 +36,6 @@ def refusal(run: Path, resume: bool = False, overwrite: bool = False, **changes:
     with pytest.raises(ValueError) as refused, RunFolder(config_of(run, **changes), resume, overwrite):  # noqa: PT011
         pass
     after = contents(run) if run.is_dir() else None
-    if before is not None and after is not None:
-        before.pop(MANIFEST, None), after.pop(MANIFEST, None)
     assert after == before
     return str(refused.value)
 
@@ -145,7 +143,6 @@ def test_data_that_cannot_be_used_leaves_the_earlier_run(finished: Finished, tmp
     with pytest.raises(ValueError, match="colour.jsonl, row 61"):
         engine.fit(overwrite=True)
     after = contents(tmp_path / "run")
-    assert json.loads(before.pop(MANIFEST))["written"] == json.loads(after.pop(MANIFEST))["written"]
     assert after == before
 
 
