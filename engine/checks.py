@@ -174,7 +174,7 @@ def _as(value: Any, kind: Any, where: str, faults: list[str]) -> Any:
             fault("keys and values")
             return value
         return {key: _as(one, inner[1], f"{where}.{key}", faults) for key, one in value.items()}
-    if is_dataclass(kind):
+    if isinstance(kind, type) and is_dataclass(kind):
         if not isinstance(value, Mapping):
             fault("keys and values")
             return value

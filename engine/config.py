@@ -301,8 +301,9 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
     current = {field.name: getattr(config, field.name) for field in fields(config)}
     for name, value in changes.items():
         before = current.get(name)
-        is_part = is_dataclass(before) and isinstance(value, Mapping)
-        current[name] = {**asdict(before), **value} if is_part else value
+        if is_dataclass(before) and not isinstance(before, type) and isinstance(value, Mapping):
+            value = {**asdict(before), **value}
+        current[name] = value
     return config_from(current, type(config))
 
 

@@ -13,9 +13,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from trunkline.engine import checkpoint
 from trunkline.engine.config import Config, restore_config
 from trunkline.engine.foreign.pretrained import SETTINGS, WEIGHTS, read_json
 from trunkline.engine.text.tokenizer import FILE, Tokenizer
+from trunkline.engine.yaml_file import read_yaml
 
 LATER = ("center", "spread")  # tensors that earlier releases did not save
 
@@ -42,9 +44,6 @@ def read_saved(folder: Path) -> tuple[Config, Tokenizer, dict[str, Tensor], Path
 
 
 def _read_checkpoint(folder: Path) -> tuple[Config, Tokenizer, dict[str, Tensor], Path]:
-    from trunkline.training.run import checkpoint
-    from trunkline.training.yaml_file import read_yaml
-
     run = folder.parent.parent if (folder / "manifest.json").is_file() else folder
     if not (run / "config.yaml").is_file():
         raise ValueError(f"engine: {folder} has no {SETTINGS}: it is neither a saved engine nor a run")

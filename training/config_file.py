@@ -12,7 +12,7 @@ import yaml
 from trunkline.engine.checks import short
 from trunkline.engine.config import Config, config_from
 from trunkline.engine.tasks.task import Task
-from trunkline.training.yaml_file import read_yaml
+from trunkline.engine.yaml_file import read_yaml
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), kind: type[Config] = Config) -> Config:

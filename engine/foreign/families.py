@@ -313,7 +313,7 @@ def family_of(settings: Mapping[str, Any]) -> Family:
     kind = settings.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise ValueError(
-            f"model_type {short(kind)} is not covered; covered are {', '.join(FAMILIES)}. trunkline.patch(model) puts our "
-            "attention into any other model of transformers, which then trains in a loop of its own"
+            f"model_type {short(kind)} is not covered; covered are {', '.join(FAMILIES)}. trunkline.patch(model) puts "
+            "our attention into any other model of transformers, which then trains in a loop of its own"
         )
     return FAMILIES[kind]

@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 
 from conftest import Finished, tiny_rows
 from trunkline import Engine, Task, Trunk, TrunkConfig
+from trunkline.engine import checkpoint
 from trunkline.engine.text.tokenizer import Tokenizer
 from trunkline.training.config_file import load_config
-from trunkline.training.run import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WEIGHTS, SETTINGS = "model.safetensors", "engine.json"

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from trunkline.engine.config import Config, config_from, restore_config
 from trunkline.engine.tasks.task import Task
+from trunkline.engine.yaml_file import read_yaml
 from trunkline.training.config_file import load_config, save_config
-from trunkline.training.yaml_file import read_yaml
 
 LONGEST = 5_000  # characters of a message, with all faults of a config
 

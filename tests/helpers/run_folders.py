@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from trunkline.training.run import checkpoint
+from trunkline.engine import checkpoint
 
 
 def lines(run: Path) -> list[dict]:

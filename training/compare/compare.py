@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from trunkline.engine import checkpoint
 from trunkline.engine.config import Config
 from trunkline.engine.engine import Engine
 from trunkline.engine.heads.registry import HEADS
@@ -28,7 +29,6 @@ from trunkline.training.compare.systems import SYSTEMS, Basis, Match, Part, ordi
 from trunkline.training.config_file import load_config, save_config
 from trunkline.training.data.corpus import load_corpus
 from trunkline.training.environment import command, environment
-from trunkline.training.run import checkpoint
 from trunkline.training.scoring.metrics import higher_is_better, metric_names
 
 FAILURE = "failure.json"

@@ -17,12 +17,14 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from trunkline.engine import checkpoint
 from trunkline.engine.config import Config
 from trunkline.engine.foreign import pretrained
 from trunkline.engine.tasks.task import Task
 from trunkline.training.data.corpus import Corpus
 from trunkline.training.data.encoded import Encoded
-from trunkline.training.run import checkpoint
 
 MANIFEST = "run.json"
 WRITTEN = {  # name of what a run writes -> the files inside, where it is a folder
@@ -237,7 +239,7 @@ def _digest(split: Encoded) -> str:
     """SHA-256 of the examples: the texts, as tokens, and what is to be learnt of each."""
     state = sha256()
     for values in (split.tokens, split.bounds, split.labels, split.label_bounds):
-        state.update(memoryview(values).cast("B"))
+        state.update(np.ascontiguousarray(values).view(np.uint8))
     return state.hexdigest()
 
 

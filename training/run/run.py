@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from trunkline.engine import checkpoint
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import BiLSTM, Model
 from trunkline.engine.network.compiled import CompiledModel, FixedShapes
@@ -32,7 +33,6 @@ from trunkline.training.data.mixing import Mixer
 from trunkline.training.flops import training_flops
 from trunkline.training.pages.report import write_report
 from trunkline.training.pages.summary import summarise
-from trunkline.training.run import checkpoint
 from trunkline.training.run.faults import Guard, Parts, named_culprits
 from trunkline.training.run.faults import in_words as left_out_in_words
 from trunkline.training.run.folder import RunFolder, check_goes_on, fingerprint

@@ -10,12 +10,12 @@ import torch
 from conftest import Finished
 from run_folders import assert_same_checkpoints, lines, without_clock
 from trunkline import Engine, Task, Trunk, TrunkConfig
+from trunkline.engine import checkpoint
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.settings import Mixing
 from trunkline.training.balancing.adaptive import Adaptive
 from trunkline.training.config_file import load_config
 from trunkline.training.data.mixing import Mixer
-from trunkline.training.run import checkpoint
 from trunkline.training.run.run import Run
 from trunkline.training.scoring.metrics import metric_names
 

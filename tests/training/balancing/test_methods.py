@@ -12,11 +12,11 @@ from scipy.optimize import minimize
 
 from conftest import Finished
 from trunkline import Engine
+from trunkline.engine import checkpoint
 from trunkline.engine.settings import Balancing, Evaluation
 from trunkline.training.balancing import methods as balancing
 from trunkline.training.balancing.methods import FROM_GRADIENTS, FROM_LOSSES, Seen, State
 from trunkline.training.config_file import load_config
-from trunkline.training.run import checkpoint
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 METHODS = [*FROM_LOSSES, *FROM_GRADIENTS]

@@ -432,8 +432,8 @@ TWO = [{"text": "é", "label": 1}, {"text": "b", "label": 0}]
     [
         ("a.json", json.dumps(TWO).encode()),
         ("a.json", json.dumps({"data": TWO}, indent=2).encode()),
-        ("a.json.gz", gzip.compress(json.dumps(TWO).encode())),
-        ("a.jsonl.gz", gzip.compress("\n".join(map(json.dumps, TWO)).encode())),
+        ("a.json.gz", gzip.compress(json.dumps(TWO).encode(), mtime=0)),
+        ("a.jsonl.gz", gzip.compress("\n".join(map(json.dumps, TWO)).encode(), mtime=0)),
         ("a.JSONL", "\n".join(map(json.dumps, TWO)).encode()),
     ],
 )
@@ -479,8 +479,12 @@ def test_squad_is_a_row_for_every_question(tmp_path):
         ("a.jsonl", b'{"text": "a", "label": 1, "text": "b"}', "row 1: not read: key 'text' is given twice"),
         ("a.jsonl", b'{"text": "a", "label": ' + b"1" * 5000 + b"}", "row 1: not read: Exceeds the limit"),
         ("a.csv.gz", b"text,label\na,1\n", "a.csv.gz is not a valid gzip file"),
-        ("a.csv.gz", gzip.compress(b"text,label\na,1\n")[:-9], "a.csv.gz is not a valid gzip file"),
-        ("a.csv", gzip.compress(b"text,label\na,1\n"), "a.csv is not UTF-8: byte 0x8b at offset 1, line 1; it is comp"),
+        ("a.csv.gz", gzip.compress(b"text,label\na,1\n", mtime=0)[:-9], "a.csv.gz is not a valid gzip file"),
+        (
+            "a.csv",
+            gzip.compress(b"text,label\na,1\n", mtime=0),
+            "a.csv is not UTF-8: byte 0x8b at offset 1, line 1; it is comp",
+        ),
     ],
 )
 def test_what_cannot_be_read_says_what_to_do(name, content, words, tmp_path):

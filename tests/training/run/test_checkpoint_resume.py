@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trunkline.training.run.checkpoint import (
+from trunkline.engine.checkpoint import (
     CheckpointError,
     check_same,
     load,

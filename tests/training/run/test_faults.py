@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from conftest import COLOURS, tiny_rows, write_jsonl
 from trunkline import Engine, Task, TrunkConfig
+from trunkline.engine import checkpoint
 from trunkline.engine.config import Config
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.settings import Balancing, Batch, Evaluation, Optimizer
-from trunkline.training.run import checkpoint
 from trunkline.training.run.faults import Guard
 from trunkline.training.run.progress import Progress
 

@@ -14,9 +14,9 @@ import pytest
 
 from conftest import Finished, command_line, tiny_rows, write_jsonl
 from trunkline import Engine
+from trunkline.engine import checkpoint
 from trunkline.engine.config import Config
 from trunkline.training.config_file import load_config
-from trunkline.training.run import checkpoint
 from trunkline.training.run.folder import MANIFEST, WRITTEN, RunFolder
 
 pytestmark = pytest.mark.usefixtures("one_thread")

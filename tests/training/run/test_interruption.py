@@ -10,8 +10,8 @@ import pytest
 
 from conftest import Finished, command_line
 from run_folders import assert_same_checkpoints, lines
+from trunkline.engine import checkpoint
 from trunkline.training import cli
-from trunkline.training.run import checkpoint
 from trunkline.training.run.interruption import Interruption
 from trunkline.training.run.progress import Interval
 

@@ -17,12 +17,12 @@ import torch
 from conftest import Finished, command_line, tiny_rows, write_jsonl
 from run_folders import assert_same_checkpoints, lines, without_clock
 from trunkline import Engine, Task, Trunk, TrunkConfig
+from trunkline.engine import checkpoint
 from trunkline.engine.config import Config
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.settings import Batch, Evaluation, Optimizer
 from trunkline.training.config_file import load_config
 from trunkline.training.data.mixing import Mixer
-from trunkline.training.run import checkpoint
 from trunkline.training.run.optimizer import make_optimizer, share_of_rate
 from trunkline.training.scoring.metrics import higher_is_better
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
+from trunkline.engine.yaml_file import read_yaml
 from trunkline.training.config_file import load_config
-from trunkline.training.yaml_file import read_yaml
 
 
 def error_of(text: str) -> str:

@@ -21,7 +21,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from trunkline.training.run.checkpoint import (
+from trunkline.engine.checkpoint import (
     CheckpointError,
     load,
     newest,
