@@ -239,7 +239,7 @@ def _digest(split: Encoded) -> str:
     """SHA-256 of the examples: the texts, as tokens, and what is to be learnt of each."""
     state = sha256()
     for values in (split.tokens, split.bounds, split.labels, split.label_bounds):
-        state.update(np.ascontiguousarray(values).view(np.uint8))
+        state.update(np.ascontiguousarray(values).view(np.uint8).data)
     return state.hexdigest()
 
 
