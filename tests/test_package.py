@@ -1,16 +1,19 @@
 """The package as a whole: its public names, its start-up time, and what an installation contains."""
 
 import ast
+import importlib
 import os
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
 
 import trunkline
+from trunkline._moved import MOVED
 
 ROOT = Path(__file__).resolve().parents[1]
 ROOMS = ["kernels", "engine", "training", "benchmarks"]
@@ -94,7 +97,7 @@ def test_room_is_linked_and_never_a_top_level_package(room):
 
 
 def test_installation_has_every_source_and_data_file(installed):
-    expected = {Path("trunkline", name) for name in ["__init__.py", "__main__.py", "py.typed"]}
+    expected = {Path("trunkline", name) for name in ["__init__.py", "__main__.py", "_moved.py", "py.typed"]}
     for room in ROOMS:
         files = [*(ROOT / room).rglob("*.py"), *(ROOT / room).rglob("*.jinja"), *(ROOT / room).glob("configs/*.yaml")]
         expected |= {Path("trunkline") / file.relative_to(ROOT) for file in files}
@@ -105,3 +108,21 @@ def test_installation_works_outside_the_repository(installed, tmp_path):
     code = "import trunkline; print(trunkline.Task.__module__, trunkline.__file__)"
     module, file = python("-c", code, folder=tmp_path, packages=installed).split()
     assert (module, Path(file)) == ("trunkline.engine.tasks.task", installed / "trunkline" / "__init__.py")
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_a_module_that_moved_is_found_under_its_old_name(name):
+    with pytest.warns(DeprecationWarning, match=f"trunkline.{name} is trunkline."):
+        module = importlib.reload(import_module(f"trunkline.{name}"))
+    for place in MOVED[name]:
+        new = import_module(f"trunkline.{place}")
+        own = [key for key, value in vars(new).items() if getattr(value, "__module__", "") == new.__name__]
+        assert own
+        assert all(getattr(module, key) is getattr(new, key) for key in own)
+    with pytest.raises(ImportError, match="no_such_name"):
+        exec(f"from trunkline.{name} import no_such_name")
+
+
+def test_what_never_was_is_not_found():
+    with pytest.raises(ModuleNotFoundError, match="trunkline.training.tokeniser"):
+        import_module("trunkline.training.tokeniser")

@@ -6,6 +6,8 @@ The public names are imported at their first use: `import trunkline` and `trunkl
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from trunkline import _moved as _moved
+
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine as Engine
     from trunkline.engine.foreign.drop_in import attention_counts as attention_counts
@@ -17,7 +19,7 @@ if TYPE_CHECKING:
     from trunkline.engine.foreign.patch import unpatch as unpatch
     from trunkline.engine.network.packing import PackedBatch as PackedBatch
     from trunkline.engine.network.trunk import Trunk as Trunk
-    from trunkline.engine.network.trunk import TrunkConfig as TrunkConfig
+    from trunkline.engine.network.trunk_config import TrunkConfig as TrunkConfig
     from trunkline.engine.tasks.task import Task as Task
     from trunkline.kernels.attention.attention import attention as attention
     from trunkline.kernels.attention.pack_plan import PackPlan as PackPlan
@@ -31,7 +33,7 @@ _MODULES = {
     "Engine": "trunkline.engine.engine",
     "Task": "trunkline.engine.tasks.task",
     "Trunk": "trunkline.engine.network.trunk",
-    "TrunkConfig": "trunkline.engine.network.trunk",
+    "TrunkConfig": "trunkline.engine.network.trunk_config",
     "PackedBatch": "trunkline.engine.network.packing",
     "PackPlan": "trunkline.kernels.attention.pack_plan",
     "attention": "trunkline.kernels.attention.attention",
