@@ -95,9 +95,9 @@ def _tiled(bounds: Tensor, slots: int) -> PackPlan:
     """Whole rows in tiles; a row is three sequences: padding, its tokens, padding."""
     B, device = len(bounds), bounds.device
     size = next(size for size in TILE_SIZES if slots <= size)
-    rows = size // max(slots, 1)  # in a tile
-    start = torch.arange(0, B * slots, rows * slots, device=device, dtype=torch.int32)
-    tiles = torch.stack([start, (start + rows * slots).clamp(max=B * slots)], 1)
+    filled = size // max(slots, 1) * max(slots, 1)  # by as many whole rows as a tile holds
+    start = torch.arange(0, B * slots, filled, device=device, dtype=torch.int32)
+    tiles = torch.stack([start, (start + filled).clamp(max=B * slots)], 1)
     cu_seqlens = _boundaries(torch.cat([bounds, torch.full_like(bounds[:, :1], slots)], 1), slots)
     no_blocks = tiles.new_empty(0, 2)
     return PackPlan(

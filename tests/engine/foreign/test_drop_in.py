@@ -88,6 +88,14 @@ def test_flash_attn_varlen_func(settings):
     )
 
 
+@pytest.mark.parametrize(("B", "S", "K"), [(2, 0, 3), (2, 3, 0), (2, 0, 0), (0, 3, 3), (0, 0, 0), (1, 0, 0)])
+def test_flash_attention_of_nothing(B, S, K):
+    q, k, v = (random(B, length, HEADS, WIDTH).requires_grad_() for length in (S, K, K))
+    out = trunkline.flash_attn_func(q, k, v)
+    assert torch.equal(out, torch.zeros_like(q))
+    assert not any(gradient.any() for gradient in torch.autograd.grad(out.sum(), (q, k, v)))
+
+
 def test_flash_attention_drops_weights():
     q, k, v = random(1, 64, HEADS, WIDTH), random(1, 64, HEADS, WIDTH), torch.ones(1, 64, HEADS, WIDTH).double()
     torch.manual_seed(0)
