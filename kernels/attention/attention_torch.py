@@ -209,8 +209,9 @@ def _outside(query: Tensor, key: Tensor, left: int, right: int) -> Tensor:
 
 
 def _precise(x: Tensor) -> Tensor:
-    """In float32 at least."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    """In float32 at least, and as PyTorch's attention for CPUs reads it, which looks at no stride inside a head."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x if x.stride(2) == 1 and x.stride(0) >= x.shape[2] else x.contiguous()
 
 
 def _repeated(x: Tensor, heads: int) -> Tensor:
