@@ -32,10 +32,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trunkline.kernels.arguments import can_look, check_tensors
 from trunkline.kernels.dispatch import register
 from trunkline.kernels.linear_cross_entropy_triton import rows_triton, sums_triton
+from trunkline.kernels.once_differentiable import once_differentiable
 from trunkline.kernels.task_loss import LossSums, sum_by_task
-from trunkline.kernels.task_tiles import can_look
 
 # Rows whose logits exist at a time: so many, or more while they have no more than these bytes. The CPU's stay cached.
 CHUNKS = {"cpu": (256, 8 << 20), "cuda": (960, 96 << 20)}
@@ -153,8 +154,12 @@ def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
         total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
-def _check_targets(target: Tensor, task: Tensor, row_weight: Tensor, vocabulary: int) -> None:
-    """Raises ValueError for a word that there is not, in a row that counts."""
+def _check_labels(target: Tensor, task: Tensor, row_weight: Tensor, vocabulary: int, num_tasks: int) -> None:
+    """Raises ValueError for a task that there is not, and for such a word in a row that counts."""
+    wrong = (task < 0) | (task >= num_tasks)
+    if wrong.any():
+        row = int(wrong.nonzero()[0])
+        raise ValueError(f"linear_cross_entropy: tasks must be in [0, {num_tasks}), got {int(task[row])} in row {row}")
     wrong = ((target < 0) | (target >= vocabulary)) & (row_weight != 0)
     if wrong.any():
         row = int(wrong.nonzero()[0])
@@ -181,7 +186,7 @@ def _forward_triton(
     if x.dtype == torch.float64:  # the kernel computes in float32
         return _forward_reference(x, weight, bias, target, task, row_weight, dloss, num_tasks, *options)
     if can_look(target):
-        _check_targets(target, task, row_weight, len(weight))
+        _check_labels(target, task, row_weight, len(weight), num_tasks)
     bias = None if bias is None else bias.contiguous()
     target, task, row_weight = target.contiguous(), task.contiguous(), row_weight.float().contiguous()
     dloss = None if dloss is None else dloss.float()[task]
@@ -203,7 +208,7 @@ def _forward_reference(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if can_look(target):
-        _check_targets(target, task, row_weight, len(weight))
+        _check_labels(target, task, row_weight, len(weight), num_tasks)
     kept = row_weight.nonzero().squeeze(1)  # the others cost nothing
     target, task = target[kept], task[kept]
     row_weight = row_weight[kept].to(torch.promote_types(x.dtype, torch.float32))
@@ -250,6 +255,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return tuple(sums)
 
     @staticmethod
+    @once_differentiable("linear_cross_entropy")
     def backward(ctx, dloss, *_):
         if not ctx.formed:
             gradients = _forward(*ctx.saved_tensors, dloss, ctx.num_tasks, *ctx.options)[4:]
@@ -264,6 +270,31 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 )
         dx, dweight, dbias = (gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
         return dx, dweight, dbias if ctx.needs_input_grad[2] else None, *[None] * 9
+
+
+def _check_tensors(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    task: Tensor,
+    row_weight: Tensor,
+    dloss: Tensor | None,
+) -> None:
+    check_tensors(
+        "linear_cross_entropy",
+        {"x": x},
+        integers={"target": target, "task": task},
+        others={"weight": weight, "row_weight": row_weight},
+        optional={"bias": bias, "dloss": dloss},
+    )
+    fitting = (x.dtype, torch.float32) if x.dtype in (torch.float16, torch.bfloat16) else (x.dtype,)
+    if weight.dtype not in fitting or (bias is not None and bias.dtype not in fitting):
+        got = [str(t.dtype) for t in (x, weight, bias) if t is not None]
+        raise ValueError(
+            "linear_cross_entropy: x, weight and bias must have one dtype, or weight and bias float32 with x in 16 "
+            f"bits, got {', '.join(got)}"
+        )
 
 
 def linear_cross_entropy(
@@ -317,8 +348,12 @@ def linear_cross_entropy(
     weights = [weight] if isinstance(weight, Tensor) else list(weight)
     biases = [bias] * len(weights) if bias is None or isinstance(bias, Tensor) else list(bias)
     tasks = [num_tasks] if isinstance(num_tasks, int) else list(num_tasks)
+    for w, b in zip(weights, biases, strict=False):
+        _check_tensors(x, w, b, target, task, row_weight, dloss)
+    if x.ndim != 2:
+        raise ValueError(f"linear_cross_entropy: x must be (R, D), got {list(x.shape)}")
     (R, D), counts = x.shape, [len(x)] if rows is None else list(rows)
-    if not len(weights) == len(biases) == len(tasks) == len(counts) or sum(counts) != R:
+    if not len(weights) == len(biases) == len(tasks) == len(counts) > 0 or sum(counts) != R:
         raise ValueError(
             "linear_cross_entropy: weight, bias, num_tasks and rows must have one entry for each head, and rows must "
             f"add up to {R}, got {len(weights)}, {len(biases)}, {len(tasks)} and rows {counts}"
@@ -327,23 +362,23 @@ def linear_cross_entropy(
         if w.ndim != 2 or w.shape[1] != D or (b is not None and b.shape != w.shape[:1]):
             got = f"{list(w.shape)}" + ("" if b is None else f" and {list(b.shape)}")
             raise ValueError(f"linear_cross_entropy: weight must be (V, {D}) and bias (V,), got {got}")
+        if not len(w):
+            raise ValueError("linear_cross_entropy: the vocabulary must have words, got V = 0")
     for name, labels in (("target", target), ("task", task), ("row_weight", row_weight)):
         if labels.shape != (R,):
             raise ValueError(f"linear_cross_entropy: {name} must be (R,) = ({R},) to match x, got {list(labels.shape)}")
-    if target.is_floating_point():
-        raise ValueError(f"linear_cross_entropy: target must be of integers, got {target.dtype}")
     if dloss is not None and dloss.shape != (sum(tasks),):
         raise ValueError(f"linear_cross_entropy: dloss must be (N,) = ({sum(tasks)},), got {list(dloss.shape)}")
 
     ignored = target == ignore_index
-    target, row_weight = target.masked_fill(ignored, 0), row_weight.masked_fill(ignored, 0.0)
+    target, row_weight = target.masked_fill(ignored, 0).long(), row_weight.masked_fill(ignored, 0.0)
     options = (float(label_smoothing), float(z_loss), float(softcap))
     known = [None] * len(tasks) if dloss is None else dloss.to(torch.promote_types(x.dtype, torch.float32)).split(tasks)
 
     def sums(head: int, x: Tensor, target: Tensor, task: Tensor, row_weight: Tensor) -> LossSums:
         w, b = weights[head], biases[head]
         differentiated = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, w, b))
-        inputs = (x, w, b, target, task - sum(tasks[:head]), row_weight)
+        inputs = (x, w, b, target, task.long() - sum(tasks[:head]), row_weight)
         return LossSums(*_LinearCrossEntropy.apply(*inputs, known[head], tasks[head], differentiated, *options))
 
     inputs = (x, target, task, row_weight)

@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from trunkline.kernels.arguments import can_look, check_tensors
 from trunkline.kernels.dispatch import register, tl, triton
-from trunkline.kernels.task_tiles import can_look
 
 KEPT = 1 << 28  # elements of all dW_t together, up to which they are kept: 1 GiB of float32
 PRODUCTS_PER_ELEMENT = 40  # multiplications that take as long as one element of a dW_t more; measured on a CPU
@@ -115,15 +115,16 @@ def task_gradients(x: Tensor, dy: Tensor, offsets: Tensor) -> Tensor:
         (N, C, D), summed in float32 at least; 0 for a task without tokens. Carries no gradients itself.
 
     Raises:
-        ValueError: shapes that do not fit one another; and, looked at on the CPU and on a GPU with TRUNKLINE_CHECK=1,
-            offsets that do not rise from 0 or lead beyond the tokens.
+        ValueError: shapes, dtypes or devices that do not fit one another; and, looked at on the CPU and on a GPU with
+            TRUNKLINE_CHECK=1, offsets that do not rise from 0 or lead beyond the tokens.
     """
     _check(x, dy, offsets)
     return _gradients(x.detach(), dy.detach(), offsets)
 
 
 def _check(x: Tensor, dy: Tensor, offsets: Tensor) -> None:
-    if x.ndim != 2 or dy.ndim != 2 or len(x) != len(dy) or offsets.ndim != 1:
+    check_tensors("task_gradients", {"x": x, "dy": dy}, integers={"offsets": offsets})
+    if x.ndim != 2 or dy.ndim != 2 or len(x) != len(dy) or offsets.ndim != 1 or not len(offsets):
         raise ValueError(
             f"task_gradients: x must be (R, D), dy (R, C) and offsets (N + 1,), "
             f"got {list(x.shape)}, {list(dy.shape)} and {list(offsets.shape)}"
@@ -144,8 +145,8 @@ def task_gram(x: Tensor, dy: Tensor, offsets: Tensor) -> TaskGradients:
         `TaskGradients`; their `gradients` only where the Gram matrix was cheapest to have from them.
 
     Raises:
-        ValueError: shapes that do not fit one another; and, looked at on the CPU and on a GPU with TRUNKLINE_CHECK=1,
-            offsets that do not rise from 0 or lead beyond the tokens.
+        ValueError: shapes, dtypes or devices that do not fit one another; and, looked at on the CPU and on a GPU with
+            TRUNKLINE_CHECK=1, offsets that do not rise from 0 or lead beyond the tokens.
     """
     _check(x, dy, offsets)
     (R, D), C, N = x.shape, dy.shape[1], len(offsets) - 1

@@ -19,7 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trunkline.kernels import task_loss_torch, task_loss_triton
+from trunkline.kernels.arguments import check_tensors
 from trunkline.kernels.dispatch import register
+from trunkline.kernels.once_differentiable import once_differentiable
 from trunkline.kernels.task_tiles import random_offsets
 
 
@@ -66,9 +68,9 @@ def sum_by_task(values: Tensor, task: Tensor, num_tasks: int) -> Tensor:
 
 
 def _task_of_rows(offsets: Tensor, rows: int) -> Tensor:
-    """(R,) int64"""
-    tasks = torch.arange(len(offsets) - 1, device=offsets.device)
-    return tasks.repeat_interleave(offsets[1:] - offsets[:-1], output_size=rows)
+    """(R,) int64; some task also where the offsets are wrong."""
+    tasks = torch.bucketize(torch.arange(rows, device=offsets.device), offsets[1:].contiguous(), right=True)
+    return tasks.clamp(max=len(offsets) - 2)
 
 
 def _has_kernel(x: Tensor, width: int) -> bool:
@@ -126,6 +128,7 @@ class _TaskLoss(torch.autograd.Function):
         return sums.unbind()
 
     @staticmethod
+    @once_differentiable("task_loss")
     def backward(ctx, dloss, *_):
         if dloss is None:
             return (None,) * 11
@@ -161,22 +164,37 @@ def task_loss(
         regression: (N,) bool; such a task has one column and the squared error.
         width: C, columns of the widest task; known on the host, so that nobody asks the device.
         label_smoothing: share of the probability spread over all classes of the task.
-        class_weight: (K,) float32, by which the weight of a row is multiplied according to its target.
+        class_weight: (K,) float32, by which the weight of a row is multiplied according to its target; the rows of a
+            regression all have its one column.
 
     Returns:
         `LossSums`; sums are taken in float32 at least. A task without rows has sums of 0. Gradients flow from `loss` to
         x, weight and bias.
 
     Raises:
-        ValueError: shapes that do not fit one another, targets that are not integers; and, looked at on the CPU and on
-            a GPU with TRUNKLINE_CHECK=1, a target outside of its task's classes, and offsets that do not rise from 0
-            to R or class_offsets that do not rise from 0 to K.
+        ValueError: shapes, dtypes or devices that do not fit one another, targets that are not integers; and, looked at
+            on the CPU and on a GPU with TRUNKLINE_CHECK=1, a target outside of its task's classes, and offsets that do
+            not rise from 0 to R or class_offsets that do not rise from 0 to K.
     """
+    check_tensors(
+        "task_loss",
+        {"x": x, "weight": weight, "bias": bias},
+        integers={"offsets": offsets, "class_offsets": class_offsets},
+        others={"target": target, "value": value, "row_weight": row_weight, "regression": regression},
+        optional={"class_weight": class_weight},
+    )
+    if x.ndim != 2 or class_offsets.ndim != 1 or len(class_offsets) < 2:
+        raise ValueError(
+            "task_loss: x must be (R, D) and class_offsets (N + 1,) of at least one task, "
+            f"got {list(x.shape)} and {list(class_offsets.shape)}"
+        )
     (R, D), N = x.shape, len(class_offsets) - 1
-    if weight.shape[1] != D or bias.shape != weight.shape[:1]:
+    if weight.ndim != 2 or weight.shape[1] != D or bias.shape != weight.shape[:1]:
         raise ValueError(
             f"task_loss: weight must be (K, {D}) and bias (K,), got {list(weight.shape)} and {list(bias.shape)}"
         )
+    if len(weight) < N:
+        raise ValueError(f"task_loss: every one of N = {N} tasks must have a column, got K = {len(weight)}")
     for name, rows in (("target", target), ("value", value), ("row_weight", row_weight)):
         if rows.shape != (R,):
             raise ValueError(f"task_loss: {name} must be (R,) = ({R},) to match x, got {list(rows.shape)}")
@@ -187,9 +205,16 @@ def task_loss(
         )
     if target.dtype != torch.int64:
         raise ValueError(f"task_loss: target must be int64 classes, got {target.dtype}; numbers belong into value")
+    if regression.dtype != torch.bool:
+        raise ValueError(f"task_loss: regression must be bool, got {regression.dtype}")
+    if width < 1:
+        raise ValueError(f"task_loss: width must be the columns of the widest task, at least 1, got {width}")
+    if class_weight is not None and class_weight.shape != bias.shape:
+        raise ValueError(f"task_loss: class_weight must be (K,) = ({len(bias)},), got {list(class_weight.shape)}")
     if class_weight is not None:
-        first = class_offsets[:-1].long()[_task_of_rows(offsets, R)]
-        row_weight = row_weight * class_weight[first + target]
+        task = _task_of_rows(offsets, R)
+        column = class_offsets[task] + target.masked_fill(regression[task], 0)
+        row_weight = row_weight * class_weight[column.clamp(0, len(class_weight) - 1)]  # what is outside is named below
     loss, *others = _TaskLoss.apply(
         x, weight, bias, offsets, target, value, row_weight, class_offsets, regression, width, label_smoothing
     )

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trunkline.kernels.arguments import can_look, check_offsets
 from trunkline.kernels.dispatch import versions
-from trunkline.kernels.task_tiles import can_look, check_offsets
 
 LARGE, WIDE = 2500, 8
 
@@ -44,8 +44,8 @@ class Layout:
     def check(self, rows: int, columns: int) -> None:
         """Raises ValueError for what only the values tell."""
         check_offsets("task_loss", self.offsets, rows)
-        least, most = self.classes.min(), self.classes.max()
-        if self.class_offsets[0] != 0 or self.class_offsets[-1] != columns or least < 1 or most > self.width:
+        fits = (self.classes >= 1) & (self.classes <= self.width)
+        if self.class_offsets[0] != 0 or self.class_offsets[-1] != columns or not fits.all():
             raise ValueError(
                 f"task_loss: class_offsets must rise from 0 to K = {columns} by 1 to C = {self.width} columns a task, "
                 f"got {self.class_offsets.tolist()}"

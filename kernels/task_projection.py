@@ -18,8 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trunkline.kernels import task_projection_triton
+from trunkline.kernels.arguments import can_look, check_offsets, check_tensors
 from trunkline.kernels.dispatch import register
-from trunkline.kernels.task_tiles import can_look, check_offsets, random_offsets
+from trunkline.kernels.once_differentiable import once_differentiable
+from trunkline.kernels.task_tiles import random_offsets
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda z: z,
@@ -110,6 +112,7 @@ class _TaskProjection(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable("task_projection")
     def backward(ctx, dy):
         return *_backward(dy.contiguous(), *ctx.saved_tensors, ctx.activation), None, None
 
@@ -128,9 +131,13 @@ def task_projection(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, ac
         (R, C), the dtype of `x`. Gradients flow to x, weight and bias.
 
     Raises:
-        ValueError: shapes that do not fit one another, an unknown activation, or offsets that do not rise from 0 to R
-            (looked at on the CPU, and on a GPU with TRUNKLINE_CHECK=1).
+        ValueError: shapes, dtypes or devices that do not fit one another, an unknown activation, or offsets that do not
+            rise from 0 to R (looked at on the CPU, and on a GPU with TRUNKLINE_CHECK=1).
     """
+    tensors = {"x": x, "weight": weight, "bias": bias}
+    check_tensors("task_projection", tensors, integers={"offsets": offsets})
+    if weight.ndim != 3 or not len(weight):
+        raise ValueError(f"task_projection: weight must be (N, D, C) of at least one task, got {list(weight.shape)}")
     N, D, C = weight.shape
     if x.shape[1:] != (D,) or bias.shape != (N, C) or offsets.shape != (N + 1,):
         raise ValueError(

@@ -10,15 +10,10 @@ Without the first tile of each task the rest are numbered from offsets[t] // SIZ
 R rows, N tasks
 """
 
-import os
-
-import numpy as np
 import torch
 from torch import Tensor
 
 from trunkline.kernels.dispatch import tl, triton
-
-_CHECK = os.environ.get("TRUNKLINE_CHECK") == "1"  # look at values on a GPU too, which waits for it at every call
 
 
 @triton.jit
@@ -40,18 +35,6 @@ def rows_of_tile(offsets_ptr, tile, N, SIZE, AFTER_FIRST: tl.constexpr, BLOCK_N:
 def search_block(num_tasks: int) -> int:
     """Offsets that `rows_of_tile` looks at together."""
     return min(1024, triton.next_power_of_2(num_tasks))
-
-
-def can_look(x: Tensor) -> bool:
-    """Whether the values of a tensor may be inspected: always in the CPU's memory, on a GPU if that is asked for."""
-    return x.device.type == "cpu" or _CHECK
-
-
-def check_offsets(name: str, offsets: Tensor | np.ndarray, rows: int) -> None:
-    """Raises ValueError unless the tasks' rows, one task after the other, are all rows."""
-    bounds = np.asarray(offsets.cpu() if isinstance(offsets, Tensor) else offsets)
-    if bounds[0] != 0 or bounds[-1] != rows or (bounds[1:] < bounds[:-1]).any():
-        raise ValueError(f"{name}: offsets must rise from 0 to R = {rows}, got {bounds.tolist()}")
 
 
 def random_offsets(rows: int, tasks: int, device: torch.device | str, generator: torch.Generator) -> Tensor:

@@ -17,7 +17,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trunkline.engine.foreign.plans import bounds_of, once_a_batch, padded_plan, stream_plan, whole_rows_plan
-from trunkline.kernels.attention.attention import DTYPES, MAX_WIDTH, attention
+from trunkline.kernels.arguments import FLOATS, check_tensors
+from trunkline.kernels.attention.attention import MAX_WIDTH, attention
 from trunkline.kernels.attention.pack_plan import PackPlan
 
 _counts: Counter[str] = Counter()
@@ -81,6 +82,7 @@ def flash_attn_func(
     Raises:
         ValueError: shapes or dtypes that do not fit; `alibi_slopes` or `return_attn_probs`, which our kernels lack.
     """
+    check_tensors("flash_attn_func", {"q": q, "k": k, "v": v})
     _unsupported("flash_attn_func", alibi_slopes=alibi_slopes, return_attn_probs=return_attn_probs or None)
     if not (q.ndim == k.ndim == v.ndim == 4 and q.shape[0] == k.shape[0] == v.shape[0]):
         raise ValueError(
@@ -143,6 +145,8 @@ def flash_attn_varlen_func(
         ValueError: shapes, dtypes or boundaries that do not fit; `alibi_slopes`, `return_attn_probs` or `block_table`,
             which our kernels lack.
     """
+    bounds = {"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k}
+    check_tensors("flash_attn_varlen_func", {"q": q, "k": k, "v": v}, integers=bounds)
     _unsupported(
         "flash_attn_varlen_func",
         alibi_slopes=alibi_slopes,
@@ -268,7 +272,7 @@ def _not_ours(
         return "the batch is broadcast or empty"
     if query.shape[1] % key.shape[1] or (query.shape[1] != key.shape[1] and not enable_gqa):
         return "the numbers of heads do not fit"
-    if not query.dtype == key.dtype == value.dtype or query.dtype not in DTYPES:
+    if not query.dtype == key.dtype == value.dtype or query.dtype not in FLOATS:
         return "dtypes are mixed or not floating point"
     return None
 

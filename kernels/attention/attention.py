@@ -20,12 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trunkline.kernels.arguments import can_look, check_tensors
 from trunkline.kernels.attention import attention_flash, attention_long, attention_short, attention_torch
 from trunkline.kernels.attention.attention_scores import kept_reference
 from trunkline.kernels.attention.pack_plan import Layout, PackPlan
 from trunkline.kernels.dispatch import INTERPRET, input_precision, register
+from trunkline.kernels.once_differentiable import once_differentiable
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # and float32 where tf32 is allowed
 MAX_WIDTH = 256  # of a head: what the kernels hold in one piece
 
@@ -176,6 +177,7 @@ class _Attention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable("attention")
     def backward(ctx, dout):
         q, k, v, out, lse, seed, rows, *layout = ctx.saved_tensors
         dq, dk, dv = _backward(dout, q, k, v, out, lse, layout, *ctx.settings, seed, rows, ctx.deterministic)
@@ -223,7 +225,8 @@ def attention(
         q, k and v.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit one another or the plan; settings out of their range.
+        ValueError: shapes, dtypes or devices that do not fit one another or the plan; settings out of their range; and,
+            looked at on the CPU and on a GPU with TRUNKLINE_CHECK=1, rows that there are not.
     """
     _check(q, k, v, plan, rows)
     if not 0 <= dropout < 1:
@@ -266,34 +269,28 @@ def _seed(seed: int | None) -> Tensor:
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan, rows: Tensor | None) -> None:
+    check_tensors("attention", {"q": q, "k": k, "v": v}, others={"plan": plan.cu_seqlens}, optional={"rows": rows})
     fits = q.ndim == k.ndim == 3 and k.shape == v.shape and k.shape[2] == q.shape[2]
-    if not fits or not k.shape[1] or q.shape[1] % k.shape[1]:
+    if not fits or not q.shape[1] or not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
             "attention: q must be (T, H, D) and k, v (K, G, D) with H a multiple of G, "
             f"got q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         )
     if not 1 <= q.shape[2] <= MAX_WIDTH:
         raise ValueError(f"attention: heads must be 1 to {MAX_WIDTH} wide, got {q.shape[2]}")
-    if not q.dtype == k.dtype == v.dtype or q.dtype not in DTYPES:
+    if rows is not None and (rows.ndim != 1 or rows.dtype != torch.int64):
         raise ValueError(
-            "attention: q, k and v must have one dtype, float16, bfloat16, float32 or float64, "
-            f"got {q.dtype}, {k.dtype}, {v.dtype}"
-        )
-    if not q.device == k.device == v.device == plan.cu_seqlens.device:
-        raise ValueError(
-            "attention: q, k, v and the plan must be on one device, "
-            f"got {q.device}, {k.device}, {v.device}, {plan.cu_seqlens.device}"
-        )
-    if rows is not None and (rows.ndim != 1 or rows.dtype != torch.int64 or rows.device != q.device):
-        raise ValueError(
-            f"attention: rows must be (R,) int64 on {q.device}, "
-            f"got {rows.dtype} of shape {list(rows.shape)} on {rows.device}"
+            f"attention: rows must be (R,) int64 on {q.device}, got {rows.dtype} of shape {list(rows.shape)}"
         )
     if (len(q), len(k)) != (plan.num_tokens, plan.num_keys):
         raise ValueError(
             f"attention: the plan is of {plan.num_tokens} tokens and {plan.num_keys} keys, "
             f"got q of {len(q)} and k of {len(k)}; every batch has a plan of its own"
         )
+    if rows is not None and len(rows) and can_look(rows) and not torch.compiler.is_compiling():
+        first, last = map(int, rows.aminmax())
+        if first < 0 or last >= len(q):
+            raise ValueError(f"attention: rows must be in [0, {len(q)}), got {first if first < 0 else last}")
 
 
 _MANY = {"heads": 12, "head_dim": 64, "causal": False}

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from trunkline.kernels import arguments
 from trunkline.kernels import linear_cross_entropy as module
-from trunkline.kernels import task_tiles
 from trunkline.kernels.linear_cross_entropy import SHAPES, _forward, example, linear_cross_entropy
 from trunkline.kernels.task_loss import LossSums
 from vocabulary import OPTIONS, D, Inputs, N, V, definition, make, op, results
@@ -219,11 +219,39 @@ def test_target_outside_of_the_vocabulary_is_named(word):
 
 @pytest.mark.gpu
 def test_debug_flag_looks_at_every_target_on_a_gpu(monkeypatch):
-    monkeypatch.setattr(task_tiles, "_CHECK", True)
+    monkeypatch.setattr(arguments, "_CHECK", True)
     inputs = make(5, device="cuda")
     inputs.target[3], inputs.task[3] = V, 1
     with pytest.raises(ValueError, match=rf"targets must be in \[0, {V}\), got {V} in row 3, of task 1$"):
         op(*inputs)
+
+
+@pytest.mark.parametrize("task", [-1, N])
+def test_task_that_there_is_not_is_named(task):
+    inputs = make(5)
+    inputs.task[3] = task
+    with pytest.raises(ValueError, match=rf"linear_cross_entropy: tasks must be in \[0, {N}\), got {task} in row 3$"):
+        op(*inputs)
+
+
+def test_vocabulary_without_words_is_named():
+    inputs = make(2)._replace(weight=torch.zeros(0, D), bias=None)
+    with pytest.raises(ValueError, match="the vocabulary must have words, got V = 0"):
+        op(*inputs)
+
+
+@pytest.mark.parametrize("weight", [torch.float64, torch.float16], ids=str)
+def test_weight_of_another_dtype_is_named(weight):
+    inputs = make(2, torch.bfloat16)
+    message = f"weight and bias float32 with x in 16 bits, got torch.bfloat16, {weight}, torch.bfloat16"
+    with pytest.raises(ValueError, match=message):
+        op(*inputs._replace(weight=inputs.weight.to(weight)))
+
+
+def test_labels_may_be_narrow_integers():
+    inputs = make(5)
+    narrow = inputs._replace(target=inputs.target.int(), task=inputs.task.int())
+    torch.testing.assert_close(op(*narrow), op(*inputs))
 
 
 def test_targets_must_be_integers():

@@ -279,6 +279,16 @@ def test_class_weights_are_row_weights():
     torch.testing.assert_close(loss[2] / weight[2], F.cross_entropy(logits, inputs.target[rows], class_weight[table]))
 
 
+@pytest.mark.parametrize("target", [0, 1, 50, -100])
+def test_class_weight_of_a_number_is_that_of_its_column(target):
+    inputs, class_weight = make([0, 1, 1, 2]), torch.rand(sum(CLASSES)) + 0.5
+    expected = task_loss(*inputs, width=max(CLASSES))
+    inputs.target[1:3] = target
+    got = task_loss(*inputs, width=max(CLASSES), class_weight=class_weight)
+    torch.testing.assert_close(got.loss[1], expected.loss[1] * class_weight[CLASSES[0]])
+    torch.testing.assert_close(got.weight[1], expected.weight[1] * class_weight[CLASSES[0]])
+
+
 def test_micro_batches_add_up_to_the_batch():
     """Sums, and so losses normalised by them: rows dealt out so that a task may miss a whole micro-batch."""
     inputs = make(ROWS["mixed"], torch.float64)

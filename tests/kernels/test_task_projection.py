@@ -149,6 +149,13 @@ def test_wrong_shapes_are_named(x, bias, offsets):
         )
 
 
+@pytest.mark.parametrize("weight", [(4, 6), (0, 4, 6)])
+def test_weight_without_tasks_is_named(weight):
+    message = rf"weight must be \(N, D, C\) of at least one task, got \[{', '.join(map(str, weight))}\]"
+    with pytest.raises(ValueError, match=message):
+        task_projection(torch.zeros(0, 4), torch.zeros(weight), torch.zeros(0, 6), torch.zeros(1, dtype=torch.int32))
+
+
 def test_unknown_activation_is_named():
     with pytest.raises(ValueError, match="activation must be one of none, gelu, relu, tanh, got 'swish'"):
         task_projection(*make([2]), "swish")

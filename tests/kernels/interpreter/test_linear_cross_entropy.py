@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from trunkline.kernels import arguments
 from trunkline.kernels import linear_cross_entropy as module
-from trunkline.kernels import task_tiles
 from vocabulary import OPTIONS, N, V, assert_matches, definition, make, op, results
 
 # -inf and overflow of exp are meant: they give the right limits
@@ -108,7 +108,7 @@ def test_same_bits_every_time(device):
 
 
 def test_target_outside_of_the_vocabulary_is_named(device, monkeypatch):
-    monkeypatch.setattr(task_tiles, "_CHECK", True)
+    monkeypatch.setattr(arguments, "_CHECK", True)
     inputs = make(5, device=device)
     inputs.target[2], inputs.task[2] = V, 3
     with pytest.raises(ValueError, match=rf"got {V} in row 2, of task 3$"):

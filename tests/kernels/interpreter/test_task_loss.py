@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parity import assert_as_accurate
-from trunkline.kernels import task_loss_torch, task_loss_triton, task_tiles
+from trunkline.kernels import arguments, task_loss_torch, task_loss_triton
 from trunkline.kernels.task_loss import task_logits, task_loss, task_loss_reference
 
 CLASSES = [3, 1, 2, 7, 1, 20]  # columns of every task
@@ -119,7 +119,7 @@ def test_logits(device):
 
 
 def test_target_outside_of_the_classes_is_named(device, monkeypatch):
-    monkeypatch.setattr(task_tiles, "_CHECK", True)
+    monkeypatch.setattr(arguments, "_CHECK", True)
     inputs = make(COUNTS, torch.float32, device)
     inputs[4][14] = 2
     with pytest.raises(ValueError, match=r"target must be in \[0, 2\) for task 2, got 2 at row 14"):

@@ -120,6 +120,33 @@ def test_views_in_the_layout_of_hugging_face():
     assert_matches(q, k, v, plan, causal=False)
 
 
+LAYOUTS = {  # of (T, heads, WIDTH)
+    "heads apart": lambda x: x.transpose(0, 2).contiguous().transpose(0, 2),
+    "every second number": lambda x: torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0],
+    "one number a head": lambda x: x[..., :1].expand_as(x),
+    "one token": lambda x: x[:1].expand_as(x),
+    "tokens that overlap": lambda x: x.flatten().as_strided(x.shape, (1, 3, 1)),
+    "negated": lambda x: torch._neg_view(x),
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("which", range(3), ids="qkv")
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
+def test_every_layout_of_memory(layout, which, device):
+    *tensors, plan = make([[40, 20], [300], [140]], kv_heads=4, device=device)
+    tensors[which] = layout(tensors[which])
+    assert_matches(*tensors, plan, causal=True)
+
+
+def test_upstream_gradient_may_lie_in_any_way():
+    q, k, v, plan = make([[40, 20], [300], [140]])
+    dout = torch.randn(1, 4, WIDTH).expand_as(q).transpose(0, 2).contiguous().transpose(0, 2)
+    whole = results(q, k, v, plan, False, dout.contiguous())
+    for got, expected in zip(results(q, k, v, plan, False, dout), whole, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
 def test_upstream_gradient_may_be_expanded():
     q, k, v, plan = make(RAGGED)
     whole = results(q, k, v, plan, True, torch.full_like(q, 0.5))
@@ -345,10 +372,17 @@ def test_rows_of_a_cache():
 
 
 @pytest.mark.parametrize("rows", [torch.zeros(2, dtype=torch.int32), torch.zeros(1, 2, dtype=torch.int64)], ids=str)
-def test_rows_are_indices(rows):
+def test_rows_are_integers(rows):
     q, k, v, plan = make([[3, 5]])
     with pytest.raises(ValueError, match=r"attention: rows must be \(R,\) int64 on cpu, got torch.int"):
         attention(q, k, v, plan, causal=True, rows=rows)
+
+
+@pytest.mark.parametrize("rows", [[0, 8], [-1]], ids=str)
+def test_rows_that_there_are_not_are_named(rows):
+    q, k, v, plan = make([[3, 5]])
+    with pytest.raises(ValueError, match=rf"attention: rows must be in \[0, 8\), got {rows[-1]}"):
+        attention(q, k, v, plan, causal=True, rows=torch.tensor(rows))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
@@ -381,6 +415,7 @@ def test_same_bits_every_time():
         ((5, 4, 8), (5, 2, 4), (5, 2, 4)),
         ((5, 4, 8), (5, 3, 8), (5, 3, 8)),
         ((5, 4, 8), (5, 0, 8), (5, 0, 8)),
+        ((5, 0, 8), (5, 2, 8), (5, 2, 8)),
     ],
 )
 def test_wrong_shapes_are_named(q, k, v):
