@@ -17,7 +17,7 @@ BIN := $(if $(VENV),$(VENV)/bin/)
 READY := $(if $(VENV),$(VENV)/.ready)
 RUN := PYTHONPATH=src $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: demo test test-newest gpu certify lint lock clean
+.PHONY: demo test test-newest fuzz gpu certify lint lock clean
 
 demo: $(READY)
 	$(BIN)trunkline train training/configs/demo.yaml --overwrite
@@ -31,6 +31,10 @@ test: $(READY)
 test-newest:
 	rm -f .venv-newest/.ready
 	$(MAKE) test VENV=.venv-newest LOCK=
+
+# New random inputs for as long as asked; `make test` has a few that are always the same.
+fuzz: $(READY)
+	TRUNKLINE_FUZZ_MINUTES=$(or $(MINUTES),10) $(BIN)pytest -q -o faulthandler_timeout=0 tests/fuzz
 
 # On a machine with an NVIDIA GPU, in at most 9 minutes: tests, benchmarks, training steps. DRY=1 tries it on the CPU.
 gpu: $(READY)
