@@ -12,11 +12,11 @@ pytest.importorskip("hypothesis")
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from layouts import dtypes, spoiled, tensors, views
-from outcomes import assert_right, assert_right_or_refused
 from torch import Tensor, nn
 
 import trunkline
+from fuzz.layouts import dtypes, spoiled, tensors, views
+from fuzz.outcomes import assert_right, assert_right_or_refused
 
 pytestmark = [
     pytest.mark.usefixtures("one_thread", "fresh_counts"),

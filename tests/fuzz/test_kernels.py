@@ -10,10 +10,10 @@ pytest.importorskip("hypothesis")
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from layouts import dtypes, spoiled, tensors, views
-from outcomes import assert_right, assert_right_or_refused
 from torch import Tensor
 
+from fuzz.layouts import dtypes, spoiled, tensors, views
+from fuzz.outcomes import assert_right, assert_right_or_refused
 from parity import upstream_gradient
 from trunkline.kernels.attention.attention import attention, attention_reference
 from trunkline.kernels.attention.pack_plan import PackPlan

@@ -15,9 +15,9 @@ import pyarrow
 import pyarrow.parquet
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
-from refusals import result_or_refusal
 
 from encoded import BYTES, CLASSIFY, GENERATE, PAIR, REGRESS, SPAN, TAG, TEXT, changed, rows_of
+from fuzz.refusals import result_or_refusal
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.class_names import NUMBER, class_of
 from trunkline.training.data.encoding import encode

@@ -8,10 +8,10 @@ pytest.importorskip("hypothesis")
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from refusals import result_or_refusal
 from tokenizers import models, normalizers, pre_tokenizers
 
 from encoded import TAG, rows_of
+from fuzz.refusals import result_or_refusal
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.heads.tag import UNREAD, word_rows
 from trunkline.engine.text.cells import text_of, word_bounds
