@@ -176,7 +176,7 @@ def trunkline(cache: Path) -> Command:
 
     def run(*arguments: str | Path, expect: int = 0, stdin: str = "") -> subprocess.CompletedProcess[str]:
         program, environment = command_line(*arguments)
-        result = subprocess.run(program, env=environment, input=stdin, capture_output=True, text=True, timeout=100)
+        result = subprocess.run(program, env=environment, input=stdin, capture_output=True, text=True, timeout=300)
         assert result.returncode == expect, result.stdout + result.stderr
         assert "Traceback" not in result.stderr
         return result

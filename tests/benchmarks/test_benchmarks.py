@@ -59,7 +59,7 @@ def test_all_benchmarks_run():
     kept = states(record.RESULTS)
     result = subprocess.run(
         [*command, "-p", "no:cacheprovider"],
-        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280,
+        cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr
     for name in KERNELS:
