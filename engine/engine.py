@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from trunkline.engine.config import Config, changed, config_from, with_vocabulary
+from trunkline.engine.device import usable_device
 from trunkline.engine.foreign.pretrained import SETTINGS, WEIGHTS
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import BiLSTM, Model
@@ -387,23 +388,3 @@ def make_model(config: Config, trunk: Trunk | None = None) -> Model:
     if config.architecture == "bilstm":
         return BiLSTM(config.trunk, tasks, config.label_smoothing)
     return MultiTaskModel(trunk or Trunk(config.trunk), tasks, config.projection, config.label_smoothing)
-
-
-def usable_device(name: str) -> torch.device:
-    """The device of that name; auto: a GPU if there is one.
-
-    Raises:
-        ValueError: there is none, or it cannot be used here.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-        if device.type == "meta":
-            raise RuntimeError("it holds no numbers")
-        return device
-    except (RuntimeError, AssertionError, NotImplementedError, ImportError) as error:
-        here = ["auto", "cpu", *(f"cuda:{number}" for number in range(torch.cuda.device_count()))]
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"config: device '{name}' cannot be used: {reason}; here are {', '.join(here)}") from error

@@ -95,7 +95,7 @@ def _weights(path: Path) -> dict[str, Tensor]:
 def _tokenizer(folder: Path, config: Config) -> Tokenizer:
     if not (folder / FILE).is_file():
         raise ValueError(f"engine: {folder / FILE} is missing")
-    return Tokenizer.load(str(folder / FILE), layout=config.layout, grows=False)  # what it lacks it never had
+    return Tokenizer.load(str(folder), layout=config.layout, grows=False)  # what it lacks it never had
 
 
 def _tell(text: str) -> None:

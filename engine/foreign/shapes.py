@@ -53,9 +53,8 @@ _KINDS: dict[str, tuple[type, ...]] = {  # keys of config.json that decide what 
     **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), (bool, NoneType)),
     "sliding_window": (int, NoneType),
     "layer_types": (list, NoneType),
+    **dict.fromkeys(("pad_token_id", "local_attention", "global_attn_every_n_layers"), (int,)),
     **dict.fromkeys(("global_rope_theta", "local_rope_theta"), _NUMBER),
-    **dict.fromkeys(("global_attn_every_n_layers", "local_attention"), (int,)),
-    "pad_token_id": (int, NoneType),
     "decoder_bias": (bool,),
     "architectures": (list, NoneType),
 }
@@ -75,9 +74,13 @@ def _mistyped(family: Family, settings: Mapping[str, Any]) -> Iterator[str]:
         kinds[key] = (int,) if ours in wholes else _NUMBER if isinstance(default, float) else (type(default),)
         kinds[key] += (NoneType,) if ours in optional else ()
     given = [(key, settings[key], kind) for key, kind in kinds.items() if key in settings]
-    rope = settings.get("rope_parameters") or settings.get("rope_scaling")
-    if isinstance(rope, dict):
-        given += [(f"rope {key}", rope[key], kind) for key, kind in _ROPE_KINDS.items() if key in rope]
+    ropes = [settings.get("rope_parameters") or settings.get("rope_scaling")]
+    if family.local is not None and isinstance(ropes[0], dict):  # a rotation for every kind of layer
+        ropes = list(ropes[0].values())
+        given += [("rope_parameters", rope, (dict,)) for rope in ropes]
+    for rope in ropes:
+        if isinstance(rope, dict):
+            given += [(f"rope {key}", rope[key], kind) for key, kind in _ROPE_KINDS.items() if key in rope]
     for key, value, kind in given:
         if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind):
             names = " or ".join({"NoneType": "null", "str": "text"}.get(one.__name__, one.__name__) for one in kind)
@@ -151,10 +154,10 @@ def _uncovered(family: Family, settings: Mapping[str, Any]) -> Iterator[str]:
 
 def _uncovered_layers(kinds: list[str], settings: Mapping[str, Any]) -> Iterator[str]:
     if kinds != _layer_types(len(kinds), _global_every(kinds)):
-        yield f"layer_types {', '.join(kinds)}, other than local ones between some that are evenly apart"
+        yield f"layer_types {', '.join(kinds)[:LONGEST]}, other than local ones between some that are evenly apart"
     for kind in _THETAS:
         if (rope_type := _rope(settings, kind)["rope_type"]) != "default":
-            yield f"rope_type {rope_type!r} of {kind}, other than default"
+            yield f"rope_type {short(rope_type)} of {kind}, other than default"
 
 
 def settings_of(config: TrunkConfig, model_type: str) -> dict[str, Any]:

@@ -215,12 +215,13 @@ def prompts_at_once(lengths: Sequence[int], search: Search, tokens: int) -> list
 
 
 def check_search(search: Search, vocab_size: int) -> None:
-    """
+    """Refuses a search that cannot be.
+
     Raises:
-        ValueError: more beams than a vocabulary has words for.
+        ValueError: more beams than the vocabulary has continuations.
     """
     if search.beams >= vocab_size:
-        raise ValueError(f"search: beams must be fewer than the vocabulary's {vocab_size} entries, got {search.beams}")
+        raise ValueError(f"search.beams must be fewer than the vocabulary's {vocab_size} entries, got {search.beams}")
 
 
 def writer_of(prompts: int, search: Search, end: int | Sequence[int], device: torch.device) -> "_Greedy | _Beams":

@@ -46,7 +46,7 @@ WRITTEN = {  # name of what a run writes -> the files inside, where it is a fold
 }
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)  # of a file system that has none: nobody is kept out
-BEFORE = {"counting": "tasks"}  # of checkpoints that do not say: not what is the default now
+BEFORE = {"counting": "tasks", "layout": 1}  # of checkpoints that do not say: not what is the default now
 ANOTHER = "name another folder (run=...)"
 
 
