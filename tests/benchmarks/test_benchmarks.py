@@ -55,7 +55,8 @@ def times_of(monkeypatch: pytest.MonkeyPatch, direction: str, **peers) -> dict:
 @pytest.mark.skipif(not importlib.util.find_spec("pytest_benchmark"), reason="needs pytest-benchmark")
 def test_all_benchmarks_run():
     command = [sys.executable, "-m", "pytest", "-q", "-x", "benchmarks", "--benchmark-only", "--sizes", "smoke"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    inherited = {k: v for k, v in os.environ.items() if k != "PYTEST_XDIST_WORKER"}  # which turns benchmarks off
+    environment = {**inherited, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     kept = states(record.RESULTS)
     result = subprocess.run(
         [*command, "-p", "no:cacheprovider"],
