@@ -90,13 +90,14 @@ class MultiTaskModel(nn.Module):
         if projection:
             self.projection_weight = nn.Parameter(torch.zeros(N, D, D))
             self.projection_bias = nn.Parameter(torch.zeros(N, D))
-        pooled = torch.tensor([projection == "pooler" and HEADS[task.head].pools for task in tasks])
-        self.pools = bool(pooled.any())
+        pooled = [projection == "pooler" and HEADS[task.head].pools for task in tasks]
+        self.pools = any(pooled)
         if self.pools:
             weight, bias = _pooler(trunk)
             with torch.no_grad():
-                self.projection_weight[pooled], self.projection_bias[pooled] = weight.T.float(), bias.float()
-        self.register_buffer("kept", 1.0 - pooled.float(), persistent=False)
+                for t in (t for t in range(N) if pooled[t]):
+                    self.projection_weight[t], self.projection_bias[t] = weight.T.float(), bias.float()
+        self.register_buffer("kept", torch.tensor([float(not of_task) for of_task in pooled]), persistent=False)
         offsets = torch.tensor([0, *columns]).cumsum(0).to(torch.int32)
         regression = torch.tensor([HEADS[task.head].squared for task in tasks[: self.num_small]], dtype=torch.bool)
         self.register_buffer("class_offsets", offsets, persistent=False)

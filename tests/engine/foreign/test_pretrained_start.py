@@ -23,6 +23,7 @@ from trunkline.engine.text.layout import Layout
 from trunkline.engine.text.tokenizer import Tokenizer
 from trunkline.training.config_file import config_from, load_config
 from trunkline.training.data.corpus import load_corpus
+from trunkline.training.estimate import step_memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -283,6 +284,9 @@ def test_answers_of_a_classifier_are_those_of_transformers(tmp_path):
         )
         assert inputs["token_type_ids"].any() == (columns == 2)
         torch.testing.assert_close(ours, theirs(**inputs).logits, atol=1e-5, rtol=1e-5)
+    # what a step on this model would take is found without its weights, too
+    batch = pack([Example(1, text.tokens, np.array([0]), types=text.types) for text in laid], 3, 64)
+    assert step_memory(engine.config, [batch], "cpu").peak > 0
     # a head that looks at words starts from the trunk as it is
     x = torch.randn(5, 32)
     offsets = torch.tensor([0, 0, 0, 5], dtype=torch.int32)
@@ -291,6 +295,26 @@ def test_answers_of_a_classifier_are_those_of_transformers(tmp_path):
     loaded = Engine.load(tmp_path / "saved", device="cpu")
     assert loaded.predict(texts, ["two"]) == engine.predict(texts, ["two"])
     assert torch.equal(loaded.model.project(x, offsets), x)
+
+
+def test_an_engine_from_before_there_were_layouts_keeps_its_own(tmp_path):
+    folder = bert(tmp_path / "bert")
+    tasks = (Task("one", "regress", ("a",), "label"),)
+    settings = {"trunk": pretrained.shape_of(str(folder)), "batch": Batch(tokens=64, max_length=20), "device": "cpu"}
+    answers = []
+    for layout in (1, 2):
+        engine = Engine.from_config(Config(tasks, init=str(folder), layout=layout, **settings))
+        engine.build(Tokenizer.load(str(folder), layout=layout, grows=False))
+        saved = engine.save(tmp_path / str(layout))
+        answers.append(engine.predict(["w1 w2"])["one"])
+    path = tmp_path / "1" / "engine.json"
+    before = json.loads(path.read_text())
+    del before["layout"]
+    path.write_text(json.dumps(before))
+    loaded = Engine.load(tmp_path / "1", device="cpu")
+    assert (loaded.config.layout, loaded.tokenizer.template) == (1, None)
+    assert loaded.predict(["w1 w2"])["one"] == answers[0] != answers[1]
+    assert Engine.load(saved, device="cpu").predict(["w1 w2"])["one"] == answers[1]
 
 
 def test_a_pooler_is_learnt_by_each_task_alone(tmp_path):
