@@ -69,7 +69,7 @@ def _mistyped(family: Family, settings: Mapping[str, Any]) -> Iterator[str]:
     """Values that are not what their keys are for: what is read from outside may hold anything."""
     wholes = {field.name for field in fields(TrunkConfig) if field.type in (int, int | None)}
     optional = {field.name for field in fields(TrunkConfig) if field.default is None}
-    kinds = dict(_KINDS)
+    kinds = {**_KINDS, "pad_token_id": (int,) if family.offset else (int, NoneType)}
     for ours, (key, default) in family.fields.items():
         kinds[key] = (int,) if ours in wholes else _NUMBER if isinstance(default, float) else (type(default),)
         kinds[key] += (NoneType,) if ours in optional else ()
@@ -85,9 +85,10 @@ def _mistyped(family: Family, settings: Mapping[str, Any]) -> Iterator[str]:
         if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind):
             names = " or ".join({"NoneType": "null", "str": "text"}.get(one.__name__, one.__name__) for one in kind)
             yield f"{key}: expected {names}, got {short(value)}"
-    layers = settings.get("layer_types")
-    if isinstance(layers, list) and not all(isinstance(layer, str) for layer in layers):
-        yield f"layer_types: expected texts, got {short(layers)}"
+    for key in ("layer_types", "architectures"):
+        names = settings.get(key)
+        if isinstance(names, list) and not all(isinstance(name, str) for name in names):
+            yield f"{key}: expected texts, got {short(names)}"
 
 
 _LOCAL = "sliding_attention"

@@ -10,8 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from trunkline import Trunk, TrunkConfig
-from trunkline.engine.foreign.families import trunk_config
+from trunkline.engine.foreign.families import FAMILIES
 from trunkline.engine.foreign.pretrained import INDEX, WEIGHTS, digest
+from trunkline.engine.foreign.shapes import settings_of, trunk_config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SIZES = {"vocab_size": 60, "hidden_size": 32, "num_layers": 1, "num_heads": 2, "max_positions": 32}
@@ -39,25 +40,28 @@ def refusal(folder: Path) -> str:
     return str(refused.value)
 
 
-ODD = (None, True, 0, -1, 1.5, 10**9, 10**30, 1e400, -0.0, "", "32", "x" * 10_000, [], [[1]], {}, {"x": 1}, [None])
+ODD = (None, True, 0, -1, 1.5, 10**9, 10**30, 1e400, "", "32", "x" * 10_000, [], [[1]], ["a"], {}, {"x": 1}, [None])
+ODD_KEYS = """rope_parameters rope_scaling rope_theta sliding_window layer_types mlp_bias attention_bias
+    use_sliding_window partial_rotary_factor quantization_config head_dim architectures pad_token_id local_attention decoder_bias trunk
+    global_attn_every_n_layers global_rope_theta local_rope_theta is_decoder""".split()
+ROPE = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
 
 
-@pytest.mark.parametrize("odd", ODD, ids=lambda odd: repr(odd)[:20])
-def test_odd_settings_are_taken_or_refused_with_a_value_error(folder, tmp_path, odd):
-    settings = json.loads((folder / "config.json").read_text())
-    keys = (*settings, "rope_parameters", "rope_scaling", "rope_theta", "sliding_window", "layer_types", "mlp_bias")
-    keys += ("use_sliding_window", "partial_rotary_factor", "quantization_config", "trunk", "head_dim")
-    rope = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-    inner = [
-        {"rope_parameters": {**rope, key: odd}} for key in (*rope, "rope_theta", "original_max_position_embeddings")
-    ]
+@pytest.mark.parametrize("family", FAMILIES)
+def test_odd_settings_are_taken_or_refused_with_a_value_error(family):
+    settings = settings_of(TrunkConfig(**SIZES), family)
+    changes = [{key: odd} for key in (*settings, *ODD_KEYS) for odd in ODD]
+    for key in (*ROPE, "original_max_position_embeddings"):
+        changes += [{"rope_parameters": {**ROPE, key: odd}} for odd in ODD]
+        changes += [{"rope_parameters": {"full_attention": {**ROPE, key: odd}}} for odd in ODD]
+    changes += [{"rope_parameters": {"full_attention": odd}} for odd in ODD]
     refused = []
-    for change in [*({key: odd} for key in keys), *inner]:
+    for change in changes:
         try:
             trunk_config({**settings, **change})
         except ValueError as error:
             refused.append(str(error))
-    assert refused
+    assert len(refused) > 100
     assert max(map(len, refused)) < 1000
 
 
