@@ -53,8 +53,8 @@ _KINDS: dict[str, tuple[type, ...]] = {  # keys of config.json that decide what 
     **dict.fromkeys(("attention_bias", "mlp_bias", "use_sliding_window"), (bool, NoneType)),
     "sliding_window": (int, NoneType),
     "layer_types": (list, NoneType),
-    **dict.fromkeys(("pad_token_id", "local_attention", "global_attn_every_n_layers"), (int,)),
     **dict.fromkeys(("global_rope_theta", "local_rope_theta"), _NUMBER),
+    **dict.fromkeys(("global_attn_every_n_layers", "local_attention"), (int,)),
     "decoder_bias": (bool,),
     "architectures": (list, NoneType),
 }
@@ -77,7 +77,7 @@ def _mistyped(family: Family, settings: Mapping[str, Any]) -> Iterator[str]:
     ropes = [settings.get("rope_parameters") or settings.get("rope_scaling")]
     if family.local is not None and isinstance(ropes[0], dict):  # a rotation for every kind of layer
         ropes = list(ropes[0].values())
-        given += [("rope_parameters", rope, (dict,)) for rope in ropes]
+        given += [("rope_parameters", rope, _OBJECT) for rope in ropes]
     for rope in ropes:
         if isinstance(rope, dict):
             given += [(f"rope {key}", rope[key], kind) for key, kind in _ROPE_KINDS.items() if key in rope]

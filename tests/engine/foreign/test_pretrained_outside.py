@@ -42,8 +42,8 @@ def refusal(folder: Path) -> str:
 
 ODD = (None, True, 0, -1, 1.5, 10**9, 10**30, 1e400, "", "32", "x" * 10_000, [], [[1]], ["a"], {}, {"x": 1}, [None])
 ODD_KEYS = """rope_parameters rope_scaling rope_theta sliding_window layer_types mlp_bias attention_bias
-    use_sliding_window partial_rotary_factor quantization_config head_dim architectures pad_token_id local_attention decoder_bias trunk
-    global_attn_every_n_layers global_rope_theta local_rope_theta is_decoder""".split()
+    use_sliding_window partial_rotary_factor quantization_config head_dim architectures pad_token_id local_attention
+    decoder_bias trunk global_attn_every_n_layers global_rope_theta local_rope_theta is_decoder""".split()
 ROPE = {"rope_type": "llama3", "factor": 2.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "rope_theta": 5e5}
 
 
