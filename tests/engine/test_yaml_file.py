@@ -134,3 +134,9 @@ def test_files_beside_the_yaml_are_found_from_anywhere(tmp_path, monkeypatch):
     assert config.run == str(tmp_path / "home" / "made")
     (tmp_path / "project" / "c.yaml").write_text("tasks: [sst2]\ntokenizer: some/where\n")
     assert load_config(Path("project/c.yaml")).tokenizer == "some/where"  # of the hub
+
+
+@pytest.mark.parametrize("text", ['a: !!int ""', 'a: !!float ""', "a: !!bool maybe", "a: !!timestamp x"])
+def test_a_tag_that_does_not_fit_is_refused(text):
+    with pytest.raises(ValueError, match="not of the type that its tag names|could not convert"):
+        read_yaml(text)
