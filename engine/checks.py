@@ -173,7 +173,8 @@ def _as(value: Any, kind: Any, where: str, faults: list[str]) -> Any:
         if not isinstance(value, Mapping):
             fault("keys and values")
             return value
-        return {key: _as(one, inner[1], f"{where}.{key}", faults) for key, one in value.items()}
+        faults += [f"{where}: expected a name, got {short(key)}" for key in value if not _is_name(key)]
+        return {key: _as(one, inner[1], f"{where}.{key}", faults) for key, one in value.items() if _is_name(key)}
     if isinstance(kind, type) and is_dataclass(kind):
         if not isinstance(value, Mapping):
             fault("keys and values")
@@ -204,6 +205,10 @@ def _plain(value: Any, kind: Any, fault: Callable[[str], None]) -> Any:
     if isinstance(number, bool) or not isinstance(number, Integral if kind is int else Real):
         return fault(wanted)
     return kind(number)
+
+
+def _is_name(key: Any) -> bool:
+    return isinstance(key, str) and key.isprintable() and len(key) < LONGEST
 
 
 def _as_one_of(value: Any, kinds: tuple[Any, ...], where: str, faults: list[str]) -> Any:

@@ -37,7 +37,7 @@ def read_yaml(text: str) -> Any:
         raise ValueError("lists or mappings lie too deep in one another") from error
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
-    except (AttributeError, IndexError, KeyError, OverflowError) as error:  # PyYAML's own, as of `!!int ""`
+    except (AttributeError, LookupError, TypeError, OverflowError) as error:  # PyYAML's own, as of `!!int ""`
         raise ValueError(f"a value is not of the type that its tag names: {error}") from error
     finally:
         if loader:

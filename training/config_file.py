@@ -73,18 +73,18 @@ def _plain(value: Any) -> Any:
 def _override(settings: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     if not equals:
-        raise ValueError(f"config: expected key=value, got '{override}'")
+        raise ValueError(f"config: expected key=value, got {short(override)}")
     *path, last = key.split(".")
     for name in path:
         inner = settings.get(name)
         settings[name] = {SHORT[name]: inner} if name in SHORT and isinstance(inner, str) else (inner or {})
         settings = settings[name]
         if not isinstance(settings, dict):
-            raise ValueError(f"config: '{override}': '{name}' is {short(settings)} and has no keys")
+            raise ValueError(f"config: {short(override)}: {short(name)} is {short(settings)} and has no keys")
     try:
         settings[last] = read_yaml(value) if value else ""
     except ValueError as error:
-        raise ValueError(f"config: '{override}': {error}") from error
+        raise ValueError(f"config: {short(override)}: {error}") from error
 
 
 SHORT = {"trunk": "preset", "balancing": "method"}  # keys that may have one of their fields as their value

@@ -155,6 +155,8 @@ def test_the_key_that_was_meant_is_found_inside_too(given, meant):
         ({"projection": "glu"}, "'tanh', 'pooler', got 'glu'; did you mean 'gelu'?"),
         ({"lowercase": "maybe"}, "lowercase: expected true or false, got 'maybe'"),
         ({"weights": [1]}, "weights: expected keys and values, got [1]"),
+        ({"weights": {1: 2.0}}, "weights: expected a name, got 1"),
+        ({"mixing": {"shares": {"\n": 2.0}}}, "mixing.shares: expected a name, got '\\n'"),
         ({"weights": {"sst2": "much"}}, "weights.sst2: expected a number, got 'much'"),
         ({"device": None}, "'device' has no value"),
         ({"tasks": [{"name": "x", "head": "tag"}]}, "tasks[0].text is missing (in 'x')"),

@@ -86,7 +86,9 @@ def test_what_would_be_too_much_is_refused_at_once(text):
 
 @pytest.mark.parametrize(
     "text",
-    ["a: [", "a: 'x", "a: \x01", "a: !!python/object/apply:os.system ['x']", "? [a]\n: b", "a: !!int x",
+    ["a: [", "a: 'x", "a: \x01", "a: !!python/object/apply:os.system ['x']", "? [a]\n: b",
+     "a: !!int x", "a: !!int", "!!bool x", "!!timestamp x",
+     "!!float", "!!set 1", "!!omap {a: b}", "!!pairs 1",
      "a: 2024-99-99", "a: b: c", "*nothing", "a: &x 1\n&x", "%YAML 9", "--- a\n--- b",
      "a: !!binary x", "{? !!set {a} : b}", "<<: 1"],
 )  # fmt: skip

@@ -37,7 +37,7 @@ def of(kind: Any) -> st.SearchStrategy:
     if origin in (tuple, list):
         return st.lists(of(inner[0]), max_size=3)
     if origin is dict:
-        return st.dictionaries(st.sampled_from(("sst2", "mine", "x")), of(inner[1]), max_size=2)
+        return st.dictionaries(st.sampled_from(("sst2", "mine", "x", 1, None)), of(inner[1]), max_size=2)
     if inner and isinstance(inner[0], str | bool):
         return st.sampled_from(inner)
     if inner:
