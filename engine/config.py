@@ -331,8 +331,10 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
     Raises:
         ValueError: the tokenizer is not that of the checkpoint that `init` brings.
     """
-    own, entries = tokenizer.vocab_size - tokenizer.added, config.trunk.vocab_size
-    if config.init and not entries - PADDED <= own <= entries:
+    if not config.init:
+        return
+    own, entries = tokenizer.vocab_size - tokenizer.added, pretrained.shape_of(config.init).vocab_size
+    if not entries - PADDED <= own <= entries:
         raise ValueError(
             f"config: the tokenizer of '{config.tokenizer or config.init}' has {own} entries, the vocabulary of the "
             f"checkpoint '{config.init}' {entries}: name the tokenizer that it was trained with"

@@ -158,7 +158,7 @@ def test_one_string_is_no_list_of_tasks(engine):
 @pytest.mark.parametrize("field", ["text", "labels", "metrics"])
 def test_one_string_is_no_list_of_a_tasks_columns(field):
     fields = {"text": ("text",), "labels": ("no", "yes"), "metrics": ("f1",), field: "no"}
-    with pytest.raises(ValueError, match=f"task 't': {field} must be a list, got one string: write \\['no'\\]"):
+    with pytest.raises(ValueError, match=f"task 't': {field}: expected a list such as \\[no\\], got 'no'"):
         Task("t", "classify", label="label", **fields)
 
 
@@ -204,13 +204,13 @@ def test_prompts_are_continued_as_many_at_a_time_as_find_room(engine, monkeypatc
 
 
 SEARCHES = {
-    "no tokens": ({"max_new_tokens": 0}, "max_new_tokens must be a whole number of at least 1, got 0"),
-    "no beams": ({"beams": 0}, "beams must be a whole number of at least 1, got 0"),
-    "half a beam": ({"beams": 1.5}, "beams must be a whole number of at least 1, got 1.5"),
+    "no tokens": ({"max_new_tokens": 0}, "max_new_tokens must be at least 1, got 0"),
+    "no beams": ({"beams": 0}, "beams must be at least 1, got 0"),
+    "half a beam": ({"beams": 1.5}, "search.beams: expected a whole number, got 1.5"),
     "more beams than tokens": ({"beams": 512}, "beams must be fewer than the vocabulary's [0-9]+ entries, got 512"),
-    "below nothing": ({"min_new_tokens": -1}, "min_new_tokens must be a whole number of at least 0, got -1"),
-    "runs": ({"no_repeat_ngram": None}, "no_repeat_ngram must be a whole number of at least 0, got None"),
-    "no number": ({"length_penalty": float("nan")}, "length_penalty must be a finite number, got nan"),
+    "below nothing": ({"min_new_tokens": -1}, "min_new_tokens must be at least 0, got -1"),
+    "runs": ({"no_repeat_ngram": None}, "search.no_repeat_ngram: expected a whole number, got None"),
+    "no number": ({"length_penalty": float("nan")}, "length_penalty must be finite, got nan"),
     "longer than the trunk": ({"max_new_tokens": 1000}, "and 1000 new ones are more than the trunk's 160 positions"),
 }
 

@@ -39,7 +39,7 @@ def test_numbers_of_the_run(summary, finished):
     assert 0 < summary["training_seconds"] < summary["wall_time_seconds"]
     assert 0 < summary["best_step"] <= 24
     model = Engine.load(finished.run, device="cpu").model
-    assert summary["parameters"] == sum(tensor.numel() for tensor in model.state_dict().values())
+    assert summary["parameters"] == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_numbers_are_those_of_the_log(summary, finished):
