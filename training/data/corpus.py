@@ -55,7 +55,7 @@ def load_corpus(
     if tokenizer is None:
         training = [(task, sources[task, "train"]) for task in tasks]
         tokenizer = _tokenizer(config, training, tell)
-    check_vocabulary(config, tokenizer)
+        check_vocabulary(config, tokenizer)
     if any(HEADS[task.head].hides for task in tasks):
         tokenizer.mask()  # before anything is encoded: it may be new to the vocabulary
 

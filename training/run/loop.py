@@ -23,8 +23,7 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) ->
                 with run.step():
                     members, batches = run.next_batches()
                     loss, weight = run.gradients(members, batches)
-                    norm = run.judge(loss)
-                    run.update()
+                    norm = run.update(loss)
                     run.count(batches, loss, weight)
                 if run.logs_now:
                     run.write_log(norm)

@@ -190,18 +190,15 @@ class Run:
             self.balancer.finish(total_weight, step)
         return loss, weight
 
-    def judge(self, loss: Tensor) -> Tensor:
-        """Clips the gradient and tells the optimizer whether the step is finite; the gradient's norm comes back."""
+    def update(self, loss: Tensor) -> Tensor:
+        """Clips the gradient, whose norm comes back, and takes the step where both are finite."""
         with self.profile.part("optimizer"):
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
             self.guard.judge(self.progress.step + 1, loss, norm)
-        return norm
-
-    def update(self) -> None:
-        with self.profile.part("optimizer"):
             self.optimizer.step()  # a step that is not finite changes nothing
             self.adaptive.hold()
             self._zero_grad()
+        return norm
 
     def count(self, batches: Sequence[PackedBatch], loss: Tensor, weight: Tensor) -> None:
         self.interval.add(batches, loss, weight)

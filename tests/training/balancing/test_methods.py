@@ -246,7 +246,9 @@ def test_training_learns_and_resumes_with(method, finished, tmp_path, monkeypatc
 def test_an_engine_takes_what_a_config_takes(given):
     engine = Engine(tasks=["sentiment"], balancing=given)
     assert engine.config.balancing == Balancing("pcgrad")
-    with pytest.raises(ValueError, match=r"balancing.method: expected one of 'fixed', .*, got 'pc'; did you mean 'pcgrad'"):
+    with pytest.raises(
+        ValueError, match=r"balancing.method: expected one of 'fixed', .*, got 'pc'; did you mean 'pcgrad'"
+    ):
         Engine(tasks=["sentiment"], balancing="pc")
 
 
