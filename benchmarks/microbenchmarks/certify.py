@@ -334,7 +334,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile; default 1")
     options = parser.parse_args()
     if unknown := sorted(set(options.kernels) - set(names)):
-        parser.error(f"there is no {', '.join(unknown)}; there are {', '.join(names)}")
+        parser.error(f"there is no kernel {', '.join(unknown)}; there are {', '.join(names)}")
     try:
         import triton
     except ImportError as error:

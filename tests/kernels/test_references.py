@@ -49,7 +49,7 @@ def test_an_empty_list_can_be_dropped_and_is_counted():
 
 
 def test_a_task_names_what_counts():
-    with pytest.raises(ValueError, match="task 'news': references must be one of best, average, got 'mean'"):
+    with pytest.raises(ValueError, match="task 'news': references: expected one of 'best', 'average', got 'mean'"):
         changed(NEWS, references="mean")
 
 
