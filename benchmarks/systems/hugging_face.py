@@ -135,8 +135,10 @@ def _vocabulary_loss(weight: Tensor, x: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(F.linear(x, weight), target)
 
 
-def batches(way: str, splits: Sequence[Encoded], shares: Sequence[float], budget: int, seed: int) -> Iterator[Batch]:
-    """Endless batches of about `budget` tokens, the tasks drawn in proportion to `shares`."""
+def batches(
+    way: str, splits: Sequence[Encoded], shares: Sequence[float], budget: int, seed: int, rows: int | None = None
+) -> Iterator[Batch]:
+    """Endless batches of about `budget` tokens, or of `rows` examples of a task; tasks in proportion to `shares`."""
     rng = random.Random(seed)
     streams = [cycle(rng.sample(range(len(split)), len(split))) for split in splits]
 
@@ -160,7 +162,7 @@ def batches(way: str, splits: Sequence[Encoded], shares: Sequence[float], budget
             member = draw()
             pool = pools[member[0]]
             pool.append(member)
-            size = max(2, int(budget / splits[member[0]].lengths.mean()))
+            size = rows or max(2, int(budget / splits[member[0]].lengths.mean()))
             wanted = size * (GROUPED if way == "grouped" else 1)
             if len(pool) >= wanted:
                 if way == "grouped":

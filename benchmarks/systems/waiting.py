@@ -9,6 +9,7 @@ alone, then beside a process that keeps one core busy.
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,17 +55,18 @@ def main() -> None:
         rates["busy"] = in_turns(workers, options.rounds)
         busy.kill()
     for worker in workers.values():
-        worker.stdin.close()
+        worker.kill()
     report(rates, options)
 
 
 def start(system: str, variables: dict[str, str], options: argparse.Namespace) -> subprocess.Popen:
-    """A process that trains for a while whenever it reads a line; it sleeps in between."""
+    """A process that trains for a while whenever it reads a line, and is stopped in between: its threads may spin."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("OMP_", "GOMP_"))}
     command = [sys.executable, "-c", TURN, system, str(options.data), str(options.rounds), str(options.seconds)]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     worker = subprocess.Popen(command, env=inherited | variables, **pipes)
     assert worker.stdout.readline() == "ready\n"  # one after the other: getting ready takes all cores
+    worker.send_signal(signal.SIGSTOP)
     return worker
 
 
@@ -73,9 +75,11 @@ def in_turns(workers: dict[tuple[str, str], subprocess.Popen], rounds: int) -> d
     turns: dict[tuple[str, str], list[float]] = {key: [] for key in workers}
     for _ in range(rounds):
         for key, worker in workers.items():
+            worker.send_signal(signal.SIGCONT)
             worker.stdin.write("\n")
             worker.stdin.flush()
             turns[key].append(float(worker.stdout.readline()))
+            worker.send_signal(signal.SIGSTOP)
     return {key: median(of_worker) for key, of_worker in turns.items()}
 
 

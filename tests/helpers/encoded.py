@@ -4,6 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import tokenizers
 
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.tokenizer import Tokenizer
@@ -55,3 +56,12 @@ def changed(task: Task, **fields) -> Task:
 
 def tokens(encoded: Encoded) -> list[list[int]]:
     return [encoded.tokens_of(i).tolist() for i in range(len(encoded))]
+
+
+def bert(letters: str) -> Tokenizer:
+    """A tokenizer like BERT's, which leaves out control characters, marks and accents."""
+    pieces = ["[UNK]", "[CLS]", "[SEP]", *letters, *("##" + letter for letter in letters)]
+    inner = tokenizers.Tokenizer(tokenizers.models.WordPiece({p: i for i, p in enumerate(pieces)}, unk_token="[UNK]"))
+    inner.normalizer = tokenizers.normalizers.BertNormalizer()
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    return Tokenizer(inner)

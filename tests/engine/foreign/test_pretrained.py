@@ -1,17 +1,30 @@
-"""Hugging Face checkpoints: the same numbers here and there, every bit back, a name for what is not covered."""
+"""Hugging Face checkpoints: the same numbers here and there, and every bit back."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
+from checkpoints import (
+    LLAMA3,
+    MODELS,
+    POSITIONS,
+    TOKENS,
+    V,
+    change,
+    change_tensors,
+    make,
+    randomise,
+    same_tensors,
+    states,
+    their_batch,
+    their_states,
+)
 from trunkline.engine.foreign.families import FAMILIES
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import Example, pack
@@ -19,134 +32,10 @@ from trunkline.engine.network.trunk import Trunk, TrunkConfig, preset
 from trunkline.engine.tasks.task import Task
 
 transformers = pytest.importorskip("transformers")
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-V, POSITIONS = 96, 80
-_GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": POSITIONS, "bos_token_id": 1, "eos_token_id": 2}
-_OTHER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
-_OTHER |= {"max_position_embeddings": POSITIONS}
-_LLAMA = {**_OTHER, "num_key_value_heads": 2}
-_LLAMA3 = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_LLAMA3 |= {"original_max_position_embeddings": 32}
-_LINEAR = {"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}
-_ROBERTA = {**_OTHER, "max_position_embeddings": POSITIONS + 2, "pad_token_id": 1}
-_MODERN = {**_OTHER, "num_hidden_layers": 4, "local_attention": 8, "pad_token_id": 0, "bos_token_id": 1}
-_MODERN |= {"eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
-_KINDS = ["full_attention", "sliding_attention", "full_attention", "sliding_attention"]
-_THETAS = {
-    kind: {"rope_type": "default", "rope_theta": theta} for kind, theta in zip(_KINDS, (500.0, 50.0), strict=False)
-}
-MODELS = {
-    "gpt2": ("GPT2Model", {**_GPT2, "n_inner": 48}),
-    "gpt2-text": ("GPT2LMHeadModel", _GPT2),
-    "gpt2-gelu": ("GPT2LMHeadModel", {**_GPT2, "activation_function": "gelu", "tie_word_embeddings": False}),
-    "gpt2-classes": ("GPT2ForSequenceClassification", {**_GPT2, "num_labels": 3}),
-    "llama": ("LlamaModel", {**_LLAMA, "head_dim": 16}),
-    "llama-text": ("LlamaForCausalLM", {**_LLAMA, "rope_parameters": _LLAMA3}),
-    "llama-biases": (
-        "LlamaForCausalLM",
-        {**_LLAMA, "rope_parameters": _LINEAR, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True},
-    ),
-    "qwen2": ("Qwen2ForCausalLM", {**_LLAMA, "num_key_value_heads": 1}),
-    "qwen3": ("Qwen3ForCausalLM", {**_LLAMA, "head_dim": 16, "tie_word_embeddings": True}),
-    "mistral": ("MistralForCausalLM", {**_LLAMA, "sliding_window": None}),
-    "roberta": ("RobertaModel", _ROBERTA),
-    "roberta-masks": ("RobertaForMaskedLM", {**_ROBERTA, "type_vocab_size": 1}),
-    "roberta-classes": ("RobertaForSequenceClassification", {**_ROBERTA, "num_labels": 3}),
-    "xlm-roberta": ("XLMRobertaForMaskedLM", {**_ROBERTA, "pad_token_id": 3, "max_position_embeddings": POSITIONS + 4}),
-    "camembert": ("CamembertModel", _ROBERTA),
-    "modernbert": ("ModernBertModel", _MODERN),
-    "modernbert-masks": ("ModernBertForMaskedLM", {**_MODERN, "norm_bias": True, "layer_types": _KINDS}),
-    "modernbert-classes": (
-        "ModernBertForSequenceClassification",
-        {**_MODERN, "attention_bias": True, "mlp_bias": True},
-    ),
-    "modernbert-decoder": ("ModernBertDecoderModel", {**_MODERN, "layer_types": _KINDS}),
-    "modernbert-decoder-text": ("ModernBertDecoderForCausalLM", {**_MODERN, "rope_parameters": _THETAS}),
-    "modernbert-decoder-classes": ("ModernBertDecoderForSequenceClassification", _MODERN),
-    "bert": ("BertModel", _OTHER),
-    "bert-pretraining": ("BertForPreTraining", _OTHER),
-    "bert-classes": ("BertForSequenceClassification", {**_OTHER, "num_labels": 3, "hidden_act": "gelu_new"}),
-}
-OFFSET = ("roberta", "xlm-roberta", "camembert")  # positions begin after that of padding
 every_model = pytest.mark.parametrize("name", MODELS)
-
-
-def randomise(module: torch.nn.Module) -> None:
-    """Weights so large that every part of the model shows in its output."""
-    with torch.no_grad():
-        for parameter in module.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-
-
-def make(name: str, **changes) -> torch.nn.Module:
-    kind = getattr(transformers, MODELS[name][0])
-    model = kind(kind.config_class(vocab_size=V, **{**MODELS[name][1], **changes})).eval()
-    randomise(model)
-    return model
-
-
-@pytest.fixture
-def saved(tmp_path: Path):
-    """Writes a model as transformers does."""
-
-    def write(model: torch.nn.Module | str, **options) -> Path:
-        model = make(model) if isinstance(model, str) else model
-        model.save_pretrained(tmp_path / "theirs", **options)
-        return tmp_path / "theirs"
-
-    return write
-
-
-def change(folder: Path, **settings) -> Path:
-    """Changes config.json; a key with the value ... goes."""
-    path = folder / "config.json"
-    changed = {**json.loads(path.read_text()), **settings}
-    path.write_text(json.dumps({key: value for key, value in changed.items() if value is not ...}))
-    return folder
-
-
-def change_tensors(folder: Path, changes: dict[str, Tensor | None]) -> Path:
-    """Changes model.safetensors; a tensor that is None goes."""
-    path = folder / "model.safetensors"
-    tensors = {name: tensor.clone() for name, tensor in load_file(path).items()} | changes
-    save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, path)
-    return folder
-
-
-def error_of(source: str | Path) -> str:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011 (the callers check the words)
-        Trunk.from_pretrained(source)
-    return str(caught.value)
-
-
-def states(trunk: Trunk, tokens: np.ndarray) -> Tensor:
-    batch = pack([Example(0, tokens, np.array([0]))], 1)
-    with torch.no_grad():
-        return trunk(batch.tokens, batch.positions, batch.plan)
-
-
-def their_states(model: torch.nn.Module, tokens: np.ndarray) -> Tensor:
-    return their_batch(model, torch.from_numpy(tokens)[None])[0]
-
-
-def their_batch(model: torch.nn.Module, tokens: Tensor, **masks) -> Tensor:
-    """What a head is put on, (rows, tokens, D)."""
-    if model.config.model_type in OFFSET:  # where a random token may be that of padding
-        masks["position_ids"] = (torch.arange(tokens.shape[1]) + model.config.pad_token_id + 1).expand(tokens.shape)
-    with torch.no_grad():
-        states = model.base_model(tokens, **masks).last_hidden_state
-        last = getattr(model, "lm_head", getattr(model, "head", None))
-        return last(states) if model.config.model_type.startswith("modernbert") and last else states
-
-
-def same_tensors(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(
-        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]) for name, tensor in one.items()
-    )
-
-
-TOKENS = np.random.default_rng(0).integers(V, size=POSITIONS)
 
 
 # There and back
@@ -288,7 +177,7 @@ def test_old_checkpoints_are_read(saved):
 
     llama = saved(make("llama-text"))
     expected = Trunk.from_pretrained(llama).config
-    scaling = {key: value for key, value in _LLAMA3.items() if key not in ("rope_type", "rope_theta")}
+    scaling = {key: value for key, value in LLAMA3.items() if key not in ("rope_type", "rope_theta")}
     change(llama, rope_parameters=..., rope_theta=500.0, rope_scaling={"type": "llama3", **scaling}, head_dim=...)
     assert Trunk.from_pretrained(llama).config == replace(expected, head_dim=None)
 
@@ -388,136 +277,6 @@ def test_vocabulary_grows(name, saved):
     torch.testing.assert_close(logits[:, :V], expected)
     if vocabulary is not None:
         assert torch.equal(trunk.vocabulary[:V], vocabulary)
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "words"),
-    [
-        ("llama", {"model_type": "mixtral"}, "model_type 'mixtral' is not covered; covered are gpt2, bert, llama"),
-        ("llama", {"model_type": ...}, "model_type None is not covered"),
-        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights False, other than True"),
-        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx True, other than False"),
-        ("gpt2", {"add_cross_attention": True}, "add_cross_attention True, other than False"),
-        ("gpt2", {"activation_function": "relu"}, "activation_function 'relu', other than gelu, gelu_new"),
-        ("bert", {"position_embedding_type": "relative_key"}, "position_embedding_type 'relative_key'"),
-        ("bert", {"is_decoder": True}, "is_decoder True"),
-        ("bert", {"hidden_act": "silu"}, "hidden_act 'silu'"),
-        ("llama", {"hidden_act": "gelu"}, "hidden_act 'gelu', other than silu"),
-        ("llama", {"attention_bias": True}, "biases in attention or in the MLP alone"),
-        ("llama", {"mlp_bias": True}, "biases in attention or in the MLP alone"),
-        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}}, "rope_type 'yarn'"),
-        ("llama", {"rope_parameters": ..., "rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
-        ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor 0.5"),
-        ("llama", {"quantization_config": {"quant_method": "fp8"}}, "quantization_config {'quant_method': 'fp8'}"),
-        ("mistral", {"sliding_window": 79}, "sliding_window 79"),
-        ("mistral", {"sliding_window": ..., "max_position_embeddings": 4097}, "sliding_window 4096"),
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "layer_types": ...}, "sliding_window 16"),
-        ("qwen3", {"layer_types": ["full_attention", "linear_attention"]}, "layer_types linear_attention"),
-        ("qwen3", {"attention_bias": True}, "attention_bias True, other than False"),
-    ],
-)
-def test_an_option_that_is_not_covered_is_named(name, settings, words, saved):
-    folder = change(saved(name), **settings)
-    message = error_of(folder)
-    assert words in message
-    assert str(folder) in message
-
-
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("mistral", {"sliding_window": POSITIONS}),  # as far as any sequence reaches
-        ("qwen2", {"use_sliding_window": True, "sliding_window": 16, "layer_types": ["full_attention"] * 2}),
-        ("qwen2", {"use_sliding_window": False, "sliding_window": 16, "layer_types": ...}),
-    ],
-)
-def test_a_window_that_hides_nothing_is_no_obstacle(name, settings, saved):
-    model = make(name)
-    trunk = Trunk.from_pretrained(change(saved(model), **settings))
-    torch.testing.assert_close(states(trunk, TOKENS), their_states(model, TOKENS), atol=1e-5, rtol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("tensors", "words"),
-    [
-        ({"model.layers.1.self_attn.k_proj.weight": None}, "1 tensors are missing: model.layers.1.self_attn.k_proj"),
-        ({"model.layers.1.self_attn.q_norm.weight": torch.ones(8)}, "no place in a trunk: model.layers.1.self_attn.q_"),
-        ({"model.layers.2.mlp.down_proj.weight": torch.ones(8)}, "no place in a trunk: model.layers.2.mlp.down_proj"),
-        ({"model.embed_tokens.weight": torch.zeros(9, 32)}, "tokens.weight: expected [96, 32], got [9, 32]"),
-    ],
-)
-def test_tensors_that_are_not_those_of_config_json_are_named(tensors, words, saved):
-    assert words in error_of(change_tensors(saved("llama-text"), tensors))
-
-
-def test_a_tied_vocabulary_must_be_the_embedding(saved):
-    folder = saved("qwen3")
-    embedding = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
-    assert Trunk.from_pretrained(change_tensors(folder, {"lm_head.weight": embedding.clone()})).vocabulary is None
-    message = error_of(change_tensors(folder, {"lm_head.weight": embedding + 1}))
-    assert "lm_head.weight differs from the embedding" in message
-
-
-def test_nothing_is_unpickled(saved):
-    folder = saved("gpt2")
-    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
-    message = error_of(folder)
-    for words in (
-        "neither model.safetensors",
-        "pytorch_model.bin would have to be unpickled",
-        "save it as safetensors",
-    ):
-        assert words in message
-
-
-def test_damaged_files_are_named(saved):
-    folder = saved("llama-text", max_shard_size="20KB")
-    shards = sorted(folder.glob("model-*.safetensors"))
-    whole = shards[0].read_bytes()
-    shards[0].write_bytes(whole[: len(whole) // 2])
-    assert f"{shards[0]} is missing or damaged" in error_of(folder)
-    save_file({"model.norm.weight": torch.ones(32)}, shards[0])
-    assert "model.safetensors.index.json lists " in error_of(folder)
-    shards[0].unlink()
-    assert f"{shards[0]} is missing or damaged" in error_of(folder)
-    (folder / "config.json").write_text("{")
-    assert f"{folder / 'config.json'} is not JSON" in error_of(folder)
-    (folder / "config.json").unlink()
-    assert "neither config.json, of a checkpoint, nor engine.json" in error_of(folder)
-
-
-def test_a_class_that_transformers_lacks_is_named(saved):
-    trunk = Trunk.from_pretrained(change(saved("gpt2"), architectures=["pipeline"]))
-    with pytest.raises(ValueError, match="transformers has no GPT2 model 'pipeline'"):
-        trunk.to_hugging_face()
-
-
-# The hub
-
-
-def test_a_hub_id_is_downloaded_without_anything_that_runs(saved, monkeypatch):
-    asked = {}
-
-    def download(source: str, allow_patterns: list[str]) -> str:
-        asked.update(source=source, patterns=allow_patterns)
-        return str(folder)
-
-    folder = saved("gpt2")
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert Trunk.from_pretrained("somebody/model").config.vocab_size == V
-    assert asked["source"] == "somebody/model"
-    assert all(pattern.endswith((".json", ".safetensors")) for pattern in asked["patterns"])
-
-
-def test_without_a_connection_the_folder_that_would_serve_is_told(monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    for source in ("somebody/model-that-is-not-here", "no/hub/id"):
-        message = error_of(source)
-        assert f"'{source}' is no folder, and not to be had from the hub: " in message
-        assert "a local folder with config.json and model.safetensors serves as well" in message
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    message = error_of("somebody/model")
-    assert "the hub needs trunkline[hub], which is not installed; a local folder with config.json" in message
 
 
 def test_every_family_is_tried():

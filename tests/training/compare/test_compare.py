@@ -15,7 +15,7 @@ from conftest import TINY_TASKS, tiny_rows, write_jsonl
 from trunkline import Engine, TrunkConfig
 from trunkline.engine.network.bilstm import BiLSTM
 from trunkline.training.compare import compare as comparing
-from trunkline.training.compare.compare import Comparison, Score, best_of, compare, gain, load_comparison, summary_of
+from trunkline.training.compare.compare import Comparison, compare, load_comparison
 from trunkline.training.compare.comparison_page import tables
 from trunkline.training.compare.systems import SYSTEMS, Basis, flops_per_token, half, matched, ordinary, steps_of
 
@@ -288,68 +288,6 @@ def test_command_line(config, finished, trunkline):
     assert str(finished / "comparison.html") in output
     assert "warm_up" in trunkline("compare", "--help").stdout
     assert "'brt'" in trunkline("compare", config, "systems=[brt]", expect=2).stderr
-
-
-@pytest.mark.parametrize(
-    ("scores", "higher", "best"),
-    [
-        ({"a": (0.80, 0.02), "b": (0.75, 0.04)}, True, "a"),
-        ({"a": (0.80, 0.02), "b": (0.75, 0.06)}, True, None),  # within the spread of the next
-        ({"a": (0.80, 0.06), "b": (0.75, 0.02)}, True, None),  # within its own
-        ({"a": (0.80, 0.02), "b": (0.75, 0.04)}, False, "b"),
-        ({"a": (0.80, None), "b": (0.75, 0.0)}, True, None),  # one seed: no spread is known
-        ({"a": (0.80, 0.01), "b": (0.75, None)}, True, None),
-        ({"a": (0.80, 0.01)}, True, None),
-        ({"a": (0.70, 0.01), "b": (0.80, 0.01), "c": (0.795, 0.001)}, True, None),
-        ({"a": (0.70, 0.01), "majority": (0.72, 0.0)}, True, "majority"),
-    ],
-)
-def test_only_what_is_ahead_by_more_than_the_spread_is_bold(scores, higher, best):
-    named = {name: Score(mean, deviation, 3) for name, (mean, deviation) in scores.items()}
-    assert best_of(named, higher) == best
-
-
-def test_what_needs_no_model_is_compared_with_the_best_system():
-    trivial = {"first line": Score(0.9, 0.0, 0), "first three lines": Score(0.95, 0.0, 0)}
-    one_seed = {"a": Score(0.4, None, 1), "b": Score(0.3, None, 1), **trivial}
-    assert best_of(one_seed, higher=True) is None
-    assert best_of({**one_seed, "a": Score(0.4, 0.01, 3)}, higher=True) == "first three lines"
-    assert best_of({**one_seed, "a": Score(0.94, 0.02, 3)}, higher=True) is None
-    assert best_of(trivial, higher=True) is None
-
-
-def test_mean_and_deviation_are_those_of_a_sample():
-    assert summary_of([1.0, 3.0]) == (2.0, pytest.approx(2**0.5), 2)
-    assert summary_of([1.5]) == (1.5, None, 1)
-
-
-def test_gain_over_single_task_models():
-    tasks = {"a": {"metric": "accuracy"}, "b": {"metric": "perplexity"}, "c": {"metric": "matthews"}}
-
-    def system(*seeds: tuple[float, float, float]) -> dict[str, Any]:
-        names = [("a", "accuracy"), ("b", "perplexity"), ("c", "matthews")]
-        return {
-            "seeds": {
-                str(seed): {
-                    "scores": {task: {metric: value} for (task, metric), value in zip(names, values, strict=True)}
-                }
-                for seed, values in enumerate(seeds)
-            }
-        }
-
-    systems = {
-        "multitask": system((0.6, 90.0, 0.1), (0.5, 120.0, 0.1)),
-        "single-task": system((0.5, 100.0, 0.0), (0.5, 100.0, 0.0)),
-    }
-    gains = gain(systems, tasks)
-    assert gains["a"] == {"mean": pytest.approx(10.0), "deviation": pytest.approx(20 / 2**0.5), "runs": 2}
-    assert gains["b"]["mean"] == pytest.approx((10 - 20) / 2)  # less is better
-    assert gains["c"] is None  # 0 cannot be divided by
-    assert gains["mean"]["mean"] == pytest.approx(((20 + 10) / 2 + (0 - 20) / 2) / 2)
-    systems["single-task"]["seeds"]["1"] = {"state": "failed"}
-    assert gain(systems, tasks)["a"] == {"mean": pytest.approx(20.0), "deviation": None, "runs": 1}
-    del systems["single-task"]
-    assert gain(systems, tasks)["mean"] is None
 
 
 def test_single_task_models_see_what_the_mix_has(config, finished):
