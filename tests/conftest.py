@@ -16,7 +16,7 @@ from typing import Any
 import numpy
 import pytest
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as the command does; before torch is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # tests share their cores; before torch is imported
 
 import torch
 

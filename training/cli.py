@@ -23,9 +23,11 @@ UNREAD = 141  # and what ends because nobody reads its output
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    # Threads of a step that wait for one another sleep, unless the user wants otherwise: where other programs use the
-    # cores as well, threads that spin keep those they wait for from running. OpenMP reads this when torch is loaded.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # Threads of a step that wait for one another spin briefly and then sleep, unless the user wants otherwise: where
+    # other programs use the cores as well, threads that spin keep those they wait for from running. What each way costs
+    # was measured by benchmarks/systems/waiting.py. libgomp reads this when torch is loaded.
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     parser = _parser()
     given = [*(sys.argv[1:] if arguments is None else arguments)]
     end = given.index("--") if "--" in given else len(given)

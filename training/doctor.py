@@ -1,6 +1,7 @@
 """`trunkline doctor`: what is installed, which backend runs, and whether a config's data can be used."""
 
 import importlib.util
+import os
 from importlib import metadata
 
 import numpy as np
@@ -30,6 +31,8 @@ def check_installation() -> None:
     """
     for name, value in environment().items():
         print(f"{name:14} {value}")
+    if hasattr(os, "getloadavg"):  # not on Windows
+        print(f"{'load':14} {load_in_words(os.getloadavg()[0], os.cpu_count() or 1)}")
     for name, purpose in OPTIONAL.items():
         found = metadata.version(name) if importlib.util.find_spec(name) else f"not installed ({purpose})"
         print(f"{name:14} {found}")
@@ -38,6 +41,12 @@ def check_installation() -> None:
     print(f"{'attention':14} on {device}: largest error {error:.1e}")
     if not error < 1e-4:
         raise ValueError(f"attention on {device} errs by {error:.1e}, expected less than 1e-4: is torch intact?")
+
+
+def load_in_words(load: float, cores: int) -> str:
+    """What processes that want a core (a mean over the last minute) mean for a step on the CPU."""
+    busy = f"{load:.1f} of {cores} cores"
+    return f"{busy}: other programs use them too, which slows steps on the CPU" if load > 0.5 else busy
 
 
 def _attention_error(device: torch.device) -> float:

@@ -34,9 +34,17 @@ def environment() -> dict[str, Any]:
         "processor": _processor(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "waiting": os.environ.get("OMP_WAIT_POLICY", "as OpenMP does").lower(),
+        "waiting": _waiting(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+
+
+def _waiting() -> str:
+    """How threads wait for one another."""
+    if policy := os.environ.get("OMP_WAIT_POLICY"):
+        return policy.lower()
+    turns = os.environ.get("GOMP_SPINCOUNT")
+    return f"spin {turns} times, then sleep" if turns else "as OpenMP does"
 
 
 def _processor() -> str:

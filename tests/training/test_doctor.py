@@ -63,9 +63,22 @@ def test_what_is_wrong_with_the_data_or_the_model_is_an_error(tiny_config, tmp_p
     assert not Path(config.run).exists()
 
 
-@pytest.mark.parametrize(("asked", "waiting"), [({}, "passive"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "active")])
-def test_threads_sleep_while_they_wait_unless_asked_otherwise(asked, waiting):
+@pytest.mark.parametrize(
+    ("asked", "waiting"),
+    [
+        ({}, "spin 1000 times, then sleep"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, "active"),
+        ({"GOMP_SPINCOUNT": "7"}, "spin 7 times, then sleep"),
+    ],
+)
+def test_threads_spin_briefly_while_they_wait_unless_asked_otherwise(asked, waiting):
     program, environment = command_line("doctor")
-    environment.pop("OMP_WAIT_POLICY", None)
+    for variable in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        environment.pop(variable, None)
     done = subprocess.run(program, env=environment | asked, capture_output=True, text=True, check=True, timeout=300)
     assert f"waiting        {waiting}\n" in done.stdout
+
+
+def test_a_machine_that_others_use_is_told():
+    assert doctor.load_in_words(0.1, 2) == "0.1 of 2 cores"
+    assert doctor.load_in_words(1.2, 2) == "1.2 of 2 cores: other programs use them too, which slows steps on the CPU"
