@@ -196,3 +196,24 @@ def test_scaling_is_measured_and_told(results):
     assert "| tasks | 64 … 4,000 |" in record.tables(path.parent)
     record.report_device(path.parent)
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_readme_says_what_waiting_costs(results):
+    rows = [{"system": "trunkline", "waiting": "passive", "quiet": 5073.9, "busy": 3757.97}]
+    record.record("waiting", {"command": "measure it", "tokens_per_second": rows}, record.environment())
+    assert "| trunkline | passive | 5,074 | 3,758 |" in record.tables(results / "nvidia-h200")
+
+
+def test_readme_says_what_is_learnt_from_a_checkpoint(results):
+    def trained(score: float, tokens: int) -> dict[str, Any]:
+        return {"scores": {"sst2": score}, "metrics": {"sst2": "accuracy"}, "real_tokens": tokens}
+
+    changes = {
+        "Trunkline": {"0": trained(0.9, 4000), "1": trained(0.8, 6000)},
+        "Hugging Face, same tokens": {"0": trained(0.7, 5000)},
+    }
+    record.record("from_checkpoint", {"command": "measure it", "changes": changes}, record.environment())
+    text = record.tables(results / "nvidia-h200")
+    assert "5 thousand (Trunkline), 5 thousand (Hugging Face, same tokens)" in text
+    assert "| system | sst2 (accuracy) | seeds |" in text
+    assert "| Trunkline | 0.850 ± 0.071 | 2 |" in text

@@ -1,0 +1,282 @@
+"""What was measured, in Markdown: one function a kind of result."""
+
+import json
+from collections.abc import Collection
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from trunkline.training.compare.comparison_page import tables as comparison_tables
+
+
+def tables(folder: Path, parts: Collection[str] = ()) -> str:
+    """What was measured on one device, in Markdown: these parts, or all whose JSON is there."""
+    makers = {
+        "step": _speed,
+        "step-small": _speed,
+        "step-llama-1b": _speed,
+        "scaling": _scaling,
+        "losses": _losses,
+        "balancing": _balancing,
+        "balancing_methods": _balancing_methods,
+        "generation": _generation,
+        "learning": _learning,
+        "comparison": _comparison,
+        "what_helps": _what_helps,
+        "from_checkpoint": _from_checkpoint,
+        "fine_tuning": _fine_tuning,
+        "waiting": _waiting,
+    }
+    chosen = [name for name in makers if name in (parts or makers)]
+    found = {name: path for name in chosen if (path := folder / f"{name}.json").exists()}
+    return "".join(makers[name](json.loads(path.read_text(encoding="utf-8"))) for name, path in found.items())
+
+
+def _measured_on(where: dict[str, Any]) -> str:
+    device = where["gpu"] or f"{where['processor']}, {where['cores']} cores, float32"
+    return f"{device}, Python {where['python']}, torch {where['torch']}"
+
+
+def _speed(step: dict[str, Any]) -> str:
+    rates, waste, details = step["tokens_per_second"], step["padding"], step.get("systems", {})
+    rows = []
+    for system, rate in rates.items():
+        if "heads" not in system:
+            own = details.get(system)  # older results have none
+            measured = (
+                f"{1000 * own['seconds_per_step']:,.0f} | {own['memory'] / 2**20:,.0f} | {own['utilisation']:.0%}"
+                if own
+                else "- | - | -"
+            )
+            rows.append(
+                f"| {system} | {rate:,.0f} | {rate / step['best_peer']:.2f}x | {waste[system]:.1%} | {measured} |"
+            )
+    heads = (
+        f"\n300 classification heads take {step['time_300_heads_over_9']:.2f}x the time of 9 on the same tokens.\n"
+        if "time_300_heads_over_9" in step
+        else ""
+    )
+    data = {"llama-1b": "random texts of 4,096 tokens"}.get(step.get("shape", ""), "eight GLUE tasks and DialogSum")
+    return f"""
+**Speed** on {_measured_on(step["environment"])}: real tokens per second of a whole training step
+(`{step["command"]}`), on {data}, in the shape `{step.get("shape", "tiny")}`, about {step.get("tokens", 2048):,} tokens
+a step. Below ours the same model of Hugging Face with batches made in other ways. Each in a process of its own, taking
+{len(next(iter(step["turns"].values())))} turns, which count together. Utilisation is of what the machine does in its
+best product.
+
+| system | real tokens/s | of the best peer | padding | ms a step | MiB | utilisation |
+|---|---|---|---|---|---|---|
+{chr(10).join(rows)}
+{heads}"""
+
+
+def _scaling(scaling: dict[str, Any]) -> str:
+    rows = [
+        f"| {curve} | {points[0]['x']:,} … {points[-1]['x']:,} | "
+        f"{_microseconds(points[0]['seconds'])} … {_microseconds(points[-1]['seconds'])} | "
+        f"{points[0]['memory'] / 2**20:,.0f} … {points[-1]['memory'] / 2**20:,.0f} |"
+        for curve, points in scaling["curves"].items()
+    ]
+    return f"""
+**Scaling** on {_measured_on(scaling["environment"])} (`{scaling["command"]}`): time per token of a training step of the
+shape `tiny`, or of making a batch, and memory, from the smallest to the largest of what is varied; all points are in
+`scaling.png`.
+
+| what is varied | from … to | µs a token | MiB |
+|---|---|---|---|
+{chr(10).join(rows)}
+"""
+
+
+def _balancing(balancing: dict[str, Any]) -> str:
+    times = balancing["time_over_fixed"]
+    return f"""
+**Balancing** on {_measured_on(balancing["environment"])}, {balancing["threads"]} thread: with task weights from every
+task's exact gradient a step of nine tasks takes {times["weights from gradients"]:.3f}x the time of one with fixed
+weights; with one backward pass per task it takes {times["a backward pass per task"]:.1f}x (`{balancing["command"]}`,
+median of {len(balancing["seconds"]["fixed weights"])} turns).
+"""
+
+
+def _balancing_methods(found: dict[str, Any]) -> str:
+    methods: dict[str, dict[str, Any]] = found["methods"]
+    metrics, trivial = (next(iter(methods.values()))[key] for key in ("metric", "baseline"))
+    cells = " | ".join(f"{trivial[task]:.3f}" for task in metrics)
+    rows = [f"| trivial baseline | {cells} | {fmean(trivial.values()):.3f} | |"]
+    for method, of in methods.items():
+        scores = " | ".join(f"{of['tasks'][task]['metrics'][metric]:.3f}" for task, metric in metrics.items())
+        rows.append(f"| {method} | {scores} | {of['mean_score']:.3f} | {of['seconds']:.0f} |")
+    heads = " | ".join(f"{task} ({metric})" for task, metric in metrics.items())
+    return f"""
+**Balancing the demo's tasks**, on {_measured_on(found["environment"])} (`{found["command"]}`): scores of one run with
+every method, and its seconds of training.
+
+| method | {heads} | mean | seconds |
+|---|{"---|" * (len(metrics) + 2)}
+{chr(10).join(rows)}
+"""
+
+
+def _microseconds(seconds: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{seconds * 1e6:,.0f}" if seconds >= 1e-4 else f"{seconds * 1e6:.3g}"
+
+
+def _losses(losses: dict[str, Any]) -> str:
+    meanings = {
+        "loop over 9 tasks / task_loss": "512 rows of nine tasks, width 768: a loop over the tasks, against one call",
+        "256 classes, loop over tasks / task_loss": "the same of four tasks with up to 256 classes",
+        "1000 tasks / 10 tasks, 512 x 256": "512 rows, width 256: 1,000 tasks, against 10",
+        "1000 tasks / 10 tasks, 512 x 768": "512 rows, width 768: 1,000 tasks, against 10",
+        "1000 tasks / 10 tasks, 4096 x 768": "4,096 rows, width 768: 1,000 tasks, against 10",
+        "eager / linear_cross_entropy": "1,024 rows, 8,192 words: `F.cross_entropy(F.linear())`, against ours",
+        "memory, linear_cross_entropy / eager": "the same: our memory, against its",
+    }
+    rows = [f"| {meaning} | {losses['ratios'][name]:.2f}x |" for name, meaning in meanings.items()]
+    return f"""
+**Losses** of the heads, forward and backward, on {_measured_on(losses["environment"])}
+(`{losses["command"]}`).
+
+| what | times |
+|---|---|
+{chr(10).join(rows)}
+"""
+
+
+def _generation(generation: dict[str, Any]) -> str:
+    rows, documents = [], generation["document_tokens"]
+    for name, found in generation["settings"].items():
+        ours, theirs = (found["tokens_per_second"][system] for system in ("trunkline", "hugging_face"))
+        rows.append(f"| {name} | {found['tokens']:,} | {ours:,.0f} | {theirs:,.0f} | {found['faster']:.2f}x |")
+    longest, rounds = generation["longest_text"], len(found["seconds"]["trunkline"])
+    return f"""
+**Writing** on {_measured_on(generation["environment"])}: tokens per second of greedy summaries of {generation["texts"]}
+DialogSum documents (`{generation["command"]}`), which have {documents["mean"]:.0f}
+tokens on average and {documents["longest"]} at most, with at most {longest} new ones. Beside it Hugging Face `generate`
+with the same weights; both write the same tokens. In turns; median of {rounds}.
+
+| texts | new tokens | trunkline | Hugging Face | faster |
+|---|---|---|---|---|
+{chr(10).join(rows)}
+"""
+
+
+def _learning(learning: dict[str, Any]) -> str:
+    run, mean, rows = learning["run"], learning["mean"], []
+    one_task = "" if learning["way"] == "packed" else ", of one task each"
+    for name, task in run["tasks"].items():
+        metric, baseline = task["metric"], task["baseline"]
+        theirs = learning["hugging_face"][name][metric]
+        trivial = f"{baseline['metrics'][metric]:.3f} ({baseline['name']})"
+        losses = f"{task['first_loss']:.2f} → {task['last_loss']:.2f}"
+        rows.append(f"| {name} | {metric} | {task['metrics'][metric]:.3f} | {trivial} | {theirs:.3f} | {losses} |")
+    return f"""
+**Learning** from scratch on {_measured_on(learning["environment"])}: `{run["command"]}`,
+{run["wall_time_seconds"] / 60:.1f} minutes in all, {run["steps"]:,} steps, {run["real_tokens"] / 1e6:.1f} M tokens,
+padding {run["padding_waste"]:.1%}, peak memory {run["peak_memory_bytes"] / 2**30:.1f} GiB. Scores on the whole
+validation splits of the data at hand, in which QNLI, QQP and MNLI are subsets: none of this is a GLUE score. Beside it
+a Hugging Face loop with the same data, mix, shape and learning rate: {learning["seconds"]:.0f} seconds of training
+against {run["training_seconds"]:.0f} of ours (`{learning["command"]}`), {learning["steps"]:,} steps, batches
+{learning["way"]}{one_task}. Its GPT-2 has learned positions and nothing like `exact_match`, which shows our trunk what
+two texts have in common.
+
+| task | metric | trunkline | trivial baseline | Hugging Face loop | loss |
+|---|---|---|---|---|---|
+{chr(10).join(rows)}
+| mean | | {mean["trunkline"]:.3f} | | {mean["hugging_face"]:.3f} | |
+"""
+
+
+def _comparison(comparison: dict[str, Any]) -> str:
+    return f"""
+**Comparison** of systems from scratch on {_measured_on(comparison["environment"])}: `{comparison["command"]}`.
+{comparison_tables(comparison)}"""
+
+
+def _what_helps(found: dict[str, Any]) -> str:
+    return f"""
+**What helps the multi-task system**, on {_measured_on(found["environment"])} (`{found["command"]}`): each change by
+itself, mean ± standard deviation over the seeds. Only the pretrained trunk has seen more text than the others. As it
+is, it differs from the comparison's `multitask` in its initial weights: the vocabulary there has bert's mask, too.
+
+{_changes(found["changes"])}
+"""
+
+
+def _fine_tuning(found: dict[str, Any]) -> str:
+    first = next(iter(next(iter(found["changes"].values())).values()))
+    return f"""
+**What the defaults of fine-tuning are worth**, on {_measured_on(found["environment"])} (`{found["command"]}`):
+each put back by itself, after {first["real_tokens"] / 1000:.0f} thousand tokens, on at most 800 examples of every
+validation split; mean ± standard deviation over the seeds.
+
+{_changes(found["changes"])}
+"""
+
+
+def _from_checkpoint(found: dict[str, Any]) -> str:
+    tokens = {name: fmean(of["real_tokens"] for of in seeds.values()) for name, seeds in found["changes"].items()}
+    seen = ", ".join(f"{count / 1000:.0f} thousand ({name})" for name, count in tokens.items())
+    return f"""
+**From a pretrained encoder**, on {_measured_on(found["environment"])} (`{found["command"]}`): what ours learns with
+`finetune-encoder.yaml`, and a plain Hugging Face loop from the same tokens, and from as many as it has in the same
+time; tokens seen: {seen}. Mean ± standard deviation over the seeds.
+
+{_changes(found["changes"], "system")}
+"""
+
+
+def _waiting(found: dict[str, Any]) -> str:
+    rows = [
+        f"| {row['system']} | {row['waiting']} | {row['quiet']:,.0f} | {row['busy']:,.0f} |"
+        for row in found["tokens_per_second"]
+    ]
+    return f"""
+**How threads wait for one another**, on {_measured_on(found["environment"])} (`{found["command"]}`): real tokens a
+second of `tiny` on a quiet machine, and beside a process that keeps one core busy. The command lets them spin briefly.
+
+| system | waiting | quiet | one core busy |
+|---|---|---|---|
+{chr(10).join(rows)}
+"""
+
+
+def _changes(changes: dict[str, dict[str, Any]], what: str = "change") -> str:
+    """A table of the scores of every change over its seeds."""
+    metrics = next(iter(next(iter(changes.values())).values()))["metrics"]
+    rows = []
+    for change, of_seeds in changes.items():
+        scores = [[of["scores"][task] for of in of_seeds.values()] for task in metrics]
+        spread = [f" ± {stdev(of_task):.3f}" if len(of_task) > 1 else "" for of_task in scores]
+        cells = " | ".join(f"{fmean(of_task):.3f}{of}" for of_task, of in zip(scores, spread, strict=True))
+        rows.append(f"| {change} | {cells} | {len(of_seeds)} |")
+    heads = " | ".join(f"{task} ({metric})" for task, metric in metrics.items())
+    return "\n".join([f"| {what} | {heads} | seeds |", f"|---|{'---|' * (len(metrics) + 1)}", *rows])
+
+
+def kernel_table(name: str, content: dict[str, Any]) -> str:
+    """One row a shape and direction; milliseconds, and what they are beside the best peer and the floor."""
+    cases = content["cases"]
+    commands = ", ".join(f"`{command}`" for command in dict.fromkeys(case["command"] for case in cases))
+    systems = list(dict.fromkeys(system for case in cases for system in case["systems"]))
+    rows = []
+    for case in cases:
+        times = {system: outcome["median"] for system, outcome in case["systems"].items() if "median" in outcome}
+        ours = times.get("trunkline")
+        peers = {system: time for system, time in times.items() if system != "trunkline"}
+        ratio = f"{min(peers.values()) / ours:.2f}x" if ours and peers else "-"
+        reached = f"{case['floor'] / ours:.0%}" if ours and case["floor"] else "-"
+        rate = f"{case['work']['operations'] / ours / 1e12:.3g}" if ours else "-"
+        cells = [f"{times[system] * 1000:,.3g}" if system in times else "-" for system in systems]
+        rows.append(f"| {case['shape']} | {case['direction']} | {' | '.join(cells)} | {ratio} | {reached} | {rate} |")
+    return f"""
+## {name}
+On {_measured_on(content["environment"])}, {cases[0]["dtype"]}: {commands}. Milliseconds a call, median of
+the rounds; then how many times faster than the fastest other, the share of the floor, and TFLOP/s.
+
+| shape | direction | {" | ".join(systems)} | faster | of the floor | TFLOP/s |
+|---|---|{"---|" * (len(systems) + 3)}
+{chr(10).join(rows)}
+
+![times]({name}.png)
+"""
