@@ -13,6 +13,7 @@ from trunkline.engine.network.packing import Example, pack
 from trunkline.kernels.attention.attention import attention, attention_reference
 from trunkline.training.data.corpus import load_corpus
 from trunkline.training.environment import environment
+from trunkline.training.run.optimizer import freeze, in_words, make_optimizer
 
 OPTIONAL = {
     "triton": "kernels on NVIDIA GPUs",
@@ -59,14 +60,16 @@ def _attention_error(device: torch.device) -> float:
 
 
 def check_data(config: Config) -> None:
-    """Reads and encodes every example of a config and prints what was found.
+    """Reads and encodes every example of a config, and prints what was found and what would learn at which rate.
 
     Raises:
         ValueError: something cannot be used; names task, file, row and value.
     """
     engine = Engine.from_config(config)  # what needs no data is found first
     corpus = load_corpus(config, tell=print)
-    engine.build(corpus.tokenizer)
+    model = engine.build(corpus.tokenizer)
+    freeze(model, config.optimizer.freeze)
+    print("\n".join(in_words(model, make_optimizer(model, config.optimizer), config.optimizer)))
     for train, validation in zip(corpus.train, corpus.validation, strict=True):
         counts = "".join(f", {count}" for count in train.counts.in_words())
         if of_validation := ", ".join(validation.counts.in_words()):

@@ -51,6 +51,7 @@ def test_examples_of_every_task_are_counted(tiny_config, tmp_path, capsys):
     assert "60 train" in told["prose"]
     assert told["prose"].endswith("at most; of validation 2 empty")
     assert told["vocabulary"].endswith("; the data is ready")
+    assert told["learns"].startswith("learns at 3.0e-03: ")
     assert not list(folder.glob("runs"))
 
 

@@ -118,8 +118,8 @@ def _prefixes(part: str, blocks: int) -> Iterable[str]:
     return [part]
 
 
-def in_words(model: Model, optimizer: torch.optim.AdamW) -> list[str]:
-    """What learns at which rate, and what does not: a line each."""
+def in_words(model: Model, optimizer: torch.optim.AdamW, settings: Optimizer) -> list[str]:
+    """What learns at which rate, what does not, and what speaks against it: a line each."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     learning: dict[float, dict[str, int]] = {}
     for group in optimizer.param_groups:
@@ -132,15 +132,12 @@ def in_words(model: Model, optimizer: torch.optim.AdamW) -> list[str]:
         for rate, parts in sorted(learning.items())
     ]
     frozen = sum(parameter.numel() for parameter in names if not parameter.requires_grad)
-    return [*lines, f"frozen: {quantity(frozen)} parameters of the trunk"] if frozen else lines
-
-
-def warning(model: Model, settings: Optimizer) -> str:
-    """What speaks against the rates; empty: nothing."""
+    if frozen:
+        lines.append(f"frozen: {quantity(frozen)} parameters of the trunk")
     rate = rates(model, settings)[0]
-    if not is_foreign(model) or rate < ERASES:
-        return ""
-    return (
-        f"optimizer.learning_rate {rate:.1e} soon erases what the checkpoint has learnt; "
-        f"{FROM_CHECKPOINT:.0e} is usual (learning_rate: auto)"
-    )
+    if is_foreign(model) and rate >= ERASES and any(p.requires_grad for p in model.trunk.parameters()):
+        lines.append(
+            f"optimizer.learning_rate {rate:.1e} soon erases what the checkpoint has learnt; "
+            f"{FROM_CHECKPOINT:.0e} is usual (learning_rate: auto)"
+        )
+    return lines

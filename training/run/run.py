@@ -37,7 +37,7 @@ from trunkline.training.run.faults import Guard, Parts, named_culprits
 from trunkline.training.run.faults import in_words as left_out_in_words
 from trunkline.training.run.folder import RunFolder, check_goes_on, fingerprint
 from trunkline.training.run.interruption import Interruption
-from trunkline.training.run.optimizer import freeze, in_words, make_optimizer, share_of_rate, warning
+from trunkline.training.run.optimizer import freeze, in_words, make_optimizer, share_of_rate
 from trunkline.training.run.profiling import Profile
 from trunkline.training.run.progress import Display, Interval, Log, Progress
 from trunkline.training.scoring.evaluation import Scored, evaluate, mean_score
@@ -106,7 +106,7 @@ class Run:
         return model
 
     def __enter__(self) -> "Run":
-        for line in filter(None, [*in_words(self.model, self.optimizer), warning(self.model, self.config.optimizer)]):
+        for line in in_words(self.model, self.optimizer, self.config.optimizer):
             self.display.tell(line)
         for part in (self.display, self.log, self.profile, self.interruption):
             self.open.enter_context(part)

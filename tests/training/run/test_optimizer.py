@@ -8,7 +8,7 @@ from trunkline.engine.foreign.pretrained import Origin
 from trunkline.engine.network.bilstm import BiLSTM
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.settings import Batch, Optimizer
-from trunkline.training.run.optimizer import ERASES, freeze, in_words, make_optimizer, rates, warning
+from trunkline.training.run.optimizer import ERASES, freeze, in_words, make_optimizer, rates
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -64,7 +64,7 @@ def test_frozen_parts_have_no_place_in_the_optimizer(parts, frozen):
     expected = {n for n, _ in model.trunk.named_parameters() if any(f"{n}.".startswith(f"{part}.") for part in frozen)}
     assert {n for n, p in model.trunk.named_parameters() if not p.requires_grad} == expected
     assert set(rate_of(model, Optimizer())).isdisjoint(f"trunk.{name}" for name in expected)
-    assert "frozen: " in in_words(model, make_optimizer(model, Optimizer()))[-1]
+    assert "frozen: " in in_words(model, make_optimizer(model, Optimizer()), Optimizer())[-1]
 
 
 def test_frozen_matrices_can_be_kept_in_bfloat16():
@@ -94,9 +94,15 @@ def test_a_bilstm_has_nothing_to_freeze():
 
 
 def test_a_rate_that_erases_a_checkpoint_is_warned_of():
-    assert "soon erases" in warning(make(foreign=True), Optimizer(learning_rate=ERASES))
-    assert warning(make(foreign=True), Optimizer()) == ""
-    assert warning(make(), Optimizer(learning_rate=ERASES)) == ""
+    def told(foreign: bool, freezes: bool = False, **settings) -> str:
+        model = make(foreign)
+        freeze(model, ["trunk"] if freezes else [])
+        return "\n".join(in_words(model, make_optimizer(model, Optimizer(**settings)), Optimizer(**settings)))
+
+    assert "soon erases" in told(foreign=True, learning_rate=ERASES)
+    assert "soon erases" not in told(foreign=True)
+    assert "soon erases" not in told(foreign=False, learning_rate=ERASES)
+    assert "soon erases" not in told(foreign=True, freezes=True, learning_rate=ERASES)
 
 
 def test_what_is_frozen_keeps_its_bits_and_the_rest_learns(tmp_path):
