@@ -57,8 +57,8 @@ def room_of(module: str) -> int:
 
 def test_the_walk_finds_imports_of_every_kind():
     """Of a module, of a name in one, inside a function, and for type checkers."""
-    assert Import("trunkline.kernels.task_loss", "trunkline.kernels.task_loss_torch", "", False) in IMPORTS
-    assert Import("trunkline.engine.network.model", "trunkline.kernels.task_loss", "", False) in IMPORTS
+    assert Import("trunkline.kernels.tasks.task_loss", "trunkline.kernels.tasks.task_loss_torch", "", False) in IMPORTS
+    assert Import("trunkline.engine.network.model", "trunkline.kernels.tasks.task_loss", "", False) in IMPORTS
     assert Import("trunkline.engine.engine", "trunkline.training.run.loop", "fit", False) in IMPORTS
     assert Import("trunkline.training.run.loop", "trunkline.engine.engine", "", True) in IMPORTS
 

@@ -25,7 +25,7 @@ from trunkline.engine.engine import make_model
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import PackedBatch
 from trunkline.kernels.attention.pack_plan import TILE_SIZES
-from trunkline.kernels.linear_cross_entropy import CHUNKS
+from trunkline.kernels.vocabulary.chunks import CHUNKS
 from trunkline.training.data.batches import Packer, make_mixer
 from trunkline.training.data.corpus import load_corpus
 from trunkline.training.flops import training_flops

@@ -27,7 +27,8 @@ from trunkline.benchmarks.microbenchmarks.measure import OURS, check, in_turns
 from trunkline.benchmarks.microbenchmarks.peers import PEERS, System, trunkline
 from trunkline.benchmarks.record import record
 from trunkline.engine.network.memory import keep_freed_memory
-from trunkline.kernels import linear_cross_entropy, task_loss
+from trunkline.kernels.tasks import task_loss
+from trunkline.kernels.vocabulary import linear_cross_entropy
 from trunkline.training.environment import environment
 
 VOCABULARY = {"rows": 1024, "width": 256, "vocabulary": 8192}

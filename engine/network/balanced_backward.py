@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import PackedBatch
 from trunkline.engine.network.trunk import Trunk
-from trunkline.kernels.task_gram import TaskGradients, task_gram
-from trunkline.kernels.task_loss import LossSums
+from trunkline.kernels.tasks.task_gram import TaskGradients, task_gram
+from trunkline.kernels.tasks.task_loss import LossSums
 
 
 @dataclass

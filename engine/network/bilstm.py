@@ -28,7 +28,7 @@ from trunkline.engine.network.model import MultiTaskModel, in_model_order
 from trunkline.engine.network.packing import Example, PackedBatch, pack
 from trunkline.engine.network.trunk import Trunk, TrunkConfig, occurred_before
 from trunkline.engine.tasks.task import Task
-from trunkline.kernels.task_loss import LossSums, sum_by_task
+from trunkline.kernels.tasks.task_loss import LossSums, sum_by_task
 
 
 class Lstm(nn.LSTM):

@@ -19,7 +19,7 @@ from torch import Tensor
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import LabelledRows, PackedBatch
 from trunkline.kernels.attention.pack_plan import PackPlan
-from trunkline.kernels.task_loss import LossSums
+from trunkline.kernels.tasks.task_loss import LossSums
 
 SPARE = 1 / 8  # room beyond the largest batch that was looked at
 MULTIPLE = 16  # of rows: products of 16-bit numbers want multiples of 8

@@ -20,9 +20,9 @@ from trunkline.engine.network.generate import Search, generate
 from trunkline.engine.network.packing import PackedBatch
 from trunkline.engine.network.span_loss import span_loss
 from trunkline.engine.network.trunk import Trunk
-from trunkline.kernels.linear_cross_entropy import linear_cross_entropy
-from trunkline.kernels.task_loss import LossSums, task_loss
-from trunkline.kernels.task_projection import task_projection
+from trunkline.kernels.tasks.task_loss import LossSums, task_loss
+from trunkline.kernels.tasks.task_projection import task_projection
+from trunkline.kernels.vocabulary.linear_cross_entropy import linear_cross_entropy
 
 COLUMNS = 8  # products of 16-bit numbers want widths in multiples of it
 

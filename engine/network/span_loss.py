@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from trunkline.engine.heads.span import END, START
-from trunkline.kernels.task_loss import LossSums, sum_by_task
+from trunkline.kernels.tasks.task_loss import LossSums, sum_by_task
 
 
 def span_loss(

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from trunkline.engine.tasks.task import Task as Task
     from trunkline.kernels.attention.attention import attention as attention
     from trunkline.kernels.attention.pack_plan import PackPlan as PackPlan
-    from trunkline.kernels.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
-    from trunkline.kernels.task_loss import task_loss as task_loss
-    from trunkline.kernels.task_projection import task_projection as task_projection
+    from trunkline.kernels.tasks.task_loss import task_loss as task_loss
+    from trunkline.kernels.tasks.task_projection import task_projection as task_projection
+    from trunkline.kernels.vocabulary.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
 
 __version__ = "0.1.0"
 
@@ -44,9 +44,9 @@ _MODULES = {
     "MultiheadAttention": "trunkline.engine.foreign.multihead_attention",
     "patch": "trunkline.engine.foreign.patch",
     "unpatch": "trunkline.engine.foreign.patch",
-    "task_projection": "trunkline.kernels.task_projection",
-    "task_loss": "trunkline.kernels.task_loss",
-    "linear_cross_entropy": "trunkline.kernels.linear_cross_entropy",
+    "task_projection": "trunkline.kernels.tasks.task_projection",
+    "task_loss": "trunkline.kernels.tasks.task_loss",
+    "linear_cross_entropy": "trunkline.kernels.vocabulary.linear_cross_entropy",
 }
 __all__ = ["__version__", *_MODULES]
 

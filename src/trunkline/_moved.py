@@ -12,12 +12,15 @@ from typing import Any
 _NETWORK = "packing trunk model generate compiled memory balanced_backward"
 _FOREIGN = "pretrained families patch plans drop_in multihead_attention"
 _DATA = "sources cache corpus batches mixing generated"
+_TASKS = "task_gram task_loss task_projection task_tiles"
 _RUN = "loop faults interruption progress profiling"
 MOVED: dict[str, tuple[str, ...]] = {  # what was one module may be several now
     **{f"engine.{name}": (f"engine.network.{name}",) for name in _NETWORK.split()},
     **{f"engine.{name}": (f"engine.foreign.{name}",) for name in _FOREIGN.split()},
     **{f"training.{name}": (f"training.data.{name}",) for name in _DATA.split()},
     **{f"training.{name}": (f"training.run.{name}",) for name in _RUN.split()},
+    **{f"kernels.{name}": (f"kernels.tasks.{name}",) for name in _TASKS.split()},
+    "kernels.linear_cross_entropy": ("kernels.vocabulary.linear_cross_entropy",),
     "kernels.pack_plan": ("kernels.attention.pack_plan",),
     "training.tasks": ("engine.tasks.task",),
     "training.builtin": ("engine.tasks.builtin",),

@@ -17,10 +17,10 @@ from fuzz.outcomes import assert_right, assert_right_or_refused
 from parity import upstream_gradient
 from trunkline.kernels.attention.attention import attention, attention_reference
 from trunkline.kernels.attention.pack_plan import PackPlan
-from trunkline.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from trunkline.kernels.task_gram import task_gradients, task_gradients_reference, task_gram
-from trunkline.kernels.task_loss import task_loss, task_loss_reference
-from trunkline.kernels.task_projection import task_projection, task_projection_reference
+from trunkline.kernels.tasks.task_gram import task_gradients, task_gradients_reference, task_gram
+from trunkline.kernels.tasks.task_loss import task_loss, task_loss_reference
+from trunkline.kernels.tasks.task_projection import task_projection, task_projection_reference
+from trunkline.kernels.vocabulary.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from parity import assert_as_accurate
-from trunkline.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
-from trunkline.kernels.task_loss import LossSums
+from trunkline.kernels.tasks.task_loss import LossSums
+from trunkline.kernels.vocabulary.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
 
 N, D, V = 4, 16, 101
 ABSENT = 2  # the task without rows

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from trunkline.kernels.attention.attention import attention
 from trunkline.kernels.attention.pack_plan import PackPlan
-from trunkline.kernels.linear_cross_entropy import linear_cross_entropy
-from trunkline.kernels.task_loss import task_loss
-from trunkline.kernels.task_projection import task_projection
+from trunkline.kernels.tasks.task_loss import task_loss
+from trunkline.kernels.tasks.task_projection import task_projection
+from trunkline.kernels.vocabulary.linear_cross_entropy import linear_cross_entropy
 
 OFFSETS, TARGET, ONES = torch.tensor([0, 4], dtype=torch.int32), torch.tensor([0, 1, 2, 0]), torch.ones(4)
 PLAN = PackPlan.of(OFFSETS)

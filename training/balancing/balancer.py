@@ -11,7 +11,7 @@ from trunkline.engine.network.balanced_backward import BalancedBackward
 from trunkline.engine.network.bilstm import BiLSTM, Model
 from trunkline.engine.network.packing import PackedBatch
 from trunkline.engine.settings import Balancing
-from trunkline.kernels.task_loss import LossSums
+from trunkline.kernels.tasks.task_loss import LossSums
 from trunkline.training.balancing.methods import FROM_GRADIENTS, FROM_LOSSES, Seen, State
 
 LOGGED = 32  # tasks up to which every two are compared in metrics.jsonl: more could not be told apart in a chart

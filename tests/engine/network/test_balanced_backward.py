@@ -12,7 +12,7 @@ from trunkline.engine.network.balanced_backward import BalancedBackward, linear_
 from trunkline.engine.network.model import MultiTaskModel, in_model_order
 from trunkline.engine.network.packing import Example, PackedBatch, pack
 from trunkline.engine.network.trunk import Trunk, TrunkConfig
-from trunkline.kernels import task_gram
+from trunkline.kernels.tasks import task_gram
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

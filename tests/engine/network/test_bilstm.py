@@ -241,7 +241,7 @@ def test_extraction_is_learnt_and_comes_back_as_text(causal):
 
 
 def model_of_ones(batch: PackedBatch):
-    from trunkline.kernels.task_loss import LossSums
+    from trunkline.kernels.tasks.task_loss import LossSums
 
     ones = torch.ones(1)
     return LossSums(ones, ones, ones, ones)

@@ -19,8 +19,8 @@ from trunkline.engine.network.compiled import CompiledModel, FixedShapes
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import PackedBatch
 from trunkline.engine.settings import Balancing, Optimizer
-from trunkline.kernels import linear_cross_entropy
-from trunkline.kernels.task_loss import LossSums
+from trunkline.kernels.tasks.task_loss import LossSums
+from trunkline.kernels.vocabulary import linear_cross_entropy
 from trunkline.training.balancing.balancer import Balancer
 from trunkline.training.config_file import load_config
 from trunkline.training.data.batches import weight_sums

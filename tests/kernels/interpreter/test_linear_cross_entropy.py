@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from trunkline.kernels import arguments
-from trunkline.kernels import linear_cross_entropy as module
+from trunkline.kernels.vocabulary import chunks
 from vocabulary import OPTIONS, N, V, assert_matches, definition, make, op, results
 
 # -inf and overflow of exp are meant: they give the right limits
@@ -16,7 +16,7 @@ DTYPES = [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytes
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "CHUNKS", {"cpu": (4, 0), "cuda": (4, 0)})
+    monkeypatch.setattr(chunks, "CHUNKS", {"cpu": (4, 0), "cuda": (4, 0)})
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from parity import check
-from trunkline.kernels.task_gram import example, task_gradients, task_gradients_reference
+from trunkline.kernels.tasks.task_gram import example, task_gradients, task_gradients_reference
 
 CASES = {  # tokens, tasks, width in, width out
     "several tiles": (150, 3, 140, 200),

@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from parity import assert_as_accurate
-from trunkline.kernels import arguments, task_loss_torch, task_loss_triton
-from trunkline.kernels.task_loss import task_logits, task_loss, task_loss_reference
+from trunkline.kernels import arguments
+from trunkline.kernels.tasks import task_loss_torch, task_loss_triton
+from trunkline.kernels.tasks.task_loss import task_logits, task_loss, task_loss_reference
 
 CLASSES = [3, 1, 2, 7, 1, 20]  # columns of every task
 REGRESSION = [False, True, False, False, False, False]  # the other task with one column has one class

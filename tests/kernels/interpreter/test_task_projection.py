@@ -5,8 +5,8 @@ import torch
 from torch import Tensor
 
 from parity import assert_as_accurate
-from trunkline.kernels import task_projection_triton
-from trunkline.kernels.task_projection import task_projection, task_projection_reference
+from trunkline.kernels.tasks import task_projection_triton
+from trunkline.kernels.tasks.task_projection import task_projection, task_projection_reference
 
 
 def make(

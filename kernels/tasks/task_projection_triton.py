@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from trunkline.kernels.dispatch import input_precision, tl, triton
-from trunkline.kernels.task_tiles import rows_of_tile, search_block
+from trunkline.kernels.tasks.task_tiles import rows_of_tile, search_block
 
 SPILLS = {  # Triton 3.6 alone
     ("_product_kernel", 80): (

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from trunkline.kernels.dispatch import input_precision, padded_width, tl, triton
-from trunkline.kernels.task_tiles import rows_of_tile, search_block
+from trunkline.kernels.tasks.task_tiles import rows_of_tile, search_block
 
 WIDEST = 256  # C that a tile can hold
 PROGRAMS = 512  # that the backward pass is split into at least, where rows allow

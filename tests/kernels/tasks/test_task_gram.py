@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trunkline.kernels import task_gram as module
-from trunkline.kernels.task_gram import example, task_gradients, task_gram
+from trunkline.kernels.tasks import task_gram as module
+from trunkline.kernels.tasks.task_gram import example, task_gradients, task_gram
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

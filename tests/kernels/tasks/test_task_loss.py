@@ -9,7 +9,7 @@ from torch import Tensor
 
 from parity import assert_as_accurate
 from small_heads import ABSENT, CLASSES, REGRESSION, ROWS, Inputs, make
-from trunkline.kernels.task_loss import (
+from trunkline.kernels.tasks.task_loss import (
     SHAPES,
     LossSums,
     _backward,
@@ -19,7 +19,7 @@ from trunkline.kernels.task_loss import (
     task_loss,
     task_loss_reference,
 )
-from trunkline.kernels.task_loss_torch import LARGE
+from trunkline.kernels.tasks.task_loss_torch import LARGE
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 

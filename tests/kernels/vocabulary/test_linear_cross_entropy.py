@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from trunkline.benchmarks.microbenchmarks.losses import peak_memory
-from trunkline.kernels import linear_cross_entropy as module
-from trunkline.kernels.linear_cross_entropy import _forward_reference
+from trunkline.kernels.vocabulary import chunks
+from trunkline.kernels.vocabulary.linear_cross_entropy import _forward_reference
 from vocabulary import ABSENT, OPTIONS, D, Inputs, N, assert_matches, definition, make, op, results
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
@@ -19,7 +19,7 @@ CHUNK = 256
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
-    monkeypatch.setattr(module, "CHUNKS", {"cpu": (CHUNK, 0), "cuda": (CHUNK, 0)})
+    monkeypatch.setattr(chunks, "CHUNKS", {"cpu": (CHUNK, 0), "cuda": (CHUNK, 0)})
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -53,7 +53,7 @@ def test_half_precision_sums_in_float32(dtype):
 
 
 def test_weight_gradient_adds_up_in_float32(monkeypatch):
-    monkeypatch.setattr(module, "CHUNKS", {"cpu": (2, 0), "cuda": (2, 0)})  # 300 summands
+    monkeypatch.setattr(chunks, "CHUNKS", {"cpu": (2, 0), "cuda": (2, 0)})  # 300 summands
     assert_matches(make(600, torch.bfloat16))
 
 
@@ -194,9 +194,9 @@ def test_a_quarter_of_the_memory_of_all_logits():
 def test_chunks_fit_their_bytes(monkeypatch):
     """At 8192 rows and V = 50257 in 16 bits the logits must take less than 0.1 GB of a GPU."""
     monkeypatch.undo()
-    rows, most_bytes = module.CHUNKS["cuda"]
+    rows, most_bytes = chunks.CHUNKS["cuda"]
     assert max(rows, most_bytes // (50257 * 2)) * 50304 * 2 <= 1.01e8
-    rows, most_bytes = module.CHUNKS["cpu"]
+    rows, most_bytes = chunks.CHUNKS["cpu"]
     assert max(rows, most_bytes // (8192 * 4)) == 256
 
 

@@ -17,11 +17,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trunkline.kernels import task_projection_triton
 from trunkline.kernels.arguments import can_look, check_offsets, check_tensors
 from trunkline.kernels.dispatch import register
 from trunkline.kernels.once_differentiable import once_differentiable
-from trunkline.kernels.task_tiles import random_offsets
+from trunkline.kernels.tasks import task_projection_triton
+from trunkline.kernels.tasks.task_tiles import random_offsets
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda z: z,

@@ -7,7 +7,7 @@ import torch
 
 from small_heads import CLASSES, ROWS, make
 from trunkline.kernels import arguments
-from trunkline.kernels.task_loss import task_loss
+from trunkline.kernels.tasks.task_loss import task_loss
 
 
 @pytest.mark.parametrize(("weight", "bias"), [((19, 23), (19,)), ((19, 24), (18,)), ((19, 24), (19, 1))])

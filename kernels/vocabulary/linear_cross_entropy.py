@@ -25,7 +25,7 @@ Source: Wijmans et al., Cut Your Losses, arXiv:2411.09009; Hsu et al., Liger Ker
 PaLM, arXiv:2204.02311, section 5; soft cap as in Gemma 2, arXiv:2408.00118, section 2.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -34,12 +34,10 @@ from torch import Tensor
 
 from trunkline.kernels.arguments import can_look, check_tensors
 from trunkline.kernels.dispatch import register
-from trunkline.kernels.linear_cross_entropy_triton import rows_triton, sums_triton
 from trunkline.kernels.once_differentiable import once_differentiable
-from trunkline.kernels.task_loss import LossSums, sum_by_task
-
-# Rows whose logits exist at a time: so many, or more while they have no more than these bytes. The CPU's stay cached.
-CHUNKS = {"cpu": (256, 8 << 20), "cuda": (960, 96 << 20)}
+from trunkline.kernels.tasks.task_loss import LossSums, sum_by_task
+from trunkline.kernels.vocabulary.chunks import in_chunks, rows_reference
+from trunkline.kernels.vocabulary.linear_cross_entropy_triton import rows_triton, sums_triton
 
 
 def linear_cross_entropy_reference(
@@ -61,97 +59,6 @@ def linear_cross_entropy_reference(
     loss = F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)
     loss = loss + z_loss * logits.logsumexp(-1).square()
     return sum_by_task(loss * row_weight.to(loss.dtype), task, num_tasks)
-
-
-def _rows_reference(
-    logits: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    row_weight: Tensor,
-    dloss: Tensor | None,
-    loss: Tensor,
-    correct: Tensor,
-    label_smoothing: float,
-    z_loss: float,
-    softcap: float,
-) -> None:
-    """The weighted losses of a chunk and, with the dloss (r,) of its rows, its gradient in place of its logits.
-
-    As few passes over the logits as can be.
-    """
-    z, y, row_weight = logits.to(loss.dtype), target[:, None], row_weight[:, None]
-    if bias is not None:
-        z.add_(bias)
-    if softcap:
-        share = z.div_(softcap).tanh_()
-        slope, z = 1 - share.square(), share * softcap
-    own = z.gather(1, y)  # (r, 1), like all that follows for a row
-    gap = (own - z).mean(-1, keepdim=True) if label_smoothing else torch.zeros_like(own)
-    z.scatter_(1, y, torch.finfo(z.dtype).min)
-    top = z.amax(-1, keepdim=True)
-    others = z.sub_(top).exp_().sum(-1, keepdim=True)
-    margin = (top - own) + others.log()  # differences first: large logits cost no digits
-    softplus = torch.logaddexp(margin, torch.zeros_like(margin))
-    total = own + softplus
-    loss[:, None] = row_weight * (softplus + label_smoothing * gap + z_loss * total.square())
-    correct[:, None] = own > top
-    if dloss is None:
-        return
-
-    V, row_weight = z.shape[1], row_weight * dloss[:, None]
-    doubt, drift = margin.sigmoid(), 2 * z_loss * total  # 1 - p[y]
-    z.mul_(row_weight * doubt * (1 + drift) / others)
-    if label_smoothing:
-        z.sub_(row_weight * (label_smoothing / V))
-    own_gradient = drift * (1 - doubt) - doubt + label_smoothing - label_smoothing / V
-    z.scatter_(1, y, row_weight * own_gradient)
-    if softcap:
-        z.mul_(slope)
-    if z is not logits:
-        logits.copy_(z)
-
-
-def _in_chunks(
-    rows_of_chunk: Callable[..., None],
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    row_weight: Tensor,
-    dloss: Tensor | None,
-    *options: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Weighted losses (R,), which rows are correct (R,) and, with the dloss (R,) of the rows, three gradients: those of
-    x, weight and bias."""
-    (R, D), V, with_gradient = x.shape, len(weight), dloss is not None
-    loss, correct = (torch.empty_like(row_weight) for _ in range(2))
-    dx = x.new_empty((R, D) if with_gradient else (0, D))
-    dweight = loss.new_zeros((V, D) if with_gradient else (0, D))
-    dbias = loss.new_zeros(V if with_gradient and bias is not None else 0)
-    weight = weight.to(x.dtype)
-    at_least, most_bytes = CHUNKS.get(x.device.type, CHUNKS["cuda"])
-    size = max(1, min(R, max(at_least, most_bytes // (V * x.itemsize))))
-    buffer = x.new_empty(size, -(-V // 64) * 64)[:, :V]  # cuBLAS wants every row to start at a multiple of 16 bytes
-    for start in range(0, R, size):
-        rows = slice(start, min(start + size, R))
-        logits = torch.mm(x[rows], weight.T, out=buffer[: rows.stop - start])  # (r, D) @ (D, V) -> (r, V)
-        known = None if dloss is None else dloss[rows]
-        rows_of_chunk(logits, bias, target[rows], row_weight[rows], known, loss[rows], correct[rows], *options)
-        if not with_gradient:
-            continue
-        torch.mm(logits, weight, out=dx[rows])  # (r, V) @ (V, D) -> (r, D)
-        _add_product(dweight, logits.T, x[rows])  # (V, r) @ (r, D) -> (V, D)
-        if bias is not None:
-            dbias += logits.sum(0, dtype=dbias.dtype)
-    return loss, correct, dx, dweight, dbias
-
-
-def _add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b, where total may be of higher precision."""
-    if a.is_cuda and a.dtype != total.dtype:
-        torch.addmm(total, a, b, out_dtype=total.dtype, out=total)  # adds up in registers and never rounds
-    else:
-        total.addmm_(a.to(total.dtype), b.to(total.dtype))
 
 
 def _check_labels(target: Tensor, task: Tensor, row_weight: Tensor, vocabulary: int, num_tasks: int) -> None:
@@ -190,7 +97,7 @@ def _forward_triton(
     bias = None if bias is None else bias.contiguous()
     target, task, row_weight = target.contiguous(), task.contiguous(), row_weight.float().contiguous()
     dloss = None if dloss is None else dloss.float()[task]
-    loss, correct, dx, dweight, dbias = _in_chunks(rows_triton, x, weight, bias, target, row_weight, dloss, *options)
+    loss, correct, dx, dweight, dbias = in_chunks(rows_triton, x, weight, bias, target, row_weight, dloss, *options)
     return *sums_triton(loss, correct, row_weight, task, num_tasks), dx, dweight, dbias
 
 
@@ -214,7 +121,7 @@ def _forward_reference(
     row_weight = row_weight[kept].to(torch.promote_types(x.dtype, torch.float32))
     dloss = None if dloss is None else dloss.to(row_weight.dtype)[task]
     inputs = (x[kept], weight, bias, target, row_weight, dloss)
-    loss, correct, dx, dweight, dbias = _in_chunks(_rows_reference, *inputs, label_smoothing, z_loss, softcap)
+    loss, correct, dx, dweight, dbias = in_chunks(rows_reference, *inputs, label_smoothing, z_loss, softcap)
     if dloss is not None:
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format).index_copy_(0, kept, dx)
     counted = (row_weight > 0).to(loss.dtype)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from parity import assert_as_accurate
-from trunkline.kernels.task_projection import (
+from trunkline.kernels.tasks.task_projection import (
     SHAPES,
     _backward,
     _forward,

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from trunkline.kernels import arguments
-from trunkline.kernels import linear_cross_entropy as module
-from trunkline.kernels.linear_cross_entropy import SHAPES, _forward, example, linear_cross_entropy
-from trunkline.kernels.task_loss import LossSums
+from trunkline.kernels.tasks.task_loss import LossSums
+from trunkline.kernels.vocabulary import linear_cross_entropy as module
+from trunkline.kernels.vocabulary.linear_cross_entropy import SHAPES, _forward, example, linear_cross_entropy
 from vocabulary import OPTIONS, D, Inputs, N, V, definition, make, op, results
 
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
