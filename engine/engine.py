@@ -18,7 +18,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from trunkline.engine.config import Config, changed, config_from, with_vocabulary
+from trunkline.engine.config import TRAINED, Config, changed, config_from, with_vocabulary
 from trunkline.engine.device import usable_device
 from trunkline.engine.foreign.pretrained import SETTINGS, WEIGHTS
 from trunkline.engine.heads.registry import HEADS
@@ -69,6 +69,8 @@ class Engine:
     ):
         if isinstance(tokenizer, str):
             settings["tokenizer"] = tokenizer
+        elif given := [name for name in TRAINED if name in settings]:
+            raise ValueError(f"engine: {given[0]} is of a tokenizer that is trained, and one is given: leave it out")
         start = trunk if isinstance(trunk, Trunk) else None
         if start is not None and (init := settings.get("init")):
             raise ValueError(f"engine: a Trunk and init='{init}' are two starts: give one of them")

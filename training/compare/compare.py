@@ -12,7 +12,7 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import yaml
 
 from trunkline.engine import checkpoint
-from trunkline.engine.config import Config
+from trunkline.engine.config import Config, with_tokenizer
 from trunkline.engine.engine import Engine
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.text.tokenizer import FILE
@@ -138,7 +138,7 @@ def _basis(comparison: Comparison, run: Path) -> Basis:
         if "bert" in comparison.systems:
             tokenizer.mask()
         tokenizer.save(run)
-    config = replace(ordinary(comparison), tokenizer=str(run))
+    config = with_tokenizer(ordinary(comparison), run)
     return Basis(config, load_corpus(config, tell=print), comparison.match, comparison.warm_up)
 
 
