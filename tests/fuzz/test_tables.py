@@ -54,7 +54,7 @@ def written(name: str, columns: dict[str, list[str]]) -> bytes:
 
 
 def read_or_refused(data: bytes, name: str) -> dict[str, list[Any]] | None:
-    columns, refusal = result_or_refusal(read_table, data, name, WANTED)
+    columns, refusal = result_or_refusal(read_table, io.BytesIO(data), name, WANTED)
     if refusal:
         assert name in refusal
         return None
