@@ -210,7 +210,8 @@ def backward(
     starts, row, column, place = layout.by_column
     factors = dlogits.reshape(-1)[_numpy(place)]
     dweight = weighted_sums(x, starts, row, factors)
-    dbias = layout.tensor(np.bincount(_numpy(column), factors, len(bias)))  # float64
+    counts = np.bincount(_numpy(column), factors, len(bias))
+    dbias = layout.tensor(counts.astype(np.float64))  # which, where there is nothing to count, are whole numbers
     for rows, columns, classes in layout.large():
         of_task = layout.tensor(dlogits[rows, classes])
         torch.mm(of_task, weight[columns], out=dx[rows])

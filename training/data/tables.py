@@ -256,7 +256,7 @@ def _parquet_rows(file: BinaryIO, name: str, choose: Choose) -> Iterator[Sequenc
             for batch in table.iter_batches(AT_ONCE, [group], list(dict.fromkeys(chosen))):
                 batch.validate(full=True)  # is text UTF-8?
                 yield from zip(*(batch[column].to_pylist() for column in chosen), strict=True)
-    except (pyarrow.ArrowException, OSError, OverflowError) as error:
+    except (pyarrow.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
         raise ValueError(f"{name} is not a valid Parquet file: {error}") from error
 
 
