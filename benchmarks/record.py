@@ -12,10 +12,9 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from trunkline.benchmarks.tables import kernel_table, tables
-
 from trunkline.benchmarks.microbenchmarks.examples import shipped_kernels
 from trunkline.benchmarks.plots import plot_roofline, plot_scaling, plot_step, plot_times
+from trunkline.benchmarks.tables import kernel_table, tables
 from trunkline.training.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -53,6 +53,12 @@ class Layout:
 
     def check_targets(self, target: Tensor, regression: Tensor) -> None:
         """Raises ValueError for a class that the row's task does not have."""
+        wide = _numpy(regression) & (self.classes != 1)
+        if wide.any():
+            task = int(wide.argmax())
+            raise ValueError(
+                f"task_loss: a regression has one column, got {self.classes[task]} in class_offsets for task {task}"
+            )
         labels, classes = _numpy(target), self.of_row(np.where(_numpy(regression), 0, self.classes))
         wrong = ((labels < 0) | (labels >= classes)) & (classes > 0)
         if wrong.any():

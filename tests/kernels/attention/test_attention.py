@@ -364,6 +364,13 @@ def test_rows_are_integers(rows):
         attention(q, k, v, plan, causal=True, rows=rows)
 
 
+@pytest.mark.parametrize("rows", [[0, 8], [8] * 9], ids=["few", "many"])
+def test_rows_that_there_are_not_are_an_error(rows):
+    q, k, v, plan = make([[3, 5]])
+    with pytest.raises(ValueError, match="attention: rows must be below T = 8: .*out of"):
+        attention(q, k, v, plan, causal=True, rows=torch.tensor(rows))
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
 def test_compiles():
     q, k, v, plan = make([[3, 5], [66], [130]])
