@@ -265,10 +265,12 @@ def _taken(x: Tensor, rows: Tensor) -> Tensor:
     """(T, H, D) -> (R, H, D); nobody looks at the rows' values but the one who takes them."""
     if torch.compiler.is_compiling():
         return x[rows]
+    if x.device.type != "cpu":
+        return x[rows]  # whose gradient is the same in every run there
     try:
-        return x[rows]
+        return x.index_select(0, rows)  # and none of those counted from the end
     except IndexError as error:
-        raise ValueError(f"attention: rows must be below T = {len(x)}: {error}") from error
+        raise ValueError(f"attention: rows must be in [0, {len(x)}): {error}") from error
 
 
 def _seed(seed: int | None) -> Tensor:

@@ -156,6 +156,7 @@ def vocabulary_calls(draw: st.DrawFn) -> Call:
         kept = target != -100
         labels = {"target": target.where(kept, 0).long(), "row_weight": row_weight * kept}
         weight = weight.to(given["x"].dtype)
+        given |= {"bias": given["bias"].to(weight.dtype)} if "bias" in given else {}
         loss = linear_cross_entropy_reference(weight=weight, num_tasks=N, **given, **labels, **options)
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
 

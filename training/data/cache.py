@@ -51,11 +51,11 @@ def encoded(
         tell: is told of a damaged file, which is made anew, and of a cache that cannot be used.
     """
     path = _path([asdict(task), causal, *key], ".arrow", tell)
-    if content := _content(path, tell):
+    if path and (content := _content(path, tell)):
         return _mapped(content, task, causal, path)
     made = make()
     kept = _keep(path, lambda file: _write(file, made), tell)
-    return _mapped(content, task, causal, path) if kept and (content := _content(path, tell)) else made
+    return _mapped(content, task, causal, path) if kept and path and (content := _content(path, tell)) else made
 
 
 def tokenizer(key: Sequence[Any], make: Callable[[], Tokenizer], tell: Tell = lambda _: None) -> Tokenizer:
