@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 from trunkline.engine.checks import at_least, check, from_to_below, made, raise_all, short
@@ -16,6 +17,7 @@ from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.tokenizer import Tokenizer
 
 WARM_UP, RECORDED = 5, 3  # steps of a profile
+TRAINED = ("vocab_size", "lowercase")  # of a tokenizer that is trained, and of no other
 WEIGHTS = at_least(1e-20, 1e20)  # of tasks and classes: beyond, they are lost in float32
 RANGES = {
     "steps": at_least(1, 10**9),
@@ -33,7 +35,8 @@ class Config:
     tasks: tuple[str | Task, ...]
     """Names of embedded tasks (`trunkline tasks` lists them), or the fields of your own."""
     data: str = ""
-    """Folder laid out like the Hugging Face hub; empty: the hub itself. Generated tasks and files need neither."""
+    """Folder laid out like the Hugging Face hub; empty: the hub itself. Generated tasks and files need neither. In a
+    YAML file this, `init` and `tokenizer` may be relative to the file; as key=value they start from where you are."""
     run: str = "runs/run"
     """Folder that the run writes: configuration, tokenizer, metrics, checkpoints, model, report."""
     base: str = ""
@@ -68,7 +71,7 @@ class Config:
     tokenizer: str = ""
     """Folder, tokenizer.json or hub id; empty: that of `init`; else a byte-level BPE trained on the run's own text."""
     vocab_size: int = 8192
-    """Entries of a tokenizer that is trained."""
+    """Entries of a tokenizer that is trained; with `init` or `tokenizer` an error, as is `lowercase`."""
     layout: Literal[1, 2] = 2
     """How texts are put together. 2: as the tokenizer's own template says, such as [CLS] text [SEP] text [SEP], with
     token types, and with no token that a checkpoint has not learnt. 1: text separator text end, whatever the tokenizer,
@@ -122,6 +125,10 @@ class Config:
             of = f"the one of '{self.init}' is not" if self.init else "trunk.causal is false"
             yield f"task '{following[0]}' predicts next tokens, which needs a causal trunk: {of}"
         yield from self._too_long()
+        if source := self.tokenizer or self.init:
+            for name in TRAINED:
+                if getattr(self, name) != getattr(Config, name):
+                    yield f"{name} is of a tokenizer that is trained, and '{source}' brings its own: leave {name} out"
         for key, given in (("weights", self.weights), ("mixing.shares", self.mixing.shares)):
             if strangers := [name for name in given if name not in names]:
                 yield f"{key} names {', '.join(strangers)}, which is none of {', '.join(names)}"
@@ -214,6 +221,8 @@ def restore_config(settings: Mapping[str, Any]) -> Config:
     Raises:
         ValueError: they are of no config.
     """
+    if settings.get("init") or settings.get("tokenizer"):  # both used to be allowed, and these ignored
+        settings = {name: value for name, value in settings.items() if name not in TRAINED}
     return made(Config, {"layout": 1, **settings})  # of engines from before there were two
 
 
@@ -339,6 +348,11 @@ def check_vocabulary(config: Config, tokenizer: Tokenizer) -> None:
             f"config: the tokenizer of '{config.tokenizer or config.init}' has {own} entries, the vocabulary of the "
             f"checkpoint '{config.init}' {entries}: name the tokenizer that it was trained with"
         )
+
+
+def with_tokenizer(config: Config, source: Path) -> Config:
+    """The config with a tokenizer that there is, whatever it says of one to be trained."""
+    return replace(config, tokenizer=str(source), **{name: getattr(Config, name) for name in TRAINED})
 
 
 def with_vocabulary(config: Config, tokenizer: Tokenizer) -> Config:

@@ -18,7 +18,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from trunkline.engine.config import Config, changed, config_from, with_vocabulary
+from trunkline.engine.config import TRAINED, Config, changed, config_from, with_vocabulary
+from trunkline.engine.console import tell
 from trunkline.engine.device import usable_device
 from trunkline.engine.foreign.pretrained import SETTINGS, WEIGHTS
 from trunkline.engine.heads.registry import HEADS
@@ -69,6 +70,8 @@ class Engine:
     ):
         if isinstance(tokenizer, str):
             settings["tokenizer"] = tokenizer
+        elif given := [name for name in TRAINED if name in settings]:
+            raise ValueError(f"engine: {given[0]} is of a tokenizer that is trained, and one is given: leave it out")
         start = trunk if isinstance(trunk, Trunk) else None
         if start is not None and (init := settings.get("init")):
             raise ValueError(f"engine: a Trunk and init='{init}' are two starts: give one of them")
@@ -138,14 +141,14 @@ class Engine:
         assert isinstance(model, MultiTaskModel)
         if model.num_vocabulary and not model.trunk.config.tie_vocabulary and model.trunk.vocabulary is None:
             names = ", ".join(task.name for task in model.tasks[-model.num_vocabulary :])
-            print(f"'{init}' has no vocabulary head (lm_head): that of {names} starts from random numbers")
+            tell(f"'{init}' has no vocabulary head (lm_head): that of {names} starts from random numbers")
         folder = Path(init)
         if any((place / SETTINGS).is_file() for place in (folder, folder / "model")):
             other = Engine.load(folder, device="cpu").model
             assert isinstance(other, MultiTaskModel)
             self.kept, new = keep_heads(model, other)
             kept = ", ".join(self.kept) or "no task"
-            print(f"from '{init}': heads of {kept} are kept; new: {', '.join(new) or 'none'}")
+            tell(f"from '{init}': heads of {kept} are kept; new: {', '.join(new) or 'none'}")
 
     @property
     def compiles(self) -> bool:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from trunkline.engine import checkpoint
 from trunkline.engine.config import Config, restore_config
+from trunkline.engine.console import harmless
 from trunkline.engine.foreign.pretrained import SETTINGS, WEIGHTS, read_json
 from trunkline.engine.text.tokenizer import FILE, Tokenizer
 from trunkline.engine.yaml_file import read_yaml
@@ -99,4 +100,4 @@ def _tokenizer(folder: Path, config: Config) -> Tokenizer:
 
 
 def _tell(text: str) -> None:
-    print(f"trunkline: {text}", file=sys.stderr)
+    print(harmless(f"trunkline: {text}"), file=sys.stderr)

@@ -42,6 +42,8 @@ def check_tensors(
         if not isinstance(x, Tensor) or x.layout != torch.strided or x.is_nested:
             kind = f"a tensor of layout {x.layout}" if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"{function}: {name} must be a dense tensor, got {kind}")
+        if x.is_complex():
+            raise ValueError(f"{function}: {name} must be of real numbers, got {x.dtype}")
     dtypes = [x.dtype for x in one_dtype.values()]
     if any(dtype not in FLOATS or dtype != dtypes[0] for dtype in dtypes):
         raise ValueError(

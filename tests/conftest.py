@@ -248,3 +248,19 @@ def model_of(built_models: dict[str, Any]) -> Iterator[Callable[[str], Any]]:
         one.zero_grad()
         if one.config._attn_implementation == "trunkline":
             unpatch(one)
+
+
+# Other people's models
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Callable[..., Path]:
+    """Writes a model as transformers does."""
+    from checkpoints import make
+
+    def write(model: torch.nn.Module | str, **options) -> Path:
+        model = make(model) if isinstance(model, str) else model
+        model.save_pretrained(tmp_path / "theirs", **options)
+        return tmp_path / "theirs"
+
+    return write

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trunkline import __version__
+from trunkline.engine.console import harmless, tell
 
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
@@ -35,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     verbatim = given[end + 1 :]  # whatever they begin with
     if late or verbatim:  # before Python 3.13 argparse takes no values that stand after an option after the first ones
         if "values" not in options or any(value.startswith("-") for value in late):
-            parser.error(f"unrecognized arguments: {' '.join(late or verbatim)}")
+            parser.error(harmless(f"unrecognized arguments: {' '.join(late or verbatim)}"))
         options.values = [*options.values, *late, *verbatim]
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
-        print(f"trunkline: {error}", file=sys.stderr)
+        print(harmless(f"trunkline: {error}"), file=sys.stderr)
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
@@ -216,7 +217,7 @@ def _predict(options: argparse.Namespace) -> None:
         answers = of_lines(engine, lines, options.task, "text" if options.values else "line")
     shown = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
     for answer in answers:
-        print(json.dumps(answer, ensure_ascii=not shown))
+        print(harmless(json.dumps(answer, ensure_ascii=not shown)))
 
 
 def _lines(data: bytes) -> list[str]:
@@ -235,7 +236,7 @@ def _lines(data: bytes) -> list[str]:
 def _submit(options: argparse.Namespace) -> None:
     from trunkline.training.submit import submit
 
-    print(submit(_load(options), options.out, options.fill_missing, tell=print))
+    print(submit(_load(options), options.out, options.fill_missing, tell=tell))
 
 
 def _tasks(options: argparse.Namespace) -> None:
@@ -276,7 +277,7 @@ def _estimate(options: argparse.Namespace) -> None:
 
     from trunkline.training.estimate import estimate
 
-    estimate(config, tell=print)
+    estimate(config, tell=tell)
 
 
 def _report(options: argparse.Namespace) -> None:

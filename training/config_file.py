@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from trunkline.engine.checks import short
-from trunkline.engine.config import Config, config_from
+from trunkline.engine.config import TRAINED, Config, config_from
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.yaml_file import read_yaml
 
@@ -19,8 +19,10 @@ def load_config(path: Path, overrides: Sequence[str] = (), kind: type[Config] = 
     """Reads a run's YAML and changes what `overrides` say.
 
     Args:
-        path: the file; relative file names of its tasks, of `init` and of `tokenizer` start from its folder.
-        overrides: 'key=value' or 'key.inner=value', the value in YAML.
+        path: the file; relative names of its tasks' files start from its folder, and so do those of `data`, `init` and
+            `tokenizer` where there is such a thing.
+        overrides: 'key=value' or 'key.inner=value', the value in YAML; names in them start from the working directory.
+            With `init` or `tokenizer` among them, the size that the file gives a tokenizer to be trained is nobody's.
         kind: `Config`, or one with more fields.
 
     Raises:
@@ -34,11 +36,14 @@ def load_config(path: Path, overrides: Sequence[str] = (), kind: type[Config] = 
     if not isinstance(settings, dict):
         raise ValueError(f"config {path}: expected 'key: value' lines, got {short(settings)}")
     base = os.path.abspath(path.parent)
-    for name in ("init", "tokenizer"):
+    for name in ("data", "init", "tokenizer"):
         given = settings.get(name)
-        if given and isinstance(given, str) and (beside := Path(base, given)).exists():
+        if given and isinstance(given, str) and (beside := Path(base, os.path.expanduser(given))).exists():
             settings[name] = str(beside)  # else it lies here, or on the hub
     settings = {"run": f"runs/{path.stem}", "base": base, **settings}
+    given = {override.partition("=")[0] for override in overrides if override.partition("=")[2]}
+    if given & {"init", "tokenizer"}:
+        settings = {name: value for name, value in settings.items() if name not in TRAINED}
     for override in overrides:
         _override(settings, override)
     return config_from(settings, kind)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from trunkline.engine.config import Config
+from trunkline.engine.console import tell
 from trunkline.engine.engine import Engine
 from trunkline.engine.network.packing import Example, pack
 from trunkline.kernels.attention.attention import attention, attention_reference
@@ -66,7 +67,7 @@ def check_data(config: Config) -> None:
         ValueError: something cannot be used; names task, file, row and value.
     """
     engine = Engine.from_config(config)  # what needs no data is found first
-    corpus = load_corpus(config, tell=print)
+    corpus = load_corpus(config, tell=tell)
     model = engine.build(corpus.tokenizer)
     freeze(model, config.optimizer.freeze)
     print("\n".join(in_words(model, make_optimizer(model, config.optimizer), config.optimizer)))

@@ -1,6 +1,10 @@
-"""What the tasks of an engine say of lines of text or of the rows of a file, one dict for each."""
+"""What the tasks of an engine say of lines of text or of the rows of a file, one dict for each.
 
-from collections.abc import Iterator, Sequence
+Answers are made while they are asked for: an iterator goes in, and one comes out.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,8 +12,8 @@ from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.cells import text_of
 from trunkline.engine.text.given import fits, text_rows
-from trunkline.training.data.sources import Rows, read_columns
-from trunkline.training.data.tables import MissingColumnError
+from trunkline.training.data.sources import rows_of_file
+from trunkline.training.data.tables import MissingColumnError, choose_columns
 
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
@@ -50,42 +54,41 @@ def of_lines(
             if not fits(known[name], text):
                 wanted = f"{len(known[name].text)} text(s) {list(known[name].text)}"
                 raise ValueError(f"predict: task '{name}' takes {wanted}, got {text!r:.120} as {called} {place}")
-    for first in range(0, len(lines), AT_ONCE):
-        answers = _ask(engine, dict.fromkeys(asked, texts[first : first + AT_ONCE]))
-        for place, line in enumerate(lines[first : first + AT_ONCE]):
-            yield {"text": line, **{name: answers[name][place] for name in asked}}
+    for line, (_, said) in zip(lines, answers(engine, (dict.fromkeys(asked, text) for text in texts)), strict=True):
+        yield {"text": line, **said}
 
 
 def of_file(engine: "Engine", path: Path, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Answers to the rows of a .csv, .tsv, .jsonl or .parquet file, beside the columns that were read.
+    """Answers to the rows of a file, beside the columns that were read. It is read twice: once to check every row, and
+    once for the answers; so its memory does not depend on the number of rows.
 
     Args:
         names: of tasks; none: all whose text columns the file has.
 
     Raises:
-        ValueError: a file that cannot be read, that lacks the columns of a task, or with a row without text.
+        ValueError: a file that cannot be read, that lacks the columns of a task, or with a row without text; before any
+            answer is made.
     """
     known = _known(engine, names)
-    rows: dict[str, Rows] = {}
-    missing: list[MissingColumnError] = []
-    for task in [known[name] for name in names] or _answering(engine):
-        try:
-            rows[task.name] = read_columns(path, task.text, task.encoding)
-        except MissingColumnError as error:
-            missing.append(error)
-    if missing and (names or not rows):
-        raise ValueError(f"predict: {missing[0]}") from missing[0]
-    texts = {name: _texts(known[name], columns) for name, columns in rows.items()}
-    for first in range(0, len(next(iter(rows.values()))), AT_ONCE):
-        chunk = {name: of_task[first : first + AT_ONCE] for name, of_task in texts.items()}
-        answers = _ask(engine, chunk)
-        for place in range(len(next(iter(chunk.values())))):
-            read = {
-                column: text
-                for name, of_task in chunk.items()
-                for column, text in zip(known[name].text, of_task[place], strict=True)
-            }
-            yield {**read, **{name: answers[name][place] for name in chunk}}
+    tasks = [known[name] for name in names] or _answering(engine)
+    for _ in _rows(path, tasks, needed=bool(names)):
+        pass
+    for row, said in answers(engine, _rows(path, tasks, needed=bool(names))):
+        read = {column: text for name in row for column, text in zip(known[name].text, row[name], strict=True)}
+        yield {**read, **said}
+
+
+def answers(engine: "Engine", rows: Iterable[dict[str, Text]]) -> Iterator[tuple[dict[str, Text], dict[str, Any]]]:
+    """Each row with what the tasks say of it; at most `AT_ONCE` rows are taken before their answers are.
+
+    Args:
+        rows: by task, the texts that it reads; the tasks are the same in all of them.
+    """
+    rows = iter(rows)
+    while chunk := list(islice(rows, AT_ONCE)):
+        said = _ask(engine, {name: [row[name] for row in chunk] for name in chunk[0]})
+        for place, row in enumerate(chunk):
+            yield row, {name: said[name][place] for name in row}
 
 
 def _known(engine: "Engine", names: Sequence[str]) -> dict[str, Task]:
@@ -102,17 +105,42 @@ def _answering(engine: "Engine") -> list[Task]:
     return [task for task in engine.tasks if HEADS[task.head].labelled]
 
 
-def _texts(task: Task, rows: Rows) -> list[Text]:
-    texts = []
-    for row, values in enumerate(zip(*(rows.columns[column] for column in task.text), strict=True)):
-        try:
-            text = tuple(map(text_of, values))
-            if not fits(task, text):
-                raise ValueError(f"column '{task.text[-1]}' is empty")
-        except ValueError as error:
-            raise ValueError(f"predict: task '{task.name}': {error} ({rows.where(row)})") from error
-        texts.append(text)
-    return texts
+def _rows(path: Path, tasks: Sequence[Task], needed: bool) -> Iterator[dict[str, Text]]:
+    """By task, the texts of each row of a file; without tasks whose columns the file lacks, unless all are needed."""
+    own: dict[str, list[str]] = {}  # by task, the file's names of its columns
+    columns: list[str] = []
+
+    def choose(found: list[str]) -> list[str]:
+        missing = []
+        for task in tasks:
+            try:
+                own[task.name] = list(choose_columns(found, path.name, task.text).values())
+            except MissingColumnError as error:
+                missing.append(error)
+        if missing and (needed or not own):
+            raise ValueError(f"predict: {missing[0]}") from missing[0]
+        columns[:] = dict.fromkeys(column for of_task in own.values() for column in of_task)
+        return columns
+
+    encodings = {task.encoding for task in tasks}
+    encoding = encodings.pop() if len(encodings) == 1 else Task.encoding
+    for number, values in enumerate(rows_of_file(path, choose, encoding), 1):
+        cells = dict(zip(columns, values, strict=True))
+        yield {
+            task.name: _text(task, [cells[column] for column in own[task.name]], f"{path.name}, row {number}")
+            for task in tasks
+            if task.name in own
+        }
+
+
+def _text(task: Task, cells: Sequence[Any], where: str) -> Text:
+    try:
+        text = tuple(map(text_of, cells))
+        if not fits(task, text):
+            raise ValueError(f"column '{task.text[-1]}' is empty")
+    except ValueError as error:
+        raise ValueError(f"predict: task '{task.name}': {error} ({where})") from error
+    return text
 
 
 def _ask(engine: "Engine", texts: dict[str, list[Text]]) -> dict[str, list[Any]]:

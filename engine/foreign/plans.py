@@ -167,7 +167,7 @@ def stream_plan(cu_seqlens: Tensor, cu_seqlens_k: Tensor | None, queries: int, k
         ValueError: boundaries that are not int32, do not start at 0 or fall.
     """
     if not torch.compiler.is_compiling():
-        return PackPlan.of(cu_seqlens, cu_seqlens_k)
+        return PackPlan.of(cu_seqlens, cu_seqlens_k, queries, keys)
     cu_seqlens_k = cu_seqlens if cu_seqlens_k is None else cu_seqlens_k
     cross = cu_seqlens_k is not cu_seqlens
     spans, tiles, blocks, key_blocks = _stream_plan(cu_seqlens, cu_seqlens_k, queries, keys, cross)

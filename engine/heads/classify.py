@@ -32,7 +32,7 @@ class Classify(Head):
 
     def encode(self, layout: "Layout", task: "Task", row: Row) -> Made:
         laid = layout.lay(row.texts, row.encoded)
-        return Made([Piece(laid.tokens, [class_of(task, row.label)], types=laid.types)], laid.cut)
+        return Made([Piece(laid.tokens, [class_of(task, row.label)], laid.types)], laid.cut)
 
     def label(self, tokens: "np.ndarray", label: "np.ndarray", causal: bool) -> Labels:
         """`label`: the class id, (1,)."""

@@ -49,7 +49,7 @@ class Extract(Head):
             of_token[laid.first + token] = 0
         for place in oracle([sentence for sentence, _ in sentences], references[0]):
             of_token[laid.first + sentences[place][1]] = 1
-        return Made([Piece(laid.tokens, of_token, one_or_several(references), laid.types)], laid.cut)
+        return Made([Piece(laid.tokens, of_token, laid.types, one_or_several(references))], laid.cut)
 
     def label(self, tokens: "np.ndarray", label: "np.ndarray", causal: bool) -> Labels:
         """`label`: (L,), at the last token of every sentence whether it is chosen, -1 elsewhere."""

@@ -44,7 +44,7 @@ class Generate(Head):
         kept = target[: task.max_target_tokens]
         prompt = layout.prompt(row.texts[0], task.max_target_tokens, row.encoded[0])
         tokens = np.concatenate([prompt.tokens, kept, [layout.tokenizer.end]])
-        piece = Piece(tokens, [len(prompt.tokens)], one_or_several(references))
+        piece = Piece(tokens, [len(prompt.tokens)], None, one_or_several(references))
         return Made([piece], prompt.cut or len(kept) < len(target))
 
     def label(self, tokens: "np.ndarray", label: "np.ndarray", causal: bool) -> Labels:

@@ -39,8 +39,8 @@ class Piece(NamedTuple):
 
     tokens: "np.ndarray"  # (L,)
     label: "Sequence[float] | np.ndarray"  # numbers whose meaning is the head's own business
+    types: "np.ndarray | None"  # (L,) uint8, which text a token is of: those that it was laid out with; None: all 0
     reference: str | list[str] | None = None  # the texts to be matched, of heads whose label is a text
-    types: "np.ndarray | None" = None  # (L,) uint8, token types of a text that was laid out; None: 0
 
 
 class Made(NamedTuple):
@@ -147,6 +147,9 @@ class Head(ABC):
     @abstractmethod
     def encode(self, layout: "Layout", task: "Task", row: Row) -> Made:
         """A row as tokens and label.
+
+        A text that is laid out has token types, `laid.types`, which go with its tokens: where a piece has a part of the
+        tokens, it has the same part of the types.
 
         Raises:
             ValueError: the label's cell cannot be used; says what was expected and what came.

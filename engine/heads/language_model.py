@@ -34,7 +34,7 @@ class LanguageModel(Head):
         begin, end = layout.tokenizer.prefix.ids or [layout.tokenizer.end], [layout.tokenizer.end]
         whole = np.concatenate([begin, row.encoded[0][0], end]).astype(np.int32)
         step = layout.max_length - 1  # the last token of a piece is the first of the next: each is predicted once
-        return Made([Piece(whole[i : i + step + 1], []) for i in range(0, len(whole) - 1, step)], False)
+        return Made([Piece(whole[i : i + step + 1], [], None) for i in range(0, len(whole) - 1, step)], False)
 
     def label(self, tokens: "np.ndarray", label: "np.ndarray", causal: bool) -> Labels:
         """`label`: unused."""
@@ -69,7 +69,7 @@ class MaskedLanguageModel(Head):
         of_token = np.full(len(tokens), -1.0)
         of_token[hidden] = tokens[hidden]
         tokens[hidden] = layout.tokenizer.mask()
-        return Made([Piece(tokens, of_token, types=laid.types)], laid.cut)
+        return Made([Piece(tokens, of_token, laid.types)], laid.cut)
 
     def label(self, tokens: "np.ndarray", label: "np.ndarray", causal: bool) -> Labels:
         """`label`: (L,), the token that was masked, -1 elsewhere."""

@@ -28,7 +28,7 @@ class Regress(Head):
 
     def encode(self, layout: "Layout", task: "Task", row: Row) -> Made:
         laid = layout.lay(row.texts, row.encoded)
-        return Made([Piece(laid.tokens, [number_of(row.label, "label")], types=laid.types)], laid.cut)
+        return Made([Piece(laid.tokens, [number_of(row.label, "label")], laid.types)], laid.cut)
 
     def label(self, tokens: "np.ndarray", label: "np.ndarray", causal: bool) -> Labels:
         """`label`: the number, (1,)."""

@@ -44,7 +44,7 @@ class Span(Head):
         if not inside or inside[-1] >= laid.kept:  # the tokenizer makes nothing of the answer, or it was cut off
             return Made([], laid.cut)
         answered = [laid.first, laid.end, laid.first + inside[0], laid.first + inside[-1]]
-        return Made([Piece(laid.tokens, answered, types=laid.types)], laid.cut)
+        return Made([Piece(laid.tokens, answered, laid.types)], laid.cut)
 
     def label(self, tokens: "np.ndarray", label: "np.ndarray", causal: bool) -> Labels:
         """`label`: (first token of the text, its end, first and last token of the answer)."""

@@ -51,7 +51,7 @@ class Tag(Head):
         for token, tag in zip(word_rows(laid), classes, strict=True):
             if token >= 0:
                 of_token[token] = tag
-        return Made([Piece(laid.tokens, of_token, types=laid.types)] if max(of_token) >= 0 else [], laid.cut)
+        return Made([Piece(laid.tokens, of_token, laid.types)] if max(of_token) >= 0 else [], laid.cut)
 
     def label(self, tokens: "np.ndarray", label: "np.ndarray", causal: bool) -> Labels:
         """`label`: (L,), the class at the last token of every word, -1 elsewhere."""

@@ -4,7 +4,6 @@ The file names are those of Hugging Face: a folder with a tokenizer.json serves 
 """
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from hashlib import sha256
 from pathlib import Path
@@ -50,7 +49,7 @@ class Tokenizer:
         ends: tokens any of which ends a text, the one to be learnt first; none: the first of END that there is.
 
     Raises:
-        ValueError: a vocabulary without an end, which may not grow.
+        ValueError: two tokens with one id, or a vocabulary without an end, which may not grow.
     """
 
     def __init__(
@@ -59,7 +58,8 @@ class Tokenizer:
         inner.no_truncation()
         inner.no_padding()
         inner.encode_special_tokens = True  # a text that spells '<|end|>' out has no END token
-        self.inner, self.added = inner, 0
+        _check_ids(inner)
+        self.inner, self.added = (_numbered(inner) if _would_change(inner) else inner), 0
         grows = grows or layout == 1
         if not (layout == 2 and ends):
             ends = [token for token in [self._special(END, grows)] if token is not None]
@@ -74,11 +74,9 @@ class Tokenizer:
 
     def _special(self, names: tuple[str, ...], grows: bool) -> int | None:
         """The first of these tokens that there is; the first of all, added, where there is none and it may grow."""
-        ids = self.inner.get_vocab()
-        users = Counter(ids.values())  # where somebody added a token to a vocabulary with gaps, an id may have two
         for name in names:
-            if name in ids and (name == names[0] or users[ids[name]] == 1):
-                return ids[name]
+            if (token := self.inner.token_to_id(name)) is not None:
+                return token
         if not grows:
             return None
         self.inner = _with_special(self.inner, names[0])
@@ -124,7 +122,7 @@ class Tokenizer:
         What ends a text is what generation_config.json, config.json or tokenizer_config.json beside it say.
 
         Raises:
-            ValueError: it is neither.
+            ValueError: it is neither, or one that `Tokenizer` refuses; names the file.
         """
         path = Path(source)
         path = path / FILE if path.is_dir() else path
@@ -133,7 +131,11 @@ class Tokenizer:
                 inner = tokenizers.Tokenizer.from_file(str(path))
             except Exception as error:
                 raise ValueError(f"{path} is not a tokenizer: {error}") from error
-            return cls(inner, layout=layout, grows=grows, ends=_ends_beside(path, inner))
+            ends = _ends_beside(path, inner)
+            try:
+                return cls(inner, layout=layout, grows=grows, ends=ends)
+            except ValueError as error:
+                raise ValueError(f"{path}: {error}") from error
         try:
             from huggingface_hub import snapshot_download
 
@@ -222,6 +224,40 @@ class Tokenizer:
         return " | ".join(text for part in parts if (text := self.inner.decode(part).strip()))
 
 
+def _check_ids(inner: tokenizers.Tokenizer) -> None:
+    """
+    Raises:
+        ValueError: two tokens have one id. A file keeps but one of them, which one is chance, so a text would have
+            other tokens once the tokenizer is read again.
+    """
+    names: dict[int, str] = {}
+    for name, token in inner.get_vocab().items():
+        if (other := names.setdefault(token, name)) != name:
+            first, second = sorted((name, other))
+            raise ValueError(
+                f"tokenizer: {first!r} and {second!r} are both number {token} of its vocabulary: give one of them a "
+                "number that is nobody's (tokens added to a vocabulary with gaps may get a word's)"
+            )
+
+
+def _would_change(inner: tokenizers.Tokenizer) -> bool:
+    """Whether tokens that somebody added get other ids once the tokenizer is written and read, as they may where the
+    vocabulary has gaps: the package numbers them anew, from the number of entries on."""
+    entries = inner.get_vocab(with_added_tokens=False)
+    added = sorted(id for id, token in inner.get_added_tokens_decoder().items() if token.content not in entries)
+    return added != [*range(len(entries), len(entries) + len(added))]
+
+
+def _numbered(inner: tokenizers.Tokenizer, **more: int) -> tokenizers.Tokenizer:
+    """With the ids of all added tokens, and of more words, in the model's vocabulary, which a file keeps as it is."""
+    settings = json.loads(inner.to_str())
+    if isinstance(settings["model"]["vocab"], dict):  # else a list, without gaps
+        settings["model"]["vocab"] |= {token["content"]: token["id"] for token in settings["added_tokens"]} | more
+        inner = tokenizers.Tokenizer.from_str(json.dumps(settings))
+        inner.encode_special_tokens = True
+    return inner
+
+
 def _with_special(inner: tokenizers.Tokenizer, name: str) -> tokenizers.Tokenizer:
     """With a special token more.
 
@@ -231,11 +267,7 @@ def _with_special(inner: tokenizers.Tokenizer, name: str) -> tokenizers.Tokenize
     taken = set(inner.get_vocab().values())
     free = next(id for id in range(len(taken) + 1) if id not in taken)
     if free < max(taken, default=-1):
-        settings = json.loads(inner.to_str())
-        own = {token["content"]: token["id"] for token in settings["added_tokens"]}  # which would be numbered anew
-        settings["model"]["vocab"] |= {**own, name: free}
-        inner = tokenizers.Tokenizer.from_str(json.dumps(settings))
-        inner.encode_special_tokens = True
+        inner = _numbered(inner, **{name: free})
     inner.add_special_tokens([name])
     return inner
 

@@ -226,7 +226,7 @@ def attention(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit one another or the plan; settings out of their range; and,
-            looked at on the CPU and on a GPU with TRUNKLINE_CHECK=1, rows that there are not.
+            on the CPU, rows that there are not.
     """
     _check(q, k, v, plan, rows)
     if not 0 <= dropout < 1:
@@ -244,7 +244,7 @@ def attention(
         asked: dict[str, Any] = {"causal": causal, "scale": scale, "window": window, "softcap": softcap}
         asked["deterministic"] = deterministic
         out = attention_flash.attention(q, k, v, plan, partial(attention, **asked), dropout=dropout, **asked)
-        return out if rows is None else out[rows]
+        return out if rows is None else _taken(out, rows)
     settings = (
         plan.narrow_tiles,
         q.shape[2] ** -0.5 if scale is None else float(scale),
@@ -255,10 +255,22 @@ def attention(
     )
     drawn = _seed(seed) if dropout else None
     if rows is not None and 4 * len(rows) <= len(q) and q.device.type == "cpu" and not INTERPRET:
-        of_rows = q.index_select(0, rows)
+        of_rows = _taken(q, rows)
         return _Attention.apply(of_rows, k, v, drawn, rows, deterministic, settings, *plan.layout)
     out = _Attention.apply(q, k, v, drawn, None, deterministic, settings, *plan.layout)
-    return out if rows is None else out[rows]
+    return out if rows is None else _taken(out, rows)
+
+
+def _taken(x: Tensor, rows: Tensor) -> Tensor:
+    """(T, H, D) -> (R, H, D); nobody looks at the rows' values but the one who takes them."""
+    if torch.compiler.is_compiling():
+        return x[rows]
+    if x.device.type != "cpu":
+        return x[rows]  # whose gradient is the same in every run there
+    try:
+        return x.index_select(0, rows)  # and none of those counted from the end
+    except IndexError as error:
+        raise ValueError(f"attention: rows must be in [0, {len(x)}): {error}") from error
 
 
 def _seed(seed: int | None) -> Tensor:

@@ -69,7 +69,13 @@ class PackPlan(OnDevice):
         return (*of_queries, self.key_blocks, self.cu_seqlens_k) if is_cross else of_queries
 
     @classmethod
-    def of(cls, cu_seqlens: Tensor, cu_seqlens_k: Tensor | None = None) -> Self:
+    def of(
+        cls,
+        cu_seqlens: Tensor,
+        cu_seqlens_k: Tensor | None = None,
+        num_tokens: int | None = None,
+        num_keys: int | None = None,
+    ) -> Self:
         """The plan of sequences that lie in the stream in any order; short neighbours share a tile.
 
         Reads the boundaries on the host: on a GPU this waits for the device, so make one plan a batch, not one a layer.
@@ -77,12 +83,13 @@ class PackPlan(OnDevice):
         Args:
             cu_seqlens: (S + 1,) int32, first token of every sequence and the end of the last. Lengths may be 0.
             cu_seqlens_k: (S + 1,) int32, the same for the keys; None: queries and keys are the same tokens.
+            num_tokens, num_keys: where the boundaries have to end, if that is known.
 
         Returns:
             The plan, on the device of `cu_seqlens`.
 
         Raises:
-            ValueError: boundaries that are not int32, one-dimensional, start at 0 and never fall.
+            ValueError: boundaries that are not int32, one-dimensional, start at 0, never fall and end where they must.
         """
         lengths = _lengths("cu_seqlens", cu_seqlens)
         lengths_k = lengths if cu_seqlens_k is None else _lengths("cu_seqlens_k", cu_seqlens_k)
@@ -91,6 +98,10 @@ class PackPlan(OnDevice):
                 f"PackPlan: cu_seqlens and cu_seqlens_k must be of the same sequences, got {len(lengths)} of queries "
                 f"and {len(lengths_k)} of keys"
             )
+        ends = (("cu_seqlens", lengths, num_tokens), ("cu_seqlens_k", lengths_k, num_keys))
+        for name, of_sequences, end in ends:  # before anything is made for each of the tokens
+            if end is not None and sum(of_sequences) != end:
+                raise ValueError(f"PackPlan: {name} must end at {end} tokens, got {sum(of_sequences)}")
         plan = cls.of_runs(_runs(lengths)) if lengths == lengths_k else cls._cross(lengths, lengths_k)
         return plan.to(cu_seqlens.device)
 

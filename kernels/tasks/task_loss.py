@@ -173,7 +173,8 @@ def task_loss(
 
     Raises:
         ValueError: shapes, dtypes or devices that do not fit one another, targets that are not integers; and, looked at
-            on the CPU and on a GPU with TRUNKLINE_CHECK=1, a target outside of its task's classes, and offsets that do
+            on the CPU and on a GPU with TRUNKLINE_CHECK=1, a target outside of its task's classes, a regression of
+            several columns, and offsets that do
             not rise from 0 to R or class_offsets that do not rise from 0 to K.
     """
     check_tensors(

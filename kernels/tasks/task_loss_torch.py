@@ -53,6 +53,12 @@ class Layout:
 
     def check_targets(self, target: Tensor, regression: Tensor) -> None:
         """Raises ValueError for a class that the row's task does not have."""
+        wide = _numpy(regression) & (self.classes != 1)
+        if wide.any():
+            task = int(wide.argmax())
+            raise ValueError(
+                f"task_loss: a regression has one column, got {self.classes[task]} in class_offsets for task {task}"
+            )
         labels, classes = _numpy(target), self.of_row(np.where(_numpy(regression), 0, self.classes))
         wrong = ((labels < 0) | (labels >= classes)) & (classes > 0)
         if wrong.any():
@@ -210,7 +216,8 @@ def backward(
     starts, row, column, place = layout.by_column
     factors = dlogits.reshape(-1)[_numpy(place)]
     dweight = weighted_sums(x, starts, row, factors)
-    dbias = layout.tensor(np.bincount(_numpy(column), factors, len(bias)))  # float64
+    counts = np.bincount(_numpy(column), factors, len(bias))
+    dbias = layout.tensor(counts.astype(np.float64))  # which, where there is nothing to count, are whole numbers
     for rows, columns, classes in layout.large():
         of_task = layout.tensor(dlogits[rows, classes])
         torch.mm(of_task, weight[columns], out=dx[rows])

@@ -1,7 +1,6 @@
-"""Inner modules under the names that they had before: they go on working, with a deprecation warning."""
+"""Inner modules under the names that they had before: they go on working, and quietly."""
 
 import sys
-import warnings
 from collections.abc import Sequence
 from importlib import import_module
 from importlib.abc import Loader, MetaPathFinder
@@ -42,14 +41,12 @@ class _Moved(MetaPathFinder, Loader):
 
     def exec_module(self, module: ModuleType) -> None:
         places = [f"trunkline.{place}" for place in MOVED[module.__name__.removeprefix("trunkline.")]]
-        told = f"{module.__name__} is {' and '.join(places)} now"
-        warnings.warn(told, DeprecationWarning, stacklevel=2)
 
         def find(name: str) -> Any:
             for place in places:
                 if hasattr(found := import_module(place), name):
                     return getattr(found, name)
-            raise AttributeError(f"{told}, and has no '{name}'")
+            raise AttributeError(f"{module.__name__} is {' and '.join(places)} now, and has no '{name}'")
 
         module.__getattr__ = find  # type: ignore[method-assign]
 

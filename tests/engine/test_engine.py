@@ -35,8 +35,10 @@ def one_step(folder: Path, **settings) -> Engine:
     """An engine that has not been trained, on its way to a single step."""
     write_jsonl(folder / "rows.jsonl", tiny_rows("colour", 30, seed=0))
     task = Task("colour", "classify", ("text",), "label", COLOURS, train="rows.jsonl", validation="rows.jsonl")
-    defaults = {"trunk": SHAPE, "tasks": [task], "vocab_size": 400, "steps": 1, "device": "cpu"}
+    defaults = {"trunk": SHAPE, "tasks": [task], "steps": 1, "device": "cpu"}
     sizes = {"batch": Batch(tokens=256, max_length=100), "evaluation": Evaluation(examples=4)}
+    if "tokenizer" not in settings:
+        defaults["vocab_size"] = 400
     return Engine(**{**defaults, **sizes, "run": str(folder / "run"), "base": str(folder), **settings})
 
 
@@ -111,6 +113,9 @@ def test_a_tokenizer_is_taken_as_it_is(tmp_path):
     again = one_step(tmp_path, tokenizer=str(path), run=str(tmp_path / "again"))
     again.fit()
     assert again.tokenizer.digest == tokenizer.digest
+    for given in (tokenizer, str(path)):
+        with pytest.raises(ValueError, match="vocab_size is of a tokenizer that is trained"):
+            one_step(tmp_path, tokenizer=given, vocab_size=400)
 
 
 def test_presets_and_seeds(tmp_path):

@@ -24,7 +24,7 @@ except ImportError:  # a machine with what the kernels need, and no more: each f
 else:
     common = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
     settings.register_profile("bounded", derandomize=True, max_examples=40, phases=[Phase.generate], **common)
-    settings.register_profile("long", max_examples=100, print_blob=True, **common)
+    settings.register_profile("long", max_examples=500, print_blob=True, **common)
     settings.load_profile("long" if MINUTES else "bounded")
 
 
@@ -43,14 +43,20 @@ def pytest_pyfunc_call(pyfuncitem: pytest.Function) -> bool | None:
     test = pyfuncitem.obj
     if not MINUTES or not hasattr(test, "hypothesis"):
         return None
-    test.hypothesis.inner_test = _counted(pyfuncitem.name, test.hypothesis.inner_test)
+    inner = test.hypothesis.inner_test  # which tests that differ in a parameter share
+    test.hypothesis.inner_test = _counted(pyfuncitem.name, inner)
     tests = [item for item in pyfuncitem.session.items if hasattr(getattr(item, "obj", None), "hypothesis")]
     end = time.monotonic() + 60 * MINUTES / len(tests)
-    while time.monotonic() < end:
-        test(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames})
+    try:
+        while time.monotonic() < end:
+            test(**{name: pyfuncitem.funcargs[name] for name in pyfuncitem._fixtureinfo.argnames})
+    finally:
+        test.hypothesis.inner_test = inner
     return True
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for name, count in inputs_seen.items():
         terminalreporter.write_line(f"{name}: {count:,} inputs")
+    if inputs_seen:
+        terminalreporter.write_line(f"{inputs_seen.total():,} inputs")

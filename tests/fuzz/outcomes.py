@@ -3,7 +3,12 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from parity import assert_as_accurate
+
+SHARE = 4  # ulps of the least precise input that a result may err by, as a share of its largest value
 
 
 def assert_right(
@@ -15,6 +20,8 @@ def assert_right(
     floor: float = 1e-5,
 ) -> None:
     """Both take the arguments by name; gradients are looked at of those in `differentiable` alone."""
+    dtypes = [x.dtype for x in arguments.values() if isinstance(x, Tensor) and x.is_floating_point()]
+    share = SHARE * max((torch.finfo(dtype).eps for dtype in dtypes), default=0.0)
     names = list(arguments)
 
     def by_name(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -22,7 +29,7 @@ def assert_right(
 
     constant = [place for place, name in enumerate(names) if name not in differentiable]
     inputs = list(arguments.values())
-    assert_as_accurate(by_name(op), by_name(definition), inputs, constant, slack=slack, floor=floor)
+    assert_as_accurate(by_name(op), by_name(definition), inputs, constant, slack=slack, floor=floor, share=share)
 
 
 def assert_right_or_refused(

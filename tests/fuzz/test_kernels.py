@@ -154,13 +154,14 @@ def vocabulary_calls(draw: st.DrawFn) -> Call:
 
     def definition(weight: Tensor, target: Tensor, row_weight: Tensor, **given: Tensor) -> Tensor:
         kept = target != -100
-        labels = {"target": target.where(kept, 0), "row_weight": row_weight * kept}
+        labels = {"target": target.where(kept, 0).long(), "row_weight": row_weight * kept}
         weight = weight.to(given["x"].dtype)
+        given |= {"bias": given["bias"].to(weight.dtype)} if "bias" in given else {}
         loss = linear_cross_entropy_reference(weight=weight, num_tasks=N, **given, **labels, **options)
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
     def op(**given: Tensor) -> Tensor:
-        known = None if dloss is None else dloss.to(torch.promote_types(given["x"].dtype, torch.float32))
+        known = None if dloss is None else dloss.to(torch.promote_types(dtype, torch.float32))
         return linear_cross_entropy(num_tasks=N, dloss=known, **given, **options).loss
 
     return Call(op, definition, arguments)

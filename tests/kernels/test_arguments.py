@@ -51,6 +51,12 @@ def test_indices_that_are_no_integers_are_named(index):
         check_tensors("f", {"x": X}, integers={"i": index})
 
 
+@pytest.mark.parametrize("place", ["others", "optional"])
+def test_complex_numbers_are_named(place):
+    with pytest.raises(ValueError, match=r"^f: y must be of real numbers, got torch\.complex64$"):
+        check_tensors("f", {"x": X}, **{place: {"y": X.to(torch.complex64)}})
+
+
 def test_devices_that_differ_are_named():
     with pytest.raises(ValueError, match="^f: x, i, o and p must be on one device, got cpu, cpu, meta, cpu$"):
         check_tensors("f", {"x": X}, {"i": INDEX}, {"o": X.to("meta")}, {"p": X})

@@ -31,7 +31,6 @@ FULL = Config(
     class_weights={"mine": [1.0, 2.5]},
     prompt_weight=0.25,
     label_smoothing=0.1,
-    tokenizer="toks",
     vocab_size=300,
     lowercase=True,
     steps=9,
@@ -82,8 +81,8 @@ def test_saved_and_loaded_it_is_the_same(config, tmp_path):
 def test_the_full_config_differs_from_the_default_everywhere():
     default = Config(tasks=("sst2",))
     alike = [field.name for field in fields(Config) if getattr(FULL, field.name) == getattr(default, field.name)]
-    # the one needs a checkpoint: test_pretrained_start.py; the other refuses much of the rest
-    assert alike == ["init", "architecture"]
+    # the first needs a checkpoint: test_pretrained_start.py; the others refuse some of the rest
+    assert alike == ["init", "architecture", "tokenizer"]
 
 
 @pytest.mark.parametrize(
@@ -161,6 +160,36 @@ def test_text_that_a_tokenizer_cannot_be_trained_on_is_an_error_with_its_row(val
     task = Task("mine", "classify", ("text",), "label", ("no", "yes"), train="a.jsonl", validation="a.jsonl")
     with pytest.raises(ValueError, match=r"^task 'mine': .*\(a\.jsonl, row 2\)$"):
         load_corpus(Config(tasks=(task,), base=str(tmp_path)))
+
+
+def test_data_and_a_tokenizer_may_lie_beside_the_yaml(demo, tmp_path, monkeypatch):
+    for folder in ("configs/hub", "configs/words", "elsewhere/hub", "home/hub"):
+        (tmp_path / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    path = demo.rename(tmp_path / "configs" / "demo.yaml")
+    path.write_text("tasks: [sst2]\ndata: hub\ntokenizer: words\n")
+    config = load_config(path)
+    assert (config.data, config.tokenizer) == (str(path.parent / "hub"), str(path.parent / "words"))
+    assert load_config(path, ["data=hub"]).data == "hub"  # of the shell, from where one is
+    path.write_text("tasks: [sst2]\ndata: ~/hub\ntokenizer: not/here\n")
+    config = load_config(path)
+    assert (config.data, config.tokenizer) == (str(tmp_path / "home" / "hub"), "not/here")
+
+
+@pytest.mark.parametrize("trained", ["vocab_size: 300", "lowercase: true"])
+def test_what_is_of_a_trained_tokenizer_does_not_go_with_another_one(demo, trained):
+    name = trained.partition(":")[0]
+    demo.write_text(f"tasks: [sst2]\n{trained}\ntokenizer: words\n")
+    with pytest.raises(ValueError, match=f"{name} is of a tokenizer that is trained, and 'words' brings its own"):
+        load_config(demo)
+    demo.write_text(f"tasks: [sst2]\n{trained}\n")
+    assert getattr(load_config(demo, ["tokenizer="]), name) != getattr(Config, name)
+    assert getattr(load_config(demo, ["tokenizer=words"]), name) == getattr(Config, name)  # as the shell says
+    with pytest.raises(ValueError, match=f"{name} is of"):
+        load_config(demo, ["tokenizer=words", trained.replace(": ", "=")])
+    saved = asdict(Config(tasks=("sst2",))) | yaml.safe_load(trained) | {"tokenizer": "words"}  # as it was allowed
+    assert getattr(restore_config(saved), name) == getattr(Config, name)
 
 
 # Overrides

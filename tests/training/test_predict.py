@@ -9,6 +9,7 @@ from conftest import tiny_rows, write_jsonl
 from trunkline import Engine
 from trunkline.training import predict
 from trunkline.training.cli import main
+from trunkline.training.data.sources import rows_of_file
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -51,6 +52,50 @@ def test_all_tasks_answer_whose_columns_the_file_has(engine, file, monkeypatch):
     assert all(len(answer["parts"]) == len(answer["text"].split()) for answer in answers)  # a tag for every word
     assert [answer["retell"] for answer in answers] == engine.generate([row["document"] for row in rows], "retell")
     assert len({answer["retell"] for answer in answers}) > 1
+
+
+def test_answers_are_made_while_they_are_asked_for(engine, monkeypatch):
+    monkeypatch.setattr(predict, "AT_ONCE", 3)
+    taken = 0
+
+    def rows():
+        nonlocal taken
+        while True:  # there is no end to them
+            taken += 1
+            yield {"colour": (f"the red cow number {taken}",)}
+
+    for answered, (row, said) in zip(range(1, 8), predict.answers(engine, rows()), strict=False):
+        assert row["colour"][0].endswith(f" {answered}")
+        assert set(said) == {"colour"}
+        assert answered <= taken < answered + 3
+
+
+def test_the_rows_of_a_file_are_read_while_they_are_answered(engine, tmp_path, monkeypatch):
+    (tmp_path / "a.csv").write_text("text\n" + "a red cow\n" * 20)
+    read = []
+
+    def counted(*arguments):
+        read.append(0)
+        for row in rows_of_file(*arguments):
+            read[-1] += 1
+            yield row
+
+    monkeypatch.setattr(predict, "AT_ONCE", 3)
+    monkeypatch.setattr(predict, "rows_of_file", counted)
+    for answered, _ in enumerate(predict.of_file(engine, tmp_path / "a.csv", ["colour"]), 1):
+        assert read[0] == 20  # all of them are checked first
+        assert answered <= read[1] < answered + 3
+    assert answered == 20
+
+
+def test_a_row_without_text_is_found_before_any_answer(lively, tmp_path, capsys):
+    (tmp_path / "new.csv").write_text("text\n" + "a cow\n" * 600 + " \n" + "a cow\n")
+    assert main(["predict", str(lively), "--task", "colour", "--file", str(tmp_path / "new.csv")]) == 2
+    said = capsys.readouterr()
+    assert (said.out, said.err) == (
+        "",
+        "trunkline: predict: task 'colour': column 'text' is empty (new.csv, row 601)\n",
+    )
 
 
 def test_lines_are_answered_a_few_at_a_time(engine, monkeypatch):

@@ -12,7 +12,7 @@ import json
 import sys
 import traceback
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from statistics import fmean, stdev
@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import yaml
 
 from trunkline.engine import checkpoint
-from trunkline.engine.config import Config
+from trunkline.engine.config import Config, with_tokenizer
+from trunkline.engine.console import harmless, tell
 from trunkline.engine.engine import Engine
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.text.tokenizer import FILE
@@ -134,12 +135,12 @@ def _check_folder(comparison: Comparison, run: Path) -> None:
 def _basis(comparison: Comparison, run: Path) -> Basis:
     """Reads and checks all data, and makes the tokenizer that all systems use."""
     if not (run / "comparison.yaml").exists():
-        tokenizer = load_corpus(comparison, tell=print).tokenizer
+        tokenizer = load_corpus(comparison, tell=tell).tokenizer
         if "bert" in comparison.systems:
             tokenizer.mask()
         tokenizer.save(run)
-    config = replace(ordinary(comparison), tokenizer=str(run))
-    return Basis(config, load_corpus(config, tell=print), comparison.match, comparison.warm_up)
+    config = with_tokenizer(ordinary(comparison), run)
+    return Basis(config, load_corpus(config, tell=tell), comparison.match, comparison.warm_up)
 
 
 def train_system(parts: Sequence[Part], folder: Path) -> bool:
@@ -152,19 +153,19 @@ def train_system(parts: Sequence[Part], folder: Path) -> bool:
     for part in parts:
         own = Path(part.config.run)
         if (own / "summary.json").is_file():
-            print(f"{own} is finished")
+            tell(f"{own} is finished")
             continue
         anything = True
         try:
             begun = (own / "checkpoints").is_dir()
-            resume = begun and checkpoint.newest(own / "checkpoints", warn=print) is not None
+            resume = begun and checkpoint.newest(own / "checkpoints", warn=tell) is not None
             Engine.from_config(part.config).fit(resume=resume, overwrite=begun and not resume)
         except Exception as error:  # whatever it is, the other systems have their own run, and the table says it
             folder.mkdir(parents=True, exist_ok=True)
             text = f"{type(error).__name__}: {error}"
             content = {"part": part.name, "error": text, "traceback": traceback.format_exc()}
             failure.write_text(json.dumps(content, indent=1), encoding="utf-8")
-            print(f"failed: {text}", file=sys.stderr)
+            print(harmless(f"failed: {text}"), file=sys.stderr)
             break
     return anything
 

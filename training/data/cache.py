@@ -2,18 +2,21 @@
 
 A file's name is the SHA-256 of everything that went into it, so a file is never out of date, and its last bytes are
 that of what it holds, so a damaged one is found. Encoded data is mapped into memory (Arrow's file format, not
-compressed): checking it takes a second for a gigabyte, and what nobody looks at takes no memory. A run goes on without
-a cache that cannot be written or read.
+compressed): what nobody looks at takes no memory. What is mapped is a copy in a file without a name, made while the
+digest is checked, which takes seconds for a gigabyte: nobody can cut or change it, as they can a file that has a name,
+and a page that is cut off while it is mapped ends the process without a word. A run goes on without a cache that cannot
+be written or read.
 """
 
 import json
+import mmap
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Any, TypeGuard
+from typing import IO, Any, TypeGuard
 
 import pyarrow as pa
 import tokenizers
@@ -26,7 +29,7 @@ from trunkline.training.data.encoded import Counts, Encoded
 FORMAT = 3  # to be raised when encoding changes; part of every name
 DIGEST = 64  # bytes at the end of every file: a SHA-256 in hexadecimal
 
-PART = 1 << 20  # bytes that are checked at once
+PART = 1 << 20  # bytes that are checked and copied at once
 
 Tell = Callable[[str], None]
 
@@ -48,20 +51,21 @@ def encoded(
         tell: is told of a damaged file, which is made anew, and of a cache that cannot be used.
     """
     path = _path([asdict(task), causal, *key], ".arrow", tell)
-    if _whole(path, tell):
-        return _mapped(path, task, causal)
+    if path and (content := _content(path, tell)):
+        return _mapped(content, task, causal, path)
     made = make()
-    return _mapped(path, task, causal) if _keep(path, lambda file: _write(file, made), tell) else made
+    kept = _keep(path, lambda file: _write(file, made), tell)
+    return _mapped(content, task, causal, path) if kept and path and (content := _content(path, tell)) else made
 
 
 def tokenizer(key: Sequence[Any], make: Callable[[], Tokenizer], tell: Tell = lambda _: None) -> Tokenizer:
     """A trained tokenizer, as `encoded`."""
     path = _path(list(key), ".tokenizer.json", tell)
-    if not _whole(path, tell):
-        made = make()
-        if not _keep(path, lambda file: file.write_text(made.inner.to_str(), encoding="utf-8"), tell):
-            return made
-    return Tokenizer(tokenizers.Tokenizer.from_str(path.read_bytes()[:-DIGEST].decode()))
+    if content := _content(path, tell):
+        return Tokenizer(tokenizers.Tokenizer.from_str(content[:].decode()))
+    made = make()
+    _keep(path, lambda file: file.write_text(made.inner.to_str(), encoding="utf-8"), tell)
+    return made
 
 
 def _path(key: list[Any], suffix: str, tell: Tell) -> Path | None:
@@ -73,25 +77,36 @@ def _path(key: list[Any], suffix: str, tell: Tell) -> Path | None:
         return None
 
 
-def _whole(path: Path | None, tell: Tell) -> TypeGuard[Path]:
-    """Whether a file is there, and is what was written: a damaged one would be other data, without a word."""
+def _content(path: Path | None, tell: Tell) -> mmap.mmap | None:
+    """What a file holds, as it was written, in memory that is nobody else's; None where there is no such file, or a
+    damaged one, which would be other data without a word."""
     if path is None:
-        return False
+        return None
     try:
         if not path.is_file():
-            return False
-        state, left = sha256(), path.stat().st_size - DIGEST
-        with path.open("rb") as file:
+            return None
+        with path.open("rb") as file, _unnamed(path.parent) as copy:
+            state, left = sha256(), path.stat().st_size - DIGEST
             while left > 0 and (part := file.read(min(left, PART))):
                 state.update(part)
+                copy.write(part)
                 left -= len(part)
-            good = left == 0 and file.read() == state.hexdigest().encode()
+            copy.flush()
+            if left == 0 and copy.tell() and file.read() == state.hexdigest().encode():
+                return mmap.mmap(copy.fileno(), 0, access=mmap.ACCESS_READ)
     except OSError as error:
         tell(_unusable(path.parent, error))
-        return False
-    if not good:
-        tell(f"cache: {path} is damaged, and made anew")
-    return good
+        return None
+    tell(f"cache: {path} is damaged, and made anew")
+    return None
+
+
+def _unnamed(folder: Path) -> IO[bytes]:
+    """A file that only this process has, and that is gone with it."""
+    try:
+        return tempfile.TemporaryFile(dir=folder)
+    except OSError:  # a cache that others keep may be read alone
+        return tempfile.TemporaryFile()
 
 
 def _keep(path: Path | None, write: Callable[[Path], Any], tell: Tell) -> TypeGuard[Path]:
@@ -133,10 +148,9 @@ def _write(path: Path, data: Encoded) -> None:
         file.write_batch(batch)  # as one, so that every column lies in one piece
 
 
-def _mapped(path: Path, task: Task, causal: bool) -> Encoded:
+def _mapped(content: mmap.mmap, task: Task, causal: bool, path: Path) -> Encoded:
     """The data in a file, none of which is read yet. Pickled, it is the name of the file."""
-    content = pa.memory_map(str(path)).read_buffer()
-    batch = pa.ipc.open_file(content.slice(0, content.size - DIGEST)).get_batch(0)
+    batch = pa.ipc.open_file(pa.py_buffer(content)).get_batch(0)
     tokens, labels = batch["tokens"], batch["labels"]
     data = Encoded(
         task=task,
@@ -149,8 +163,20 @@ def _mapped(path: Path, task: Task, causal: bool) -> Encoded:
         counts=Counts(**json.loads(batch.schema.metadata[b"counts"])),
         types=batch["types"].values.to_numpy() if "types" in batch.schema.names else None,
     )
-    object.__setattr__(data, "again", (_mapped, (path, task, causal)))
+    object.__setattr__(data, "again", (_again, (path, task, causal)))
     return data
+
+
+def _again(path: Path, task: Task, causal: bool) -> Encoded:
+    """What another process has mapped.
+
+    Raises:
+        ValueError: the file is no longer what it was.
+    """
+    told: list[str] = []
+    if content := _content(path, told.append):
+        return _mapped(content, task, causal, path)
+    raise ValueError(f"cache: {path} was removed or damaged while it was in use; {' '.join(told)}")
 
 
 class References(Sequence[str | list[str]]):

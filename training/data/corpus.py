@@ -93,8 +93,6 @@ def _once(tell: Callable[[str], None]) -> Callable[[str], None]:
 
 def _tokenizer(config: Config, training: list[tuple[Task, Source]], tell: Callable[[str], None]) -> Tokenizer:
     if source := config.tokenizer or config.init:
-        if config.vocab_size != Config.vocab_size:
-            tell(f"vocab_size {config.vocab_size} is of a tokenizer that is trained; this one is that of '{source}'")
         return Tokenizer.load(source, layout=config.layout, grows=not config.init)
 
     def texts() -> Iterator[str]:

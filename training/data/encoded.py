@@ -65,12 +65,17 @@ class Encoded:
     def tokens_of(self, i: int) -> np.ndarray:
         return self.tokens[self.bounds[i] : self.bounds[i + 1]]
 
+    def types_of(self, i: int) -> np.ndarray | None:
+        return None if self.types is None else self.types[self.bounds[i] : self.bounds[i + 1]]
+
     def label_of(self, i: int) -> np.ndarray:
         return self.labels[self.label_bounds[i] : self.label_bounds[i + 1]]
 
     def piece(self, i: int) -> Piece:
         """Example `i`, as its head encoded it."""
-        return Piece(self.tokens_of(i), self.label_of(i), self.references[i] if self.references else None)
+        return Piece(
+            self.tokens_of(i), self.label_of(i), self.types_of(i), self.references[i] if self.references else None
+        )
 
     def prompt_of(self, i: int) -> np.ndarray:
         """What stands before the text to be generated; of other heads, everything."""
@@ -92,8 +97,7 @@ class Encoded:
             labels = head.label(tokens, label, self.causal)
         if class_weights is not None:
             labels = labels._replace(weights=labels.weights * np.take(class_weights, labels.targets.astype(int)))
-        types = None if self.types is None else self.types[self.bounds[i] : self.bounds[i + 1]]
-        return Example(task, tokens, *labels, types=types)
+        return Example(task, tokens, *labels, types=self.types_of(i))
 
     def reference(self, i: int) -> Any:
         """The label as metrics want it: a class, a number, a text, tags, a span, or the number of predicted tokens."""

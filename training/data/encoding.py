@@ -64,6 +64,12 @@ def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal
                 label = rows.columns[task.label][row] if task.label else None
                 start = rows.columns[task.start][row] if task.start else None
                 made, cut = head.encode(layout, task, Row(texts, ids, label, start))
+                for piece in made:
+                    if piece.types is not None and len(piece.types) != len(piece.tokens):
+                        raise ValueError(
+                            f"head '{task.head}' gives {len(piece.tokens)} tokens of a row and {len(piece.types)} "
+                            "token types: it has to cut both alike"
+                        )
                 if cut and task.too_long == "error":
                     raise ValueError(
                         f"{sum(len(tokens) for tokens, _ in ids)} tokens of text: longer than {max_length} tokens, "

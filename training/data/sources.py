@@ -13,18 +13,20 @@ from dataclasses import dataclass
 from functools import cache
 from hashlib import file_digest, sha256
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from trunkline.engine.tasks.task import Task
 from trunkline.training.data import generated
 from trunkline.training.data.tables import (
     FORMATS,
     READERS,
+    Choose,
     Columns,
     choose_columns,
     columns_of_records,
     format_of,
     read_table,
+    rows_of,
     unread,
 )
 
@@ -138,16 +140,25 @@ def _offer(split: str) -> str:
     return "; `validation: 0.1` holds out a tenth of the training rows" if split == "validation" else ""
 
 
-def read_columns(path: Path, wanted: Sequence[str], encoding: str = "utf-8") -> Rows:
-    """Columns of one file, of all its rows.
+def rows_of_file(path: Path, choose: Choose, encoding: str = "utf-8") -> Iterator[Sequence[Any]]:
+    """The rows of one file, one after the other, in memory that does not depend on their number.
+
+    Args:
+        choose: as of `rows_of`.
 
     Raises:
-        MissingColumnError: it has not all of them.
-        ValueError: no such file, another format, or a row or byte that cannot be read.
+        ValueError: no such file, another format, or, when it is reached, a row or byte that cannot be read.
     """
     if not format_of(path.name):
         raise ValueError(f"expected a {FORMATS} file; {unread(str(path))}")
-    return _file_rows(path.parent, [path.name], tuple(wanted), encoding).read()
+    if path.exists() and not path.is_file():
+        raise ValueError(f"cannot read {path.absolute()}: it is no ordinary file")
+    try:
+        file = path.open("rb")
+    except OSError as error:
+        raise ValueError(f"cannot read {path.absolute()}: {error.strerror}; expected a {FORMATS} file") from error
+    with file:
+        yield from rows_of(file, path.name, choose, encoding)
 
 
 def _part(source: Source, text: Sequence[str], fraction: float, split: str) -> Source:
@@ -260,7 +271,8 @@ def _file_rows(folder: Path, names: list[str], wanted: Sequence[str], encoding: 
         columns: Columns = {column: [] for column in wanted}
         origins = []
         for name in names:
-            part = read_table((folder / name).read_bytes(), name, wanted, encoding)
+            with (folder / name).open("rb") as file:
+                part = read_table(file, name, wanted, encoding)
             for column in wanted:
                 columns[column].extend(part[column])
             origins.append((name, len(part[wanted[0]])))

@@ -2,19 +2,23 @@
 
 Reading is strict, because a misread row is never noticed later: a table with a ragged row, a quote that never closes, a
 key given twice or bytes of another encoding are errors with file and row, and values stay strings until the encoder
-knows what they mean.
+knows what they mean. Rows come one after the other, in memory that does not depend on their number; only .json, which
+is one value, is read as a whole, and of Parquet a row group.
 """
 
+import codecs
 import csv
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 Columns = dict[str, list[Any]]
+Choose = Callable[[list[str]], Sequence[str]]  # of the columns that a file has, those that are read
+PART, AT_ONCE = 1 << 20, 1024  # bytes, and rows of Parquet, that are looked at together
 
 FORMATS = ".csv, .tsv, .jsonl, .json or .parquet"
 SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
@@ -38,10 +42,11 @@ def unread(name: str) -> str:
     return f"got '{name}'"
 
 
-def read_table(data: bytes, name: str, wanted: Sequence[str], encoding: str = "utf-8") -> Columns:
-    """Columns of a file with these bytes.
+def read_table(file: BinaryIO, name: str, wanted: Sequence[str], encoding: str = "utf-8") -> Columns:
+    """Columns of a file.
 
     Args:
+        file: what it holds, from its beginning.
         name: of the file; its suffix says how it is read.
         wanted: names of columns; of 'a|b', the first that the file has.
         encoding: of text; Parquet has its own.
@@ -50,32 +55,79 @@ def read_table(data: bytes, name: str, wanted: Sequence[str], encoding: str = "u
         MissingColumnError: it has not all of them.
         ValueError: a row or byte that cannot be read; names file and row.
     """
-    if name.lower().endswith(".gz"):
-        try:
-            data = gzip.decompress(data)
-        except (OSError, EOFError, zlib.error) as error:
-            raise ValueError(f"{name} is not a valid gzip file: {error}") from error
+    return _columns(rows_of(file, name, _all_of(wanted, name), encoding), wanted)
+
+
+def rows_of(file: BinaryIO, name: str, choose: Choose, encoding: str = "utf-8") -> Iterator[Sequence[Any]]:
+    """The rows of a file, one after the other; each has the values of the columns that were chosen.
+
+    Args:
+        choose: is told the file's columns (of JSON the keys of the first object), and says which to read.
+        file, name, encoding: as of `read_table`.
+
+    Raises:
+        ValueError: as `read_table`, when the row is reached.
+    """
+    if not name.lower().endswith(".gz"):
+        yield from _unpacked_rows(file, name, choose, encoding)
+        return
+    try:
+        with gzip.GzipFile(fileobj=file) as unpacked:
+            yield from _unpacked_rows(unpacked, name, choose, encoding)  # type: ignore[arg-type]
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{name} is not a valid gzip file: {error}") from error
+
+
+def _unpacked_rows(file: BinaryIO, name: str, choose: Choose, encoding: str) -> Iterator[Sequence[Any]]:
     suffix = format_of(name)
     if suffix == ".parquet":
-        return _read_parquet(data, name, wanted)
-    return READERS[suffix](_decode(data, name, encoding), name, wanted)
-
-
-def _decode(data: bytes, name: str, encoding: str) -> str:
+        yield from _parquet_rows(file, name, choose)
+        return
+    # a value of a CSV may have line ends in it, which stay as they are; elsewhere \n alone ends a line, and not, as for
+    # splitlines(), U+0085 or U+2028
+    text = io.TextIOWrapper(file, encoding, newline="" if suffix == ".csv" else "\n")
     try:
-        text = data.decode(encoding)
+        yield from READERS[suffix](_lines(text, name), name, choose)
     except UnicodeDecodeError as error:
-        offset, line = error.start, data.count(b"\n", 0, error.start) + 1
-        known = "UTF-8" if encoding.lower() in ("utf-8", "utf8") else encoding
-        raise ValueError(
-            f"{name} is not {known}: byte 0x{data[offset]:02x} at offset {offset}, line {line}{_guess(data)}"
-        ) from error
+        raise ValueError(f"{name} is not {_undecodable(file, encoding)}") from error
     except UnicodeError as error:
         raise ValueError(f"{name} is not {encoding}: {error}") from error
-    text = text.removeprefix("\ufeff").rstrip("\r\n")
-    if not text:
+    finally:
+        text.detach()  # which would close the file, and that is the caller's
+
+
+def _lines(text: Iterable[str], name: str) -> Iterator[str]:
+    """Lines with their ends, but for a byte order mark and for the ends of lines at the end of the file."""
+    held: list[str] = []  # the last line that is not empty, and empty ones after it
+    for place, given in enumerate(text):
+        line = given if place else given.removeprefix("\ufeff")
+        if line.strip("\r\n"):
+            yield from held
+            held = []
+        held.append(line)
+    last = held[0].rstrip("\r\n") if held else ""
+    if not last:
         raise ValueError(f"{name} is empty")
-    return text
+    yield last
+
+
+def _undecodable(file: BinaryIO, encoding: str) -> str:
+    """What a file's text is not, with the place of the first byte that shows it and what to do."""
+    file.seek(0)
+    decoder, offset, line, begin = codecs.getincrementaldecoder(encoding)(), 0, 1, b""
+    while True:
+        part = file.read(PART)
+        begin = begin or part
+        try:
+            decoder.decode(part, final=not part)
+        except UnicodeDecodeError as error:
+            before = len(error.object) - len(part)  # bytes of the part before it, which begin a character
+            line += part.count(b"\n", 0, max(error.start - before, 0))
+            known = "UTF-8" if encoding.lower() in ("utf-8", "utf8") else encoding
+            place = f"byte 0x{error.object[error.start]:02x} at offset {offset - before + error.start}, line {line}"
+            return f"{known}: {place}{_guess(begin)}"
+        offset += len(part)
+        line += part.count(b"\n")
 
 
 def _guess(data: bytes) -> str:
@@ -87,39 +139,55 @@ def _guess(data: bytes) -> str:
     return "; of another encoding, name it on the task: `encoding: windows-1252`, for one"
 
 
-def _read_csv(text: str, name: str, wanted: Sequence[str]) -> Columns:
+def _csv_rows(lines: Iterator[str], name: str, choose: Choose) -> Iterator[Sequence[Any]]:
     # The standard library's parser: pyarrow's takes a quote that is still open at the end of the file as closed.
     csv.field_size_limit(2**31 - 1)  # characters; the default, 131,072, is less than a book
-    records: list[list[str]] = []
-    try:
-        for fields in csv.reader(io.StringIO(text, newline=""), strict=True):
-            records.append(fields or [""])  # an empty line is no field to the parser; in a file of one column it is one
-    except csv.Error as error:
-        raise ValueError(f"{name}, row {len(records)}: {error}") from error
-    return _columns_of_table(records, name, wanted)
+
+    def records() -> Iterator[list[str]]:
+        row = 0  # the header is none
+        try:
+            for fields in csv.reader(lines, strict=True):
+                row += 1
+                yield fields or [""]  # an empty line is no field to the parser; in a file of one column it is one
+        except csv.Error as error:
+            raise ValueError(f"{name}, row {row}: {error}") from error
+
+    return _rows_below_a_header(records(), name, choose)
 
 
-def _read_tsv(text: str, name: str, wanted: Sequence[str]) -> Columns:
-    # Quotes mean nothing in GLUE's TSV, and a line is a row. Not splitlines(): it also splits at U+0085 or U+2028.
-    lines = text.split("\n")
-    return _columns_of_table([line.removesuffix("\r").split("\t") for line in lines], name, wanted)
+def _tsv_rows(lines: Iterator[str], name: str, choose: Choose) -> Iterator[Sequence[Any]]:
+    # Quotes mean nothing in GLUE's TSV, and a line is a row.
+    return _rows_below_a_header(
+        (line.removesuffix("\n").removesuffix("\r").split("\t") for line in lines), name, choose
+    )
 
 
-def _read_jsonl(text: str, name: str, wanted: Sequence[str]) -> Columns:
-    records = []
-    for row, line in enumerate(text.split("\n"), 1):
-        if not line.strip():
-            raise ValueError(f"{name}, row {row}: not JSON: the line is blank")
-        record = _parsed(line, f"{name}, row {row}")
-        if not isinstance(record, dict):
-            hint = "; an array is read from a .json file" if isinstance(record, list) else ""
-            raise ValueError(f"{name}, row {row}: expected a JSON object, got {line[:40]}{hint}")
-        records.append(record)
-    return columns_of_records(records, name, wanted)
+def _rows_below_a_header(records: Iterator[list[str]], name: str, choose: Choose) -> Iterator[Sequence[Any]]:
+    header = next(records)
+    places = [header.index(column) for column in choose(header)]
+    for row, fields in enumerate(records, 1):
+        if len(fields) != len(header):
+            raise ValueError(f"{name}, row {row}: expected {len(header)} fields, as in the header, got {len(fields)}")
+        yield [fields[place] for place in places]
 
 
-def _read_json(text: str, name: str, wanted: Sequence[str]) -> Columns:
+def _jsonl_rows(lines: Iterator[str], name: str, choose: Choose) -> Iterator[Sequence[Any]]:
+    def records() -> Iterator[dict[str, Any]]:
+        for row, line in enumerate(lines, 1):
+            if not line.strip():
+                raise ValueError(f"{name}, row {row}: not JSON: the line is blank")
+            record = _parsed(line, f"{name}, row {row}")
+            if not isinstance(record, dict):
+                hint = "; an array is read from a .json file" if isinstance(record, list) else ""
+                raise ValueError(f"{name}, row {row}: expected a JSON object, got {line.rstrip()[:40]}{hint}")
+            yield record
+
+    return _rows_of_records(records(), name, choose)
+
+
+def _json_rows(lines: Iterator[str], name: str, choose: Choose) -> Iterator[Sequence[Any]]:
     """An array of objects, by itself or as 'data' of an object, as SQuAD's."""
+    text = "".join(lines)
     content = _parsed(text, name)
     records = content.get("data") if isinstance(content, dict) else content
     if not isinstance(records, list):
@@ -129,7 +197,7 @@ def _read_json(text: str, name: str, wanted: Sequence[str]) -> Columns:
             raise ValueError(f"{name}, row {row}: expected a JSON object, got {json.dumps(record)[:40]}")
     if records and all("paragraphs" in record for record in records):
         records = _questions(records, name)
-    return columns_of_records(records, name, wanted)
+    return _rows_of_records(records, name, choose)
 
 
 def _questions(articles: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -165,47 +233,57 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_parquet(data: bytes, name: str, wanted: Sequence[str]) -> Columns:
+def _rows_of_records(records: Iterable[dict[str, Any]], name: str, choose: Choose) -> Iterator[Sequence[Any]]:
+    """The chosen keys of records, which all have to have them."""
+    chosen: Sequence[str] = ()
+    for row, record in enumerate(records, 1):
+        chosen = choose(list(record)) if row == 1 else chosen
+        for key in chosen:
+            if key not in record:
+                raise ValueError(f"{name}, row {row}: no key '{key}', found {list(record)}")
+        yield [record[key] for key in chosen]
+
+
+def _parquet_rows(file: BinaryIO, name: str, choose: Choose) -> Iterator[Sequence[Any]]:
     import pyarrow
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(pyarrow.BufferReader(data))
-        chosen = choose_columns(file.schema_arrow.names, name, wanted)
-        table = file.read(columns=list(chosen.values()))
-        table.validate(full=True)  # is text UTF-8?
-        return {column: table[chosen[column]].to_pylist() for column in wanted}
-    except (pyarrow.ArrowException, OSError, OverflowError) as error:
+        # it is read from its end, which a packed one has to be unpacked for
+        table = pyarrow.parquet.ParquetFile(io.BytesIO(file.read()) if isinstance(file, gzip.GzipFile) else file)
+        chosen = choose(table.schema_arrow.names)
+        for group in range(table.num_row_groups):  # asked for all at once, all are read beforehand
+            for batch in table.iter_batches(AT_ONCE, [group], list(dict.fromkeys(chosen))):
+                batch.validate(full=True)  # is text UTF-8?
+                yield from zip(*(batch[column].to_pylist() for column in chosen), strict=True)
+    except (pyarrow.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
         raise ValueError(f"{name} is not a valid Parquet file: {error}") from error
 
 
-READERS: dict[str, Callable[..., Columns]] = {
-    ".parquet": _read_parquet,
-    ".csv": _read_csv,
-    ".tsv": _read_tsv,
-    ".jsonl": _read_jsonl,
-    ".json": _read_json,
+READERS: dict[str, Callable[..., Iterator[Sequence[Any]]]] = {
+    ".parquet": _parquet_rows,
+    ".csv": _csv_rows,
+    ".tsv": _tsv_rows,
+    ".jsonl": _jsonl_rows,
+    ".json": _json_rows,
 }
 
 
-def _columns_of_table(records: list[list[str]], name: str, wanted: Sequence[str]) -> Columns:
-    header, *rows = records
-    chosen = choose_columns(header, name, wanted)
-    for row, fields in enumerate(rows, 1):
-        if len(fields) != len(header):
-            raise ValueError(f"{name}, row {row}: expected {len(header)} fields, as in the header, got {len(fields)}")
-    places = {column: header.index(chosen[column]) for column in wanted}
-    return {column: [fields[place] for fields in rows] for column, place in places.items()}
-
-
-def columns_of_records(records: list[dict[str, Any]], name: str, wanted: Sequence[str]) -> Columns:
+def columns_of_records(records: Iterable[dict[str, Any]], name: str, wanted: Sequence[str]) -> Columns:
     """The wanted columns of records that have the same keys."""
-    chosen = choose_columns(list(dict.fromkeys(key for record in records for key in record)), name, wanted)
-    for row, record in enumerate(records, 1):
-        for key in chosen.values():
-            if key not in record:
-                raise ValueError(f"{name}, row {row}: no key '{key}', found {list(record)}")
-    return {column: [record[chosen[column]] for record in records] for column in wanted}
+    return _columns(_rows_of_records(records, name, _all_of(wanted, name)), wanted)
+
+
+def _columns(rows: Iterable[Sequence[Any]], wanted: Sequence[str]) -> Columns:
+    columns: Columns = {column: [] for column in wanted}
+    for row in rows:
+        for values, value in zip(columns.values(), row, strict=True):
+            values.append(value)
+    return columns
+
+
+def _all_of(wanted: Sequence[str], name: str) -> Choose:
+    return lambda found: list(choose_columns(found, name, wanted).values())
 
 
 def choose_columns(found: list[str], name: str, wanted: Sequence[str]) -> dict[str, str]:

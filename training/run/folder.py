@@ -21,6 +21,7 @@ import numpy as np
 
 from trunkline.engine import checkpoint
 from trunkline.engine.config import Config
+from trunkline.engine.console import tell
 from trunkline.engine.foreign import pretrained
 from trunkline.engine.tasks.task import Task
 from trunkline.training.data.corpus import Corpus
@@ -104,7 +105,7 @@ class RunFolder:
         """
         if not self.resume:
             if self.earlier and not self.overwrite:
-                print(f"run folder {self.path}: the run there ended before its first checkpoint, and is begun anew")
+                tell(f"run folder {self.path}: the run there ended before its first checkpoint, and is begun anew")
             for name in self.earlier:
                 _remove(self.path, name)
         self._write(tuple(WRITTEN))

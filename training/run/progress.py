@@ -18,6 +18,7 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from trunkline.engine.console import harmless
 from trunkline.engine.network.packing import PackedBatch
 
 QUIET_SECONDS = 15.0  # between lines where the output is no terminal
@@ -174,9 +175,10 @@ class Display:
             self.live.stop()
 
     def tell(self, text: str) -> None:
-        """A line as it is: brackets and colons in a user's text are no markup, and what cannot be shown is escaped."""
+        """A line as it is: brackets and colons in a user's text are no markup, and what a terminal obeys or
+        cannot show is escaped."""
         encoding = self.console.encoding
-        shown = text.encode(encoding, "backslashreplace").decode(encoding)
+        shown = harmless(text).encode(encoding, "backslashreplace").decode(encoding)
         self.console.print(Text(shown), highlight=False, soft_wrap=True)
 
     def step(self, step: int, loss: Mapping[str, float], tokens_per_second: float) -> None:

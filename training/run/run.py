@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trunkline.engine import checkpoint
+from trunkline.engine.console import tell
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import BiLSTM, Model
 from trunkline.engine.network.compiled import CompiledModel, FixedShapes
@@ -59,7 +60,7 @@ class Run:
         self.began = time.perf_counter()
         self.engine, self.folder = engine, folder.path
         keep_freed_memory()
-        self.corpus = load_corpus(engine.config, engine.tokenizer, tell=print)
+        self.corpus = load_corpus(engine.config, engine.tokenizer, tell=tell)
         self.model = self._build()
         self.config = config = engine.config
 
@@ -82,7 +83,7 @@ class Run:
         self.corpus.tokenizer.save(self.folder)
         shown = {task.name: metric_names(task)[0] for task in self.corpus.tasks}
         self.display = Display(shown, config.steps, self.progress.step)
-        self.log = Log(self.folder, self.progress.step, tell=print)
+        self.log = Log(self.folder, self.progress.step, tell=tell)
         self.interruption = Interruption()
         self.profile = Profile(config.profile, self.folder, engine.device, self.display.tell)
         self.parts = Parts(self.packer, self.corpus.tokenizer, self.progress, self.display.tell)
@@ -309,7 +310,7 @@ class Run:
         Raises:
             ValueError: there is none, or it belongs to a run with other settings or data.
         """
-        path = checkpoint.newest(self.folder / "checkpoints", warn=print)
+        path = checkpoint.newest(self.folder / "checkpoints", warn=tell)
         if path is None:
             raise ValueError(f"run folder {self.folder} has no checkpoint to resume from")
         tensors, state = checkpoint.load(path)
@@ -319,7 +320,7 @@ class Run:
         checkpoint.load_optimizer_tensors(self.optimizer, self.model.named_parameters(), tensors.get("optimizer", {}))
         self.balancer.load_state_dict(state["balancing"])
         self.adaptive.load_state_dict(state["mixing"])
-        print(f"resuming at step {progress.step}")
+        tell(f"resuming at step {progress.step}")
         return progress
 
     def stop_if_asked(self) -> None:
@@ -357,5 +358,5 @@ def _compiled(engine: "Engine", packer: Packer, mixer: Mixer) -> CompiledModel |
     compiled = CompiledModel(model, FixedShapes.of(examples, model.groups), cuda_graphs)
     with engine.autocast():
         compiled.warm_up(examples[0].to(engine.device))
-    print(f"compiled the model in {compiled.seconds:.0f} s")
+    tell(f"compiled the model in {compiled.seconds:.0f} s")
     return compiled

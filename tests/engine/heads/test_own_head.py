@@ -33,7 +33,7 @@ class Grade(Head):
         if not re.fullmatch(r"\*{1,3}", str(row.label)):
             raise ValueError(f"label must be one to three stars, got {row.label!r}")
         laid = layout.lay(row.texts, row.encoded)
-        return Made([Piece(laid.tokens, [len(row.label) - 1])], laid.cut)
+        return Made([Piece(laid.tokens, [len(row.label) - 1], laid.types)], laid.cut)
 
     def label(self, tokens: np.ndarray, label: np.ndarray, causal: bool) -> Labels:
         return Labels.of([pooled(tokens, causal)], targets=label)
@@ -113,3 +113,24 @@ def test_a_task_explains_every_head():
     source = (Path(__file__).resolve().parents[3] / "engine" / "tasks" / "task.py").read_text("utf-8")
     words = " ".join(source.split())
     assert [name for name in HEADS if name != "grade" and f" {name}: " not in words] == []
+
+
+class Halved(Grade):
+    """Reads half of the text, and forgets that token types go with tokens."""
+
+    def encode(self, layout: Layout, task: Task, row: Row) -> Made:
+        laid = layout.lay(row.texts, row.encoded)
+        return Made([Piece(laid.tokens[: laid.kept // 2], [len(row.label) - 1], laid.types)], True)
+
+
+def test_a_head_that_cuts_tokens_and_not_their_types_is_an_error(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRUNKLINE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setitem(HEADS, "grade", Halved())
+    (tmp_path / "n.csv").write_text("text,n\na meal,2\na long meal,3\n")
+    with pytest.raises(ValueError, match=r"'meals': head 'grade' gives \d+ tokens .*types: .* \(train\.csv, row 1\)"):
+        engine(tmp_path).fit()
+
+
+def test_a_head_says_which_token_types_its_tokens_have():
+    with pytest.raises(TypeError, match="types"):
+        Piece(np.arange(3), [0])

@@ -364,6 +364,13 @@ def test_rows_are_integers(rows):
         attention(q, k, v, plan, causal=True, rows=rows)
 
 
+@pytest.mark.parametrize("rows", [[0, 8], [-1], [8] * 9, [-1] * 9], ids=str)
+def test_rows_that_there_are_not_are_an_error(rows):
+    q, k, v, plan = make([[3, 5]])
+    with pytest.raises(ValueError, match=r"attention: rows must be in \[0, 8\): .*out of"):
+        attention(q, k, v, plan, causal=True, rows=torch.tensor(rows))
+
+
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
 def test_compiles():
     q, k, v, plan = make([[3, 5], [66], [130]])

@@ -96,3 +96,11 @@ def test_boundaries_that_are_none_are_named(cu_seqlens, message):
 def test_queries_and_keys_of_other_sequences_are_named():
     with pytest.raises(ValueError, match="same sequences, got 2 of queries and 3 of keys"):
         PackPlan.of(bounds([1, 2]), bounds([1, 2, 3]))
+
+
+def test_boundaries_that_end_elsewhere_are_named_before_anything_is_made_of_them():
+    huge = torch.tensor([0, 1, 2**31 - 1], dtype=torch.int32)
+    with pytest.raises(ValueError, match="PackPlan: cu_seqlens must end at 3 tokens, got 2147483647"):
+        PackPlan.of(huge, bounds([1, 2]), num_tokens=3, num_keys=3)
+    with pytest.raises(ValueError, match="PackPlan: cu_seqlens_k must end at 3 tokens, got 2147483647"):
+        PackPlan.of(bounds([1, 2]), huge, num_tokens=3, num_keys=3)

@@ -65,6 +65,12 @@ def test_tasks_with_many_classes(dtype):
     assert_matches(inputs, smoothing=0.1, width=100)
 
 
+def test_a_single_task_with_many_logits():
+    """Where no task is small, nothing is summed up for the small ones."""
+    inputs = example("cpu", torch.float32, rows=200, tasks=1, width=24, classes=100)
+    assert_matches(Inputs(*(inputs[name] for name in Inputs._fields)), smoothing=0.1, width=100)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_precision_sums_in_float32(dtype):
     inputs = make(ROWS["mixed"], dtype)

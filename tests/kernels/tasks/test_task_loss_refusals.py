@@ -123,3 +123,10 @@ def test_columns_that_do_not_fit_the_table_are_named(width):
     message = rf"class_offsets must rise from 0 to K = 19 by 1 to C = {width} columns a task, got \[0, 3, 4, 6, 13, 14"
     with pytest.raises(ValueError, match=message):
         task_loss(*inputs, width=width)
+
+
+def test_a_regression_of_several_columns_is_named():
+    inputs = make(ROWS["mixed"])
+    inputs.regression[3] = True
+    with pytest.raises(ValueError, match="task_loss: a regression has one column, got 7 in class_offsets for task 3"):
+        task_loss(*inputs, width=max(CLASSES))

@@ -13,6 +13,7 @@ import yaml
 
 from conftest import TINY_TASKS, tiny_rows, write_jsonl
 from trunkline import Engine, TrunkConfig
+from trunkline.engine.config import with_tokenizer
 from trunkline.engine.network.bilstm import BiLSTM
 from trunkline.training.compare import compare as comparing
 from trunkline.training.compare.compare import Comparison, compare, load_comparison
@@ -81,7 +82,7 @@ def results_of(run: Path) -> dict[str, Any]:
 
 def basis_of(config: Path, finished: Path, **changes: Any) -> Basis:
     comparison = load_comparison(config, [f"run={finished}"])
-    settings = replace(ordinary(comparison), tokenizer=str(finished), **changes)
+    settings = replace(with_tokenizer(ordinary(comparison), finished), **changes)
     return Basis(settings, comparing.load_corpus(settings), "parameters", 0.25)
 
 

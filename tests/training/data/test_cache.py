@@ -5,8 +5,10 @@ import pickle
 import signal
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -59,6 +61,16 @@ def assert_same(found: Encoded, expected: Encoded) -> None:
         assert found.reference(i) == expected.reference(i)
         for mine, other in zip(vars(found.example(i, 1)).values(), vars(expected.example(i, 1)).values(), strict=True):
             np.testing.assert_array_equal(mine, other)
+
+
+def in_another_process(code: str, *arguments: Path) -> str:
+    """What code says that has our test helpers."""
+    here = Path(__file__).resolve().parents[2]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here / "helpers"), str(here.parent / "src")])}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(
+        command, env=environment, capture_output=True, text=True, check=True, timeout=100
+    ).stdout.strip()
 
 
 # Where
@@ -156,11 +168,7 @@ def test_two_million_examples_are_there_at_once():
             label_bounds=np.arange(count + 1),
         )
         cache.encoded(CLASSIFY, [name], True, lambda data=data: data)
-    here = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here / "helpers"), str(here.parent / "src")])}
-    output = subprocess.run(
-        [sys.executable, "-c", OPENED], env=environment, capture_output=True, text=True, check=True, timeout=100
-    ).stdout.split()
+    output = in_another_process(OPENED).split()
     seconds, opened, mixed = float(output[0]), int(output[1]), int(output[2])
     assert seconds < 0.5
     assert opened < 1 << 20  # of 64 MB of tokens and 64 MB of the rest
@@ -318,6 +326,53 @@ def test_every_damaged_file_is_found_made_anew_and_said(task, folder):
         assert_same(cache.encoded(task, KEY, True, lambda: encoded, told.append), encoded)
         assert told == [f"cache: {file} is damaged, and made anew"]
         assert file.read_bytes() == whole
+
+
+CUT = """
+import sys
+from pathlib import Path
+from encoded import CLASSIFY, made
+from trunkline.training.data import cache
+
+texts = ["a" * 99] * 500
+encoded = made(CLASSIFY, text=texts, label=[1] * len(texts))
+found = cache.encoded(CLASSIFY, ["key"], True, lambda: encoded)
+(file,) = Path(sys.argv[1]).glob("*.arrow")
+whole = file.read_bytes()
+for content in (bytes(len(whole)), b"", whole[:100]):
+    file.write_bytes(content)  # in place, as `cp` and a disk that fails do
+    for name in ("tokens", "bounds", "labels", "label_bounds"):
+        assert (getattr(found, name) == getattr(encoded, name)).all(), name
+again = cache.encoded(CLASSIFY, ["key"], True, lambda: encoded)
+print("survived", len(again), sorted(path.name for path in file.parent.iterdir()) == [file.name])
+"""
+
+
+def test_a_file_that_is_cut_or_changed_while_it_is_used_changes_nothing(folder):
+    """In a process of its own, which a page that is not there any more would end."""
+    assert in_another_process(CUT, folder) == "survived 500 True"
+
+
+def test_a_cache_that_can_only_be_read_is_read(folder, monkeypatch):
+    encoded, unnamed = made(CLASSIFY, **COLUMNS["classify"]), tempfile.TemporaryFile
+    cache.encoded(CLASSIFY, KEY, True, lambda: encoded)
+
+    def not_here(dir: Path | None = None) -> Any:
+        if dir:
+            raise OSError(30, "Read-only file system")
+        return unnamed()
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", not_here)
+    assert_same(cache.encoded(CLASSIFY, KEY, True, not_again), encoded)
+
+
+def test_another_process_is_told_of_a_file_that_is_gone(folder):
+    encoded = made(CLASSIFY, **COLUMNS["classify"])
+    pickled = pickle.dumps(cache.encoded(CLASSIFY, KEY, True, lambda: encoded))
+    (file,) = folder.iterdir()
+    file.write_bytes(b"cut")
+    with pytest.raises(ValueError, match=r"cache: .*\.arrow was removed or damaged while it was in use"):
+        pickle.loads(pickled)
 
 
 def test_a_damaged_tokenizer_is_made_anew(folder):

@@ -1,7 +1,9 @@
 """Rows from every kind of source, and every fault of a file found, with file and row."""
 
 import gzip
+import io
 import json
+import random
 from pathlib import Path
 
 import pyarrow
@@ -10,6 +12,7 @@ import pytest
 
 from trunkline.engine.tasks.task import Task
 from trunkline.training.data.sources import Rows, read_rows
+from trunkline.training.data.tables import rows_of
 
 
 def table_task(source: str = "train", **fields) -> Task:
@@ -128,6 +131,38 @@ def test_the_start_of_an_answer_is_a_column_too(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(b'{"question": "q", "context": "c", "answer": "a", "at": 3}')
     task = Task("toy", "span", ("question", "context"), "answer", start="at", train="a.jsonl")
     assert read_rows(task, "train", base=tmp_path).columns["at"] == [3]
+
+
+class Counted(io.BytesIO):
+    """Knows how much of it was read."""
+
+    taken = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        part = super().read(size)
+        self.taken += len(part)
+        return part
+
+    def read1(self, size: int | None = -1) -> bytes:
+        return self.read(8192 if size == -1 else size)
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.tsv", "a.jsonl", "a.csv.gz", "a.parquet"])
+def test_no_more_of_a_file_is_read_than_its_rows_need(name):
+    texts = [f"{place} {random.Random(place).randbytes(200).hex()}" for place in range(5000)]
+    if name == "a.parquet":
+        buffer = io.BytesIO()
+        pyarrow.parquet.write_table(pyarrow.table({"text": texts}), buffer, row_group_size=100)
+        content = buffer.getvalue()
+    elif name == "a.jsonl":
+        content = "\n".join(json.dumps({"text": text}) for text in texts).encode()
+    else:
+        content = "\n".join(["text", *texts]).encode()
+    file = Counted(gzip.compress(content, 1) if name.endswith(".gz") else content)
+    rows = rows_of(file, name, lambda found: found)
+    assert [*next(rows)] == [texts[0]]
+    assert 0 < file.taken < len(file.getvalue()) / 4
+    assert [texts[0], *(text for (text,) in rows)] == texts
 
 
 # What is wrong with a file

@@ -123,6 +123,14 @@ def test_a_users_text_is_no_markup(capsys, monkeypatch, text, terminal):
     assert f"{text}\n" in shown if terminal else shown == f"{text}\n"
 
 
+def test_a_users_text_gives_the_terminal_no_orders(capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with Display({"a": "accuracy"}, steps=5, first=0) as display:
+        display.tell("\x1b[2Jred\x1b]0;title\x07 \x9b31m \u202egnp.exe\ttab\r\x7f")
+    shown = capsys.readouterr().out.replace("\x1b[?25h", "").replace("\x1b[?25l", "")
+    assert "\\u001b[2Jred\\u001b]0;title\\u0007 \\u009b31m \\u202egnp.exe" in shown
+
+
 def test_a_text_that_the_console_cannot_show_is_escaped(monkeypatch):
     written = BytesIO()
     monkeypatch.setattr("sys.stdout", TextIOWrapper(written, encoding="latin-1", write_through=True))
