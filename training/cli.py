@@ -7,6 +7,7 @@ import argparse
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,6 +69,34 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=function)
         return sub
 
+    init = command("init", _init, "look at tables of yours and write a config for them")
+    init.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="a task each, or its train and validation rows"
+    )
+    init.add_argument(
+        "--label", action="append", default=[], metavar="COLUMN", help="to be predicted; several: a task each"
+    )
+    init.add_argument("--text", action="append", default=[], metavar="COLUMN", help="to be read, in this order")
+    init.add_argument("--head", default="", help="what is predicted: classify, regress, tag, span, generate ...")
+    init.add_argument("--labels", default="", metavar="A,B", help="class names in the order of their ids")
+    init.add_argument("--metric", action="append", default=[], help="systems are compared by the first")
+    init.add_argument(
+        "--validation", default="", metavar="FILE", help="or the share of the rows that is held out, as 0.1"
+    )
+    init.add_argument(
+        "--unlabelled", choices=["drop", "error"], default="", help="what happens to rows without a label"
+    )
+    init.add_argument("--encoding", default="", help="of text files, as windows-1252")
+    init.add_argument("--name", default="", help="of the task, and of the config")
+    init.add_argument(
+        "--init", default="", metavar="CHECKPOINT", help="folder or hub id to start from; default: from scratch"
+    )
+    init.add_argument("--trunk", default="", metavar="PRESET", help="from scratch: tiny, small, medium, bert-base")
+    init.add_argument("--steps", type=int, help="of training")
+    init.add_argument("--minutes", type=float, help="of training from scratch, on this machine; default: 2")
+    init.add_argument("--out", type=Path, metavar="FILE.yaml", help="the config; default: named after the first file")
+    init.add_argument("--overwrite", action="store_true", help="replace a config that is there")
+
     train = command("train", _train, "train as a YAML file says; key=value changes its settings", add_help=False)
     train.add_argument("config", metavar="CONFIG.yaml", type=Path)
     train.add_argument("values", nargs="*", default=[], metavar="key=value")
@@ -118,6 +147,8 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("config", metavar="CONFIG.yaml", type=Path)
     estimate.add_argument("values", nargs="*", default=[], metavar="key=value")
 
+    command("schema", _schema, "print the JSON schema of a config, by which editors complete and check it")
+
     report = command("report", _report, "write report.html of a run anew, also while the run goes on")
     report.add_argument("run", type=Path)
     return parser
@@ -146,6 +177,40 @@ class _SettingsHelp(argparse.Action):
             keys = settings_help()
         print(f"settings, in CONFIG.yaml or as key=value:\n\n{keys}")
         parser.exit()
+
+
+def _init(options: argparse.Namespace) -> None:
+    from trunkline.engine.yaml_file import read_yaml
+    from trunkline.training.starting.init import Answers, init
+    from trunkline.training.starting.proposal import Asked
+
+    classes = read_yaml(f"[{options.labels}]") if options.labels else []
+    asked = Asked(
+        tuple(options.label),
+        tuple(options.text),
+        options.head,
+        tuple(map(str, classes)),
+        tuple(options.metric),
+        options.unlabelled,
+    )
+    of_all = {name: getattr(options, name) for name in ("name", "validation", "encoding", "init", "trunk")}
+    answers = Answers(asked, **of_all, steps=options.steps, minutes=options.minutes)
+    ask = _ask if sys.stdin.isatty() and sys.stdout.isatty() else None
+    typed = shlex.join(["trunkline", *sys.argv[1:]])
+    init(options.files, answers, out=options.out, overwrite=options.overwrite, command=typed, tell=print, ask=ask)
+
+
+def _ask(question: str, default: str) -> str:
+    try:
+        return input(f"{question} [{default}]: ").strip() or default
+    except EOFError:
+        return default
+
+
+def _schema(options: argparse.Namespace) -> None:
+    from trunkline.training.starting.schema import config_schema
+
+    print(json.dumps(config_schema(), indent=1))
 
 
 def _train(options: argparse.Namespace) -> None:

@@ -21,6 +21,7 @@ from trunkline.training.data.tables import (
     FORMATS,
     READERS,
     Columns,
+    Wanted,
     choose_columns,
     columns_of_records,
     format_of,
@@ -138,8 +139,11 @@ def _offer(split: str) -> str:
     return "; `validation: 0.1` holds out a tenth of the training rows" if split == "validation" else ""
 
 
-def read_columns(path: Path, wanted: Sequence[str], encoding: str = "utf-8") -> Rows:
+def read_columns(path: Path, wanted: Wanted, encoding: str = "utf-8") -> Rows:
     """Columns of one file, of all its rows.
+
+    Args:
+        wanted: names; None: all columns that have one.
 
     Raises:
         MissingColumnError: it has not all of them.
@@ -147,7 +151,7 @@ def read_columns(path: Path, wanted: Sequence[str], encoding: str = "utf-8") -> 
     """
     if not format_of(path.name):
         raise ValueError(f"expected a {FORMATS} file; {unread(str(path))}")
-    return _file_rows(path.parent, [path.name], tuple(wanted), encoding).read()
+    return _file_rows(path.parent, [path.name], wanted, encoding).read()
 
 
 def _part(source: Source, text: Sequence[str], fraction: float, split: str) -> Source:
@@ -246,7 +250,7 @@ def _named_files(base: Path, source: str) -> list[str]:
     return names
 
 
-def _file_rows(folder: Path, names: list[str], wanted: Sequence[str], encoding: str) -> Source:
+def _file_rows(folder: Path, names: list[str], wanted: Wanted, encoding: str) -> Source:
     state = sha256(encoding.encode())
     for name in names:
         path = folder / name
@@ -257,13 +261,13 @@ def _file_rows(folder: Path, names: list[str], wanted: Sequence[str], encoding: 
             raise ValueError(f"cannot read {path.absolute()}: {error.strerror}; expected a {FORMATS} file") from error
 
     def read() -> Rows:
-        columns: Columns = {column: [] for column in wanted}
+        columns: Columns = {}
         origins = []
         for name in names:
             part = read_table((folder / name).read_bytes(), name, wanted, encoding)
-            for column in wanted:
-                columns[column].extend(part[column])
-            origins.append((name, len(part[wanted[0]])))
+            for column, values in part.items():
+                columns.setdefault(column, []).extend(values)
+            origins.append((name, len(next(iter(part.values()), []))))
         return Rows(columns, tuple(origins), state.hexdigest())
 
     return Source(state.hexdigest(), read)

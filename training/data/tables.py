@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 Columns = dict[str, list[Any]]
+Wanted = Sequence[str] | None
 
 FORMATS = ".csv, .tsv, .jsonl, .json or .parquet"
 SPREADSHEETS = (".xlsx", ".xls", ".xlsm", ".ods")
@@ -38,12 +39,12 @@ def unread(name: str) -> str:
     return f"got '{name}'"
 
 
-def read_table(data: bytes, name: str, wanted: Sequence[str], encoding: str = "utf-8") -> Columns:
+def read_table(data: bytes, name: str, wanted: Wanted, encoding: str = "utf-8") -> Columns:
     """Columns of a file with these bytes.
 
     Args:
         name: of the file; its suffix says how it is read.
-        wanted: names of columns; of 'a|b', the first that the file has.
+        wanted: names of columns; of 'a|b', the first that the file has. None: all that have a name.
         encoding: of text; Parquet has its own.
 
     Raises:
@@ -87,7 +88,7 @@ def _guess(data: bytes) -> str:
     return "; of another encoding, name it on the task: `encoding: windows-1252`, for one"
 
 
-def _read_csv(text: str, name: str, wanted: Sequence[str]) -> Columns:
+def _read_csv(text: str, name: str, wanted: Wanted) -> Columns:
     # The standard library's parser: pyarrow's takes a quote that is still open at the end of the file as closed.
     csv.field_size_limit(2**31 - 1)  # characters; the default, 131,072, is less than a book
     records: list[list[str]] = []
@@ -99,13 +100,13 @@ def _read_csv(text: str, name: str, wanted: Sequence[str]) -> Columns:
     return _columns_of_table(records, name, wanted)
 
 
-def _read_tsv(text: str, name: str, wanted: Sequence[str]) -> Columns:
+def _read_tsv(text: str, name: str, wanted: Wanted) -> Columns:
     # Quotes mean nothing in GLUE's TSV, and a line is a row. Not splitlines(): it also splits at U+0085 or U+2028.
     lines = text.split("\n")
     return _columns_of_table([line.removesuffix("\r").split("\t") for line in lines], name, wanted)
 
 
-def _read_jsonl(text: str, name: str, wanted: Sequence[str]) -> Columns:
+def _read_jsonl(text: str, name: str, wanted: Wanted) -> Columns:
     records = []
     for row, line in enumerate(text.split("\n"), 1):
         if not line.strip():
@@ -118,7 +119,7 @@ def _read_jsonl(text: str, name: str, wanted: Sequence[str]) -> Columns:
     return columns_of_records(records, name, wanted)
 
 
-def _read_json(text: str, name: str, wanted: Sequence[str]) -> Columns:
+def _read_json(text: str, name: str, wanted: Wanted) -> Columns:
     """An array of objects, by itself or as 'data' of an object, as SQuAD's."""
     content = _parsed(text, name)
     records = content.get("data") if isinstance(content, dict) else content
@@ -165,7 +166,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _read_parquet(data: bytes, name: str, wanted: Sequence[str]) -> Columns:
+def _read_parquet(data: bytes, name: str, wanted: Wanted) -> Columns:
     import pyarrow
     import pyarrow.parquet
 
@@ -174,7 +175,7 @@ def _read_parquet(data: bytes, name: str, wanted: Sequence[str]) -> Columns:
         chosen = choose_columns(file.schema_arrow.names, name, wanted)
         table = file.read(columns=list(chosen.values()))
         table.validate(full=True)  # is text UTF-8?
-        return {column: table[chosen[column]].to_pylist() for column in wanted}
+        return {column: table[own].to_pylist() for column, own in chosen.items()}
     except (pyarrow.ArrowException, OSError, OverflowError) as error:
         raise ValueError(f"{name} is not a valid Parquet file: {error}") from error
 
@@ -188,31 +189,34 @@ READERS: dict[str, Callable[..., Columns]] = {
 }
 
 
-def _columns_of_table(records: list[list[str]], name: str, wanted: Sequence[str]) -> Columns:
+def _columns_of_table(records: list[list[str]], name: str, wanted: Wanted) -> Columns:
     header, *rows = records
     chosen = choose_columns(header, name, wanted)
     for row, fields in enumerate(rows, 1):
         if len(fields) != len(header):
             raise ValueError(f"{name}, row {row}: expected {len(header)} fields, as in the header, got {len(fields)}")
-    places = {column: header.index(chosen[column]) for column in wanted}
+    places = {column: header.index(own) for column, own in chosen.items()}
     return {column: [fields[place] for fields in rows] for column, place in places.items()}
 
 
-def columns_of_records(records: list[dict[str, Any]], name: str, wanted: Sequence[str]) -> Columns:
-    """The wanted columns of records that have the same keys."""
-    chosen = choose_columns(list(dict.fromkeys(key for record in records for key in record)), name, wanted)
+def columns_of_records(records: list[dict[str, Any]], name: str, wanted: Wanted) -> Columns:
+    """The wanted columns of records that have the same keys; all: those that every record has."""
+    keys = list(dict.fromkeys(key for record in records for key in record))
+    if wanted is None:
+        keys = [key for key in keys if all(key in record for record in records)]
+    chosen = choose_columns(keys, name, wanted)
     for row, record in enumerate(records, 1):
         for key in chosen.values():
             if key not in record:
                 raise ValueError(f"{name}, row {row}: no key '{key}', found {list(record)}")
-    return {column: [record[chosen[column]] for record in records] for column in wanted}
+    return {column: [record[key] for record in records] for column, key in chosen.items()}
 
 
-def choose_columns(found: list[str], name: str, wanted: Sequence[str]) -> dict[str, str]:
+def choose_columns(found: list[str], name: str, wanted: Wanted) -> dict[str, str]:
     """The name in the file of each wanted column: of 'a|b', the first that the file has."""
     chosen = {}
-    for column in wanted:
-        present = [alternative for alternative in column.split("|") if alternative in found]
+    for column in [own for own in found if own.strip()] if wanted is None else wanted:
+        present = [column] if wanted is None else [own for own in column.split("|") if own in found]
         if not present:
             raise MissingColumnError(f"{name} has no column '{column}': wanted {list(wanted)}, found {found}")
         if found.count(present[0]) > 1:
