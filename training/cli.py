@@ -33,6 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [*(sys.argv[1:] if arguments is None else arguments)]
     end = given.index("--") if "--" in given else len(given)
     options, late = parser.parse_known_args(given[:end])
+    options.typed = given
     verbatim = given[end + 1 :]  # whatever they begin with
     if late or verbatim:  # before Python 3.13 argparse takes no values that stand after an option after the first ones
         if "values" not in options or any(value.startswith("-") for value in late):
@@ -196,7 +197,7 @@ def _init(options: argparse.Namespace) -> None:
     of_all = {name: getattr(options, name) for name in ("name", "validation", "encoding", "init", "trunk")}
     answers = Answers(asked, **of_all, steps=options.steps, minutes=options.minutes)
     ask = _ask if sys.stdin.isatty() and sys.stdout.isatty() else None
-    typed = shlex.join(["trunkline", *sys.argv[1:]])
+    typed = shlex.join(["trunkline", *options.typed])
     init(options.files, answers, out=options.out, overwrite=options.overwrite, command=typed, tell=print, ask=ask)
 
 

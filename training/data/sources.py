@@ -17,6 +17,7 @@ from typing import Literal
 
 from trunkline.engine.tasks.task import Task
 from trunkline.training.data import generated
+from trunkline.training.data.dataset_folder import files_of, is_dataset_folder, read_dataset_folder
 from trunkline.training.data.tables import (
     FORMATS,
     READERS,
@@ -106,8 +107,11 @@ def find_rows(
             source = _generated_rows(task, split, wanted, seed)
         elif format_of(name):
             source = _file_rows(base or Path(), _named_files(base or Path(), name), wanted, task.encoding)
+        elif not task.hub and is_dataset_folder((base or Path()) / name):
+            source = _file_rows(base or Path(), [name], wanted, task.encoding)
         elif not task.hub:
-            raise ValueError(f"expected a {FORMATS} file, or a hub dataset; {unread(name)}{_offer(split)}")
+            expected = f"expected a {FORMATS} file, a folder of save_to_disk, or a hub dataset"
+            raise ValueError(f"{expected}; {unread(name)}{_offer(split)}")
         elif data is not None:
             source = _file_rows(data, _hub_files(data, task, name, split), wanted, task.encoding)
         else:
@@ -149,7 +153,7 @@ def read_columns(path: Path, wanted: Wanted, encoding: str = "utf-8") -> Rows:
         MissingColumnError: it has not all of them.
         ValueError: no such file, another format, or a row or byte that cannot be read.
     """
-    if not format_of(path.name):
+    if not format_of(path.name) and not is_dataset_folder(path):
         raise ValueError(f"expected a {FORMATS} file; {unread(str(path))}")
     return _file_rows(path.parent, [path.name], wanted, encoding).read()
 
@@ -252,8 +256,7 @@ def _named_files(base: Path, source: str) -> list[str]:
 
 def _file_rows(folder: Path, names: list[str], wanted: Wanted, encoding: str) -> Source:
     state = sha256(encoding.encode())
-    for name in names:
-        path = folder / name
+    for path in (file for name in names for file in files_of(folder / name)):
         try:
             with path.open("rb") as file:
                 state.update(path.suffix.encode() + file_digest(file, "sha256").digest())
@@ -264,7 +267,10 @@ def _file_rows(folder: Path, names: list[str], wanted: Wanted, encoding: str) ->
         columns: Columns = {}
         origins = []
         for name in names:
-            part = read_table((folder / name).read_bytes(), name, wanted, encoding)
+            if (folder / name).is_dir():
+                part = read_dataset_folder(folder / name, name, wanted)
+            else:
+                part = read_table((folder / name).read_bytes(), name, wanted, encoding)
             for column, values in part.items():
                 columns.setdefault(column, []).extend(values)
             origins.append((name, len(next(iter(part.values()), []))))

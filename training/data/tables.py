@@ -215,10 +215,14 @@ def columns_of_records(records: list[dict[str, Any]], name: str, wanted: Wanted)
 def choose_columns(found: list[str], name: str, wanted: Wanted) -> dict[str, str]:
     """The name in the file of each wanted column: of 'a|b', the first that the file has."""
     chosen = {}
-    for column in [own for own in found if own.strip()] if wanted is None else wanted:
-        present = [column] if wanted is None else [own for own in column.split("|") if own in found]
+    if wanted is None:
+        meant = {column: [column] for column in found if column.strip()}
+    else:
+        meant = {column: column.split("|") for column in wanted}
+    for column, alternatives in meant.items():
+        present = [own for own in alternatives if own in found]
         if not present:
-            raise MissingColumnError(f"{name} has no column '{column}': wanted {list(wanted)}, found {found}")
+            raise MissingColumnError(f"{name} has no column '{column}': wanted {[*meant]}, found {found}")
         if found.count(present[0]) > 1:
             raise ValueError(f"{name} has two columns '{present[0]}': found {found}")
         chosen[column] = present[0]

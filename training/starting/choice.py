@@ -83,7 +83,8 @@ def texts_in(columns: Sequence[Column], label: Column | None) -> list[Column]:
     if named := [c for c in able if hints_at_text(c.name) and (c.words >= 1.5 or c.distinct > CLASSES)]:
         return named
     longest = max((column.words for column in able), default=0)
-    return [c for c in able if c.words >= max(2.5, longest / 10) and c.distinct > 2 and not is_no_text(c.name)]
+    sentences = [c for c in able if c.words >= max(2.5, longest / 10) and c.distinct > 2]
+    return [column for column in sentences if not is_no_text(column.name)] or sentences
 
 
 def is_written(label: Column, columns: Sequence[Column]) -> bool:

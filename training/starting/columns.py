@@ -49,16 +49,33 @@ class Column:
 
     name: str
     values: Sequence[Any]
+    class_names: tuple[str, ...] = ()
+    """By id, where the file says them."""
 
     @cached_property
-    def counts(self) -> dict[Any, int]:
-        """How often every value occurs that is not missing, the most frequent first; lists by their JSON."""
+    def _comparable(self) -> tuple[Sequence[Any], set[Any]]:
+        """The values, each as often as it is there, and once; of a column with lists or objects their JSON."""
         try:
-            counted = Counter(self.values)
-        except TypeError:  # lists and objects
-            texts = (json.dumps(value, ensure_ascii=False, default=str) for value in self.values)
-            counted = Counter(text for text in texts if text not in ("null", "[]", '""', "NaN"))
-        return {value: count for value, count in counted.most_common() if not is_missing(value)}
+            return self.values, set(self.values)
+        except TypeError:
+            texts = [json.dumps(value, ensure_ascii=False, default=str) for value in self.values]
+            return texts, set(texts)
+
+    @cached_property
+    def _nothing(self) -> set[Any]:
+        """Of the values, those that hold nothing."""
+        values, unique = self._comparable
+        odd = (value for value in unique if not isinstance(value, str) or not value or value[0].isspace())
+        as_json = {"null", "[]", '""', "NaN"} & unique if values is not self.values else set()
+        return {value for value in odd if is_missing(value)} | as_json
+
+    @cached_property
+    def counts(self) -> Counter[Any]:
+        """How often every value occurs that is not missing; lists by their JSON."""
+        counted = Counter(self._comparable[0])
+        for value in self._nothing:
+            del counted[value]
+        return counted
 
     @cached_property
     def cells(self) -> list[Any]:
@@ -71,16 +88,16 @@ class Column:
 
     @property
     def distinct(self) -> int:
-        return len(self.counts)
-
-    @cached_property
-    def present(self) -> int:
-        """Cells that hold something."""
-        return sum(self.counts.values())
+        return len(self._comparable[1]) - len(self._nothing)
 
     @property
+    def present(self) -> int:
+        """Cells that hold something."""
+        return len(self.values) - self.missing
+
+    @cached_property
     def missing(self) -> int:
-        return len(self.values) - self.present
+        return sum(value in self._nothing for value in self._comparable[0]) if self._nothing else 0
 
     def share(self, is_so: Callable[[Any], Any]) -> float:
         """Of the cells that were looked at, those that are so."""
@@ -129,9 +146,11 @@ class Column:
 
     @cached_property
     def keys(self) -> bool:
-        """A different value in every row, and none a text: numbers of rows, ids."""
+        """A different value in every row, and none a text or a measure: numbers of rows, ids."""
+        if self.lists or (self.numbers >= MOSTLY and not self.whole):
+            return False
         is_one_word = self.share(lambda cell: not isinstance(cell, str) or words_in(cell) <= 1.5)
-        return self.distinct > 0.95 * self.present and is_one_word >= MOSTLY and not self.lists
+        return self.distinct > 0.95 * self.present and is_one_word >= MOSTLY
 
     @cached_property
     def dates(self) -> bool:

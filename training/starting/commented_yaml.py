@@ -20,13 +20,13 @@ def commented(
         tasks: the fields of each task, and comments by the name of a field.
         rest: the other settings, each with its comment.
     """
-    lines = [f"# {line}" for line in head]
+    lines = [f"# {_one_line(line)}" for line in head]
     lines.append("tasks:")
     for fields, why in tasks:
         for place, (name, value) in enumerate(fields.items()):
             lines += _line("  - " if place == 0 else "    ", name, value, why.get(name, ""))
-    for name, (value, why) in rest.items():
-        lines += _line("", name, value, why)
+    for name, (value, comment) in rest.items():
+        lines += _line("", name, value, comment)
     return "\n".join(lines) + "\n"
 
 
@@ -34,8 +34,13 @@ def _line(indent: str, name: str, value: Any, comment: str) -> list[str]:
     line = f"{indent}{name}: {flow(value)}"
     if not comment:
         return [line]
-    comment = " ".join("".join(c if c.isprintable() else " " for c in comment).split())  # names may hold line breaks
+    comment = _one_line(comment)
     if len(line) + len(comment) + 3 <= WIDTH:
         return [f"{line}  # {comment}"]
     space = " " * len(indent)
     return [f"{space}# {comment}", line]
+
+
+def _one_line(comment: str) -> str:
+    """Names of columns may hold line breaks, and what YAML does not take."""
+    return " ".join("".join(c if c.isprintable() else " " for c in comment).split())

@@ -72,13 +72,21 @@ def propose(columns: Sequence[Column], where: str, asked: Asked) -> list[Proposa
     if not columns or not len(columns[0].values):
         raise ValueError(f"{where} has no rows: columns {', '.join(named)}, and nothing below them")
     if asked.labels:
-        return [_task(columns, where, named[name], asked) for name in asked.labels]
+        return _tasks(columns, where, [named[name] for name in asked.labels], asked)
     if asked.head and not head_of(asked.head).labelled:
-        return [_task(columns, where, None, asked)]
+        return _tasks(columns, where, [], asked)
     labels = labels_in(columns)
-    proposals = [_task(columns, where, label, asked) for label in labels or [None]]
+    proposals = _tasks(columns, where, labels, asked)
     if not any(hints_at_label(label.name) for label in labels):
         proposals[0].others = [column.name for column in candidates(columns) if column not in labels]
+    return proposals
+
+
+def _tasks(columns: Sequence[Column], where: str, labels: Sequence[Column], asked: Asked) -> list[Proposal]:
+    targets: list[Column | None] = [*labels]
+    proposals = [_task(columns, where, label, asked) for label in targets or [None]]
+    read = {column for p in proposals for column in (*p.fields["text"], p.fields.get("label"))}
+    proposals[0].why["text"] = _left_out([column for column in columns if column.name not in read])
     return proposals
 
 
@@ -86,7 +94,7 @@ def _task(columns: Sequence[Column], where: str, label: Column | None, asked: As
     """The task of predicting one column, or, without one, the next token."""
     head, because = _head(columns, where, label, asked)
     text = _text_columns(columns, where, label, head, asked)
-    why = {"head": because, "text": _left_out(columns, label, text)}
+    why = {"head": because, "text": ""}
     fields: dict[str, Any] = {"name": "", "head": head, "text": [column.name for column in text]}
     proposal = Proposal(fields, why)
     if label is not None:
@@ -182,11 +190,6 @@ def _text_columns(columns: Sequence[Column], where: str, label: Column | None, h
     texts = texts_in(columns, label)
     if not texts:
         kinds = ", ".join(f"{column.name} ({_kind(column)})" for column in columns)
-        if len(columns) == 1 and (separators := re.findall(r"[;\t|]", columns[0].name)):
-            raise ValueError(
-                f"{where} has one column, {columns[0].name!r}: its fields are separated by {separators[0]!r}; save it "
-                f"with commas, as pandas.read_csv({where!r}, sep={separators[0]!r}).to_csv({where!r}, index=False) does"
-            )
         raise ValueError(f"{where} has no column of texts to read: {kinds}; --text names one")
     if label is not None and (read := words_tagged_by(label, columns) or text_answered_by(label, columns)):
         # the last column is the one that the head looks into; the other texts of a tagged sentence tell nothing
@@ -198,8 +201,8 @@ def _text_columns(columns: Sequence[Column], where: str, label: Column | None, h
     return [named[name] for name in order]
 
 
-def _left_out(columns: Sequence[Column], label: Column | None, text: Sequence[Column]) -> str:
-    others = [f"{column.name} ({_kind(column)})" for column in columns if column is not label and column not in text]
+def _left_out(columns: Sequence[Column]) -> str:
+    others = [f"{column.name} ({_kind(column)})" for column in columns]
     more = f" and {len(others) - 6} more" if len(others) > 6 else ""
     return f"not read: {', '.join(others[:6])}{more}" if others else ""
 
@@ -245,7 +248,7 @@ def _name_classes(proposal: Proposal, where: str, label: Column, asked: Asked) -
         unlabelled = counts.pop("-1")  # what data sets write for "no class"; of -1, 0, 1 it is one
         proposal.fields["unlabelled"] = "drop"
         proposal.why["unlabelled"] = f"{unlabelled:,} rows have the label -1"
-    proposal.fields["labels"] = [*asked.classes] or sorted(counts, key=_order)
+    proposal.fields["labels"] = [*asked.classes] or [*label.class_names] or sorted(counts, key=_order)
     total = sum(counts.values())
     ordered = sorted(counts.items(), key=lambda pair: -pair[1])
     shares = ", ".join(f"{name} {count / total:.0%}" for name, count in ordered[:6])
@@ -270,7 +273,9 @@ def class_names(label: Column, head: str) -> dict[str, int]:
     else:
         found = label.counts.items()
     for value, count in found:
-        counts[class_name(value)] = counts.get(class_name(value), 0) + count
+        is_id = isinstance(value, int) and 0 <= value < len(label.class_names)
+        name = label.class_names[value] if is_id else class_name(value)
+        counts[name] = counts.get(name, 0) + count
     return counts
 
 
@@ -278,10 +283,8 @@ def class_name(value: Any) -> str:
     """The name of a class: of a number as it is read, of yes and no as JSON writes them."""
     if isinstance(value, bool):
         return str(value).lower()
-    number = number_in(value)
-    if number is not None and number % 1 == 0 and not re.fullmatch(r"-?0\d+", str(value).strip()):
-        return str(int(number))
-    return str(value).strip() if not isinstance(value, str) else value
+    whole = re.fullmatch(r"(-?[1-9]\d*|0)\.0*", str(value))  # spreadsheets and pandas write 1 as 1.0, too
+    return whole[1] if whole else str(value)
 
 
 def _order(name: str) -> tuple[float, str]:
@@ -305,13 +308,14 @@ def _check_numbers(where: str, label: Column) -> None:
 
 def _note_repetitions(proposal: Proposal, text: Sequence[Column], label: Column | None, usable: Sequence[int]) -> None:
     """Texts that occur more than once, and whether they contradict one another."""
-    if len(text) == 1 and not text[0].lists and text[0].distinct == text[0].present:
+    values = [list(map(str, column.values)) if column.lists else column.values for column in text]
+    keys = [*zip(*values, strict=True)] if len(values) > 1 else values[0]
+    if len(set(keys)) == len(keys):
         return
     first: dict[Any, Any] = {}
     repeated = contradicting = 0
     for row in usable:
-        key = str(text[0].values[row]) if len(text) == 1 else tuple(str(column.values[row]) for column in text)
-        own = label.values[row] if label is not None else None
+        key, own = keys[row], label.values[row] if label is not None else None
         if key in first:
             repeated += 1
             contradicting += first[key] != own

@@ -22,9 +22,10 @@ def config_schema() -> Schema:
     schema["properties"]["tasks"]["items"] = {"anyOf": [{"enum": [*BUILTIN]}, _task()]}
     trunk = _object(TrunkConfig)
     trunk["properties"]["preset"] = {"enum": [*PRESETS], "description": "The fields of this shape are the defaults."}
-    schema["properties"]["trunk"] |= {"anyOf": [{"enum": [*PRESETS]}, trunk]}
-    methods = {"enum": [*get_args(_type_of(Balancing, "method"))]}
-    schema["properties"]["balancing"] |= {"anyOf": [methods, _object(Balancing)]}
+    methods = [*get_args(_type_of(Balancing, "method"))]
+    for name, names, part in (("trunk", [*PRESETS], trunk), ("balancing", methods, _object(Balancing))):
+        description = schema["properties"][name].get("description", "")
+        schema["properties"][name] = {"description": description, "anyOf": [{"enum": names}, part]}
     title = {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "A training run of Trunkline"}
     return title | schema
 
@@ -76,7 +77,7 @@ def _of(kind: Any) -> Schema:
         return {"type": "array", "items": _of(inner[0])}
     if origin is dict:
         return {"type": "object", "additionalProperties": _of(inner[1])}
-    return _object(kind) if is_dataclass(kind) else {"type": PLAIN[kind]}
+    return _object(kind) if isinstance(kind, type) and is_dataclass(kind) else {"type": PLAIN[kind]}
 
 
 def _plain(value: Any) -> Any:

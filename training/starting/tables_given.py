@@ -1,10 +1,12 @@
 """The tables that are given to `trunkline init`: which belong together, and whether they are tables at all."""
 
+import gc
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from trunkline.training.data.dataset_folder import class_names_in, splits_of
 from trunkline.training.data.sources import read_columns
 from trunkline.training.data.tables import format_of
 from trunkline.training.starting.columns import Column, number_in
@@ -37,7 +39,11 @@ def grouped(files: Sequence[Path]) -> dict[str, dict[str, Path]]:
         ValueError: two files are the same split of the same.
     """
     groups: dict[str, dict[str, Path]] = {}
+    for folder in filter(splits_of, files):
+        groups[folder.name] = {SPLITS[name]: folder / name for name in splits_of(folder) if name in SPLITS}
     for file in files:
+        if file.name in groups:
+            continue
         stem = file.name.removesuffix(".gz")
         stem = stem[: -len(Path(stem).suffix)] if format_of(file.name) else stem
         words = re.split(r"([-_. ]+)", stem)
@@ -74,14 +80,19 @@ def read_table(path: Path, encoding: str = "") -> Table:
         if start.startswith((b"\xff\xfe", b"\xfe\xff")) and not encoding:
             encoding = "utf-16"
     tried = [encoding] if encoding else ["utf-8", "windows-1252"]
-    for place, name in enumerate(tried, 1):
-        try:
-            columns = read_columns(path, None, name).columns
-            break
-        except ValueError as error:
-            if place == len(tried) or not isinstance(error.__cause__, UnicodeDecodeError):
-                raise
-    table = Table(path, [Column(name, values) for name, values in columns.items()], name)
+    gc.disable()  # a million rows are a million lists, none of them in a circle
+    try:
+        for place, name in enumerate(tried, 1):
+            try:
+                columns = read_columns(path, None, name).columns
+                break
+            except ValueError as error:
+                if place == len(tried) or not isinstance(error.__cause__, UnicodeDecodeError):
+                    raise
+    finally:
+        gc.enable()
+    named = class_names_in(path) if path.is_dir() else {}
+    table = Table(path, [Column(own, values, tuple(named.get(own, ()))) for own, values in columns.items()], name)
     if format_of(path.name) in (".csv", ".tsv"):
         _check_header(table)
     return table
@@ -95,6 +106,12 @@ def _check_header(table: Table) -> None:
     names = [column.name for column in table.columns]
     if not names:
         raise ValueError(f"{table.path} has no names of columns in its first line")
+    if len(names) == 1 and (separators := re.findall(r"[;\t|]", names[0])):
+        file, separator = table.path.name, separators[0]
+        raise ValueError(
+            f"{table.path} has one column, {names[0]!r}: its fields are separated by {separator!r}; save it with "
+            f"commas, as pandas.read_csv({file!r}, sep={separator!r}).to_csv({file!r}, index=False) does"
+        )
     for column in table.columns:
         seen = {str(cell) for cell in column.cells}
         returns = column.name in seen and column.distinct <= max(2, len(column.values) / 2)
