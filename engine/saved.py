@@ -7,6 +7,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -81,6 +82,17 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     if faults:
         more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
         raise ValueError(f"engine: {path} does not fit its settings: {'; '.join(faults[:4])}{more}")
+
+
+def summary_beside(weights: Path) -> dict[str, Any]:
+    """What summary.json of the run says that these weights are the model of; empty: they are no finished run's."""
+    path = weights.parents[1] / "summary.json"
+    if weights.parent.name != "model" or not path.is_file():
+        return {}
+    try:
+        return read_json(path)
+    except ValueError:  # only to be shown
+        return {}
 
 
 def _weights(path: Path) -> dict[str, Tensor]:

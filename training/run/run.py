@@ -39,9 +39,11 @@ from trunkline.training.run.folder import RunFolder, check_goes_on, fingerprint
 from trunkline.training.run.interruption import Interruption
 from trunkline.training.run.optimizer import freeze, in_words, make_optimizer, share_of_rate
 from trunkline.training.run.profiling import Profile
-from trunkline.training.run.progress import Display, Interval, Log, Progress
+from trunkline.training.run.progress import Interval, Log, Progress
 from trunkline.training.scoring.evaluation import Scored, evaluate, mean_score
 from trunkline.training.scoring.metrics import metric_names
+from trunkline.training.watching.audience import Audience
+from trunkline.training.watching.display import make_display
 
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
@@ -55,9 +57,9 @@ FIRST_LOOK = 32  # validation examples of each task before the first step: their
 class Run:
     """A context; what `Engine.fit` says of its arguments, results and errors goes for this."""
 
-    def __init__(self, engine: "Engine", folder: RunFolder):
+    def __init__(self, engine: "Engine", folder: RunFolder, audience: Audience):
         self.began = time.perf_counter()
-        self.engine, self.folder = engine, folder.path
+        self.engine, self.folder, self.audience = engine, folder.path, audience
         keep_freed_memory()
         self.corpus = load_corpus(engine.config, engine.tokenizer, tell=print)
         self.model = self._build()
@@ -77,12 +79,14 @@ class Run:
         self.began -= self.progress.wall_seconds
         self.progress.compile_seconds += self.compiled.seconds if self.compiled else 0.0
 
+        audience.start(config, self.folder)
         folder.begin()
         save_config(config, self.folder / "config.yaml")
         self.corpus.tokenizer.save(self.folder)
         shown = {task.name: metric_names(task)[0] for task in self.corpus.tasks}
-        self.display = Display(shown, config.steps, self.progress.step)
-        self.log = Log(self.folder, self.progress.step, tell=print)
+        self.display = make_display(shown, config.steps, self.progress.step)
+        audience.tell_user = self.display.tell
+        self.log = Log(self.folder, self.progress.step, tell=print, heard=audience.hear)
         self.interruption = Interruption()
         self.profile = Profile(config.profile, self.folder, engine.device, self.display.tell)
         self.parts = Parts(self.packer, self.corpus.tokenizer, self.progress, self.display.tell)
@@ -302,6 +306,7 @@ class Run:
         }
         self.saved = checkpoint.save(self.folder / "checkpoints", f"step-{self.progress.step}", tensors, state)
         checkpoint.prune(self.folder / "checkpoints", CHECKPOINTS)
+        self.audience.tell("saved", self.progress.step, self.saved)
 
     def _resume(self) -> Progress:
         """Puts the newest valid checkpoint into model, optimizer, balancer and mix.
@@ -340,6 +345,7 @@ class Run:
         self.progress.wall_seconds = time.perf_counter() - self.began
         summary = summarise(self.engine, self.corpus, self.progress, final)
         write_report(self.folder)
+        self.audience.tell("finished", summary)
         return summary
 
 
