@@ -29,7 +29,7 @@ from trunkline.engine.network.model import MultiTaskModel, in_model_order
 from trunkline.engine.network.packing import Example, pack
 from trunkline.engine.network.trunk import Trunk, TrunkConfig
 from trunkline.engine.saved import check_weights, read_saved, summary_beside
-from trunkline.engine.shown import engine_html
+from trunkline.engine.shown import engine_html, with_metrics
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.given import fits, listed, text_rows
 from trunkline.engine.text.layout import Laid, Layout
@@ -207,9 +207,8 @@ class Engine:
                 search=config.search,
                 examples=examples,
             )
-        known = self.summary.get("tasks", {})
         metrics = {name: task.metrics for name, task in scored.items()}
-        self.summary = {"tasks": {name: {**known.get(name, {}), "metrics": own} for name, own in metrics.items()}}
+        self.summary = with_metrics(self.summary, metrics)
         return metrics
 
     def predict(self, texts: Iterable[str | Sequence[str]], tasks: Sequence[str] = ()) -> dict[str, list[Any]]:
@@ -371,7 +370,7 @@ class Engine:
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> "Engine":
-        """The engine that `save` wrote, the model of a run, or a checkpoint of one, such as RUN/checkpoints/best.
+        """What `save` wrote, the model of a run, a checkpoint of one, such as RUN/checkpoints/best, or a hub id.
 
         Of a run that is not finished it is the newest checkpoint, which is said on standard error.
 
@@ -391,9 +390,7 @@ class Engine:
         engine.summary = summary_beside(path)
         return engine
 
-    def _repr_html_(self) -> str:
-        """For notebooks."""
-        return engine_html(self)
+    _repr_html_ = engine_html  # what a notebook shows of it
 
 
 def make_model(config: Config, trunk: Trunk | None = None) -> Model:

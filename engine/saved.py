@@ -3,6 +3,7 @@
 Nothing in it is believed before it is checked, and nothing outside of it is read.
 """
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,9 +18,10 @@ from torch import Tensor
 from trunkline.engine import checkpoint
 from trunkline.engine.config import Config, restore_config
 from trunkline.engine.foreign.pretrained import SETTINGS, WEIGHTS, read_json
-from trunkline.engine.text.tokenizer import FILE, Tokenizer
+from trunkline.engine.text.tokenizer import BESIDE, FILE, Tokenizer
 from trunkline.engine.yaml_file import read_yaml
 
+REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # user/name
 LATER = ("center", "spread")  # tensors that earlier releases did not save
 
 
@@ -32,7 +34,7 @@ def read_saved(folder: Path) -> tuple[Config, Tokenizer, dict[str, Tensor], Path
         ValueError: it holds nothing of the kind, or something that is damaged; names the file.
     """
     if not folder.is_dir():
-        raise ValueError(f"engine: {folder} is no folder")
+        folder = _from_hub(folder)
     if (folder / "model" / SETTINGS).is_file():
         folder = folder / "model"
     if (folder / SETTINGS).is_file():
@@ -42,6 +44,25 @@ def read_saved(folder: Path) -> tuple[Config, Tokenizer, dict[str, Tensor], Path
             raise ValueError(f"engine: {folder / SETTINGS} is damaged, or of another release: {error}") from error
         return config, _tokenizer(folder, config), _weights(folder / WEIGHTS), folder / WEIGHTS
     return _read_checkpoint(folder)
+
+
+def _from_hub(source: Path) -> Path:
+    """Where the hub's copy of an engine is, which is downloaded unless it is there."""
+    repo = source.as_posix()
+    if not REPO.fullmatch(repo) or source.parent.is_dir():  # RUNS/name is meant to be here
+        raise ValueError(f"engine: {source} is no folder")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(repo, allow_patterns=[SETTINGS, WEIGHTS, FILE, *BESIDE]))
+    except ImportError as error:
+        raise ValueError(
+            f"engine: {source} is no folder, and the hub needs trunkline[hub], which is not installed"
+        ) from error
+    # offline, unknown, gated, a connection that breaks: every one is another class there
+    except Exception as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"engine: {source} is no folder, and not to be had from the hub: {told:.300}") from error
 
 
 def _read_checkpoint(folder: Path) -> tuple[Config, Tokenizer, dict[str, Tensor], Path]:

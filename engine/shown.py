@@ -41,3 +41,9 @@ def _row(task: Any, about: Mapping[str, Any]) -> str:
         scores,
     ]
     return f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in cells)}</tr>"
+
+
+def with_metrics(summary: Mapping[str, Any], metrics: Mapping[str, Mapping[str, float]]) -> dict[str, Any]:
+    """The summary of a run with other scores, by task."""
+    known = summary.get("tasks", {})
+    return {**summary, "tasks": {name: {**known.get(name, {}), "metrics": own} for name, own in metrics.items()}}

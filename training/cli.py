@@ -148,6 +148,17 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("config", metavar="CONFIG.yaml", type=Path)
     estimate.add_argument("values", nargs="*", default=[], metavar="key=value")
 
+    card = command("card", _card, "print a model card of a finished run, in Markdown")
+    card.add_argument("run", type=Path)
+    card.add_argument("--repo", default="", metavar="USER/NAME", help="on the hub, that the card says to load")
+    card.add_argument("--license", default="", help="of the model, as the hub names it: apache-2.0, cc-by-4.0 ...")
+
+    push = command("push", _push, "put a finished run, with a model card, on the Hugging Face hub")
+    push.add_argument("run", type=Path)
+    push.add_argument("repo", metavar="USER/NAME", help="made where it is not there")
+    push.add_argument("--private", action="store_true", help="make it private")
+    push.add_argument("--license", default="", help="of the model, as the hub names it: apache-2.0, cc-by-4.0 ...")
+
     command("schema", _schema, "print the JSON schema of a config, by which editors complete and check it")
 
     report = command("report", _report, "write report.html of a run anew, also while the run goes on")
@@ -206,6 +217,18 @@ def _ask(question: str, default: str) -> str:
         return input(f"{question} [{default}]: ").strip() or default
     except EOFError:
         return default
+
+
+def _card(options: argparse.Namespace) -> None:
+    from trunkline.training.sharing.card import card
+
+    print(card(options.run, options.repo, options.license), end="")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from trunkline.training.sharing.push import push
+
+    print(push(options.run, options.repo, private=options.private, licence=options.license))
 
 
 def _schema(options: argparse.Namespace) -> None:

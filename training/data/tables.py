@@ -93,10 +93,11 @@ def _read_csv(text: str, name: str, wanted: Wanted) -> Columns:
     csv.field_size_limit(2**31 - 1)  # characters; the default, 131,072, is less than a book
     records: list[list[str]] = []
     try:
-        for fields in csv.reader(io.StringIO(text, newline=""), strict=True):
-            records.append(fields or [""])  # an empty line is no field to the parser; in a file of one column it is one
+        records.extend(csv.reader(io.StringIO(text, newline=""), strict=True))
     except csv.Error as error:
         raise ValueError(f"{name}, row {len(records)}: {error}") from error
+    if not all(records):  # an empty line is no field to the parser; in a file of one column it is one
+        records = [fields or [""] for fields in records]
     return _columns_of_table(records, name, wanted)
 
 

@@ -37,7 +37,8 @@ from trunkline.training.run.faults import Guard, Parts, named_culprits
 from trunkline.training.run.faults import in_words as left_out_in_words
 from trunkline.training.run.folder import RunFolder, check_goes_on, fingerprint
 from trunkline.training.run.interruption import Interruption
-from trunkline.training.run.optimizer import freeze, in_words, make_optimizer, share_of_rate
+from trunkline.training.run.introduction import introduction
+from trunkline.training.run.optimizer import freeze, make_optimizer, share_of_rate
 from trunkline.training.run.profiling import Profile
 from trunkline.training.run.progress import Interval, Log, Progress
 from trunkline.training.scoring.evaluation import Scored, evaluate, mean_score
@@ -100,6 +101,7 @@ class Run:
         """The engine's model, or a new one in the units of the labels."""
         engine, config = self.engine, self.engine.config
         is_new = engine._model is None
+        self.starts = engine._trunk is not None or not is_new  # from weights that there were
         model = engine.build(self.corpus.tokenizer)
         if is_new:
             heads = model.heads if isinstance(model, BiLSTM) else model
@@ -110,7 +112,7 @@ class Run:
         return model
 
     def __enter__(self) -> "Run":
-        for line in in_words(self.model, self.optimizer, self.config.optimizer):
+        for line in introduction(self):
             self.display.tell(line)
         for part in (self.display, self.log, self.profile, self.interruption):
             self.open.enter_context(part)

@@ -65,9 +65,14 @@ class Column:
     def _nothing(self) -> set[Any]:
         """Of the values, those that hold nothing."""
         values, unique = self._comparable
-        odd = (value for value in unique if not isinstance(value, str) or not value or value[0].isspace())
-        as_json = {"null", "[]", '""', "NaN"} & unique if values is not self.values else set()
-        return {value for value in odd if is_missing(value)} | as_json
+        if values is not self.values:
+            return {"null", "[]", '""', "NaN"} & unique
+        try:
+            if "" not in map(str.strip, unique):  # texts only, none of them blank: a tenth of the time
+                return set()
+        except TypeError:
+            pass
+        return {value for value in unique if is_missing(value)}
 
     @cached_property
     def counts(self) -> Counter[Any]:

@@ -308,6 +308,8 @@ def _check_numbers(where: str, label: Column) -> None:
 
 def _note_repetitions(proposal: Proposal, text: Sequence[Column], label: Column | None, usable: Sequence[int]) -> None:
     """Texts that occur more than once, and whether they contradict one another."""
+    if any(column.distinct == len(column.values) for column in text):
+        return
     values = [list(map(str, column.values)) if column.lists else column.values for column in text]
     keys = [*zip(*values, strict=True)] if len(values) > 1 else values[0]
     if len(set(keys)) == len(keys):
