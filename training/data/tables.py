@@ -11,6 +11,7 @@ import io
 import json
 import zlib
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -193,11 +194,11 @@ READERS: dict[str, Callable[..., Columns]] = {
 def _columns_of_table(records: list[list[str]], name: str, wanted: Wanted) -> Columns:
     header, *rows = records
     chosen = choose_columns(header, name, wanted)
-    for row, fields in enumerate(rows, 1):
-        if len(fields) != len(header):
-            raise ValueError(f"{name}, row {row}: expected {len(header)} fields, as in the header, got {len(fields)}")
+    if {*map(len, rows)} - {len(header)}:
+        row, fields = next((row, fields) for row, fields in enumerate(rows, 1) if len(fields) != len(header))
+        raise ValueError(f"{name}, row {row}: expected {len(header)} fields, as in the header, got {len(fields)}")
     places = {column: header.index(own) for column, own in chosen.items()}
-    return {column: [fields[place] for fields in rows] for column, place in places.items()}
+    return {column: [*map(itemgetter(place), rows)] for column, place in places.items()}
 
 
 def columns_of_records(records: list[dict[str, Any]], name: str, wanted: Wanted) -> Columns:

@@ -41,17 +41,17 @@ def candidates(columns: Sequence[Column]) -> list[Column]:
     return [
         column
         for column in columns
-        if column.distinct > 1
-        and column.missing <= len(column.values) * (0.95 if hints_at_label(column.name) == 3 else 0.5)
-        and not (column.keys or column.dates or column.addresses or column.objects)
+        if not (column.keys or column.dates or column.addresses or column.objects)
         and (is_classes(column) or is_number(column) or holds_several(column))
+        and column.distinct > 1
+        and column.missing <= len(column.values) * (0.95 if hints_at_label(column.name) == 3 else 0.5)
         and not words_tagged_by(column, columns)
     ]
 
 
 def is_classes(column: Column) -> bool:
     most = NAMED_CLASSES if hints_at_label(column.name) else CLASSES
-    if column.lists or column.objects or column.dates or column.several:
+    if column.seen > most or column.lists or column.objects or column.dates or column.several:
         return False
     if column.numbers >= MOSTLY:
         are_ids = bool(IDS & {*words_of(column.name)})
@@ -61,7 +61,7 @@ def is_classes(column: Column) -> bool:
 
 def is_number(column: Column) -> bool:
     named = bool(hints_at_label(column.name))
-    return column.numbers >= MOSTLY and column.distinct > 2 and (named or not column.whole)
+    return column.numbers >= MOSTLY and column.seen > 2 and (named or not column.whole)
 
 
 def holds_several(column: Column) -> bool:
@@ -76,20 +76,20 @@ def texts_in(columns: Sequence[Column], label: Column | None) -> list[Column]:
         for column in columns
         if column is not label
         and (column.has_texts or column.lists)
-        and column.present > 0.1 * len(column.values)
         and not (column.numbers >= MOSTLY or column.dates or column.addresses or column.objects or column.several)
         and (hints_at_text(column.name) or not column.keys)
+        and column.present > 0.1 * len(column.values)
     ]
-    if named := [c for c in able if hints_at_text(c.name) and (c.words >= 1.5 or c.distinct > CLASSES)]:
+    if named := [c for c in able if hints_at_text(c.name) and (c.words >= 1.5 or c.seen > CLASSES)]:
         return named
     longest = max((column.words for column in able), default=0)
-    sentences = [c for c in able if c.words >= max(2.5, longest / 10) and c.distinct > 2]
+    sentences = [c for c in able if c.words >= max(2.5, longest / 10) and c.seen > 2]
     return [column for column in sentences if not is_no_text(column.name)] or sentences
 
 
 def is_written(label: Column, columns: Sequence[Column]) -> bool:
     """Whether it is a text that is to be written, by its name."""
-    is_text = label.has_texts and label.words >= 2 and label.distinct > CLASSES
+    is_text = label.has_texts and label.words >= 2 and label.seen > CLASSES
     return is_text and bool(WRITTEN & {*words_of(label.name)}) and bool(texts_in(columns, label))
 
 

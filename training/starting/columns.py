@@ -21,6 +21,13 @@ MOSTLY = 0.9  # share of the cells from which on a column is of a kind
 DATE = re.compile(r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4})(\D.*)?", re.DOTALL)
 ADDRESS = re.compile(r"(https?://|www\.)\S+|[^\s@]+@[^\s@]+\.\w+")
 SEVERAL = re.compile(r"[^|]{1,40}(\|[^|]{1,40})+")  # a|b
+BLANK = {
+    None,
+    *(" " * spaces for spaces in range(17)),
+    "\t",
+    "\n",
+    "\xa0",
+}  # cells that hold nothing, in a table of texts
 UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")  # letters of scripts without spaces between words
 
 
@@ -67,11 +74,8 @@ class Column:
         values, unique = self._comparable
         if values is not self.values:
             return {"null", "[]", '""', "NaN"} & unique
-        try:
-            if "" not in map(str.strip, unique):  # texts only, none of them blank: a tenth of the time
-                return set()
-        except TypeError:
-            pass
+        if self.share(lambda cell: isinstance(cell, str)) == 1:
+            return BLANK & unique  # without a look at every one of a million texts
         return {value for value in unique if is_missing(value)}
 
     @cached_property
@@ -94,6 +98,11 @@ class Column:
     @property
     def distinct(self) -> int:
         return len(self._comparable[1]) - len(self._nothing)
+
+    @cached_property
+    def seen(self) -> int:
+        """Different values among the cells that were looked at: as many there are, at least."""
+        return len({*map(str, self.cells)})
 
     @property
     def present(self) -> int:
@@ -155,7 +164,7 @@ class Column:
         if self.lists or (self.numbers >= MOSTLY and not self.whole):
             return False
         is_one_word = self.share(lambda cell: not isinstance(cell, str) or words_in(cell) <= 1.5)
-        return self.distinct > 0.95 * self.present and is_one_word >= MOSTLY
+        return self.seen > 0.95 * len(self.cells) and is_one_word >= MOSTLY
 
     @cached_property
     def dates(self) -> bool:

@@ -209,9 +209,9 @@ def _left_out(columns: Sequence[Column]) -> str:
 
 def _kind(column: Column) -> str:
     """What a column holds, in a word or two."""
-    if not column.present:
+    if not column.cells:
         return "empty"
-    if column.distinct == 1:
+    if column.seen == 1 and column.distinct == 1:
         return "the same everywhere"
     if column.dates:
         return "dates"
@@ -223,7 +223,7 @@ def _kind(column: Column) -> str:
         return "numbers"
     if column.lists or column.objects:
         return "lists"
-    return "texts" if column.words >= 2.5 else f"{column.distinct:,} values"
+    return "texts" if column.words >= 2.5 else "other values"
 
 
 def _usable(text: Sequence[Column], label: Column | None) -> list[int]:
