@@ -97,6 +97,7 @@ def _parser() -> argparse.ArgumentParser:
     init.add_argument("--minutes", type=float, help="of training from scratch, on this machine; default: 2")
     init.add_argument("--out", type=Path, metavar="FILE.yaml", help="the config; default: named after the first file")
     init.add_argument("--overwrite", action="store_true", help="replace a config that is there")
+    init.add_argument("--yes", action="store_true", help="ask nothing, in a terminal, too")
 
     train = command("train", _train, "train as a YAML file says; key=value changes its settings", add_help=False)
     train.add_argument("config", metavar="CONFIG.yaml", type=Path)
@@ -207,9 +208,18 @@ def _init(options: argparse.Namespace) -> None:
     )
     of_all = {name: getattr(options, name) for name in ("name", "validation", "encoding", "init", "trunk")}
     answers = Answers(asked, **of_all, steps=options.steps, minutes=options.minutes)
-    ask = _ask if sys.stdin.isatty() and sys.stdout.isatty() else None
+    # the terminal that a notebook gives to a command has nobody before it
+    asks = not options.yes and "JPY_PARENT_PID" not in os.environ and sys.stdin.isatty() and sys.stdout.isatty()
     typed = shlex.join(["trunkline", *options.typed])
-    init(options.files, answers, out=options.out, overwrite=options.overwrite, command=typed, tell=print, ask=ask)
+    init(
+        options.files,
+        answers,
+        out=options.out,
+        overwrite=options.overwrite,
+        command=typed,
+        tell=print,
+        ask=_ask if asks else None,
+    )
 
 
 def _ask(question: str, default: str) -> str:

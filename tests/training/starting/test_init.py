@@ -176,6 +176,7 @@ def test_nobody_is_asked_where_there_is_no_terminal(monkeypatch):
 
 def test_in_a_terminal_the_label_and_the_start_are_asked_for(monkeypatch):
     asked = []
+    monkeypatch.delenv("JPY_PARENT_PID", raising=False)
     monkeypatch.setattr("sys.stdin", type("Terminal", (), {"isatty": lambda self: True})())
     monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
     answers = iter(["kind", ""])
@@ -185,6 +186,10 @@ def test_in_a_terminal_the_label_and_the_start_are_asked_for(monkeypatch):
     assert load_config(Path("own.yaml")).all_tasks[0].label == "kind"
     assert asked[0] == "label column of own.csv [colour]: "
     assert "from scratch" in asked[1]
+    assert main(["init", "own.csv", "--overwrite", "--yes"]) == 0
+    monkeypatch.setenv("JPY_PARENT_PID", "1")  # in a notebook, whose commands have a terminal, too
+    assert main(["init", "own.csv", "--overwrite"]) == 0
+    assert len(asked) == 2
 
 
 # Odd tables
