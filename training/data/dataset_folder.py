@@ -32,8 +32,9 @@ def files_of(path: Path) -> list[Path]:
     if not (path / STATE).is_file():
         return [path]
     named = _json(path / STATE).get("_data_files")
-    names = [file.get("filename") for file in named if isinstance(file, dict)] if isinstance(named, list) else []
-    if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
+    given = [file.get("filename") for file in named if isinstance(file, dict)] if isinstance(named, list) else []
+    names = [name for name in given if isinstance(name, str) and Path(name).name == name]
+    if not names or len(names) < len(given):
         raise ValueError(f"{path / STATE} names no files of the folder it is in: is it what save_to_disk wrote?")
     return [path / name for name in names]
 

@@ -65,7 +65,7 @@ def _shown(frame: Frame, tokenizer: Tokenizer, columns: tuple[str, ...]) -> str:
     """Columns with the marks around them."""
 
     def marks(these: Marks) -> list[str]:
-        return [tokenizer.inner.id_to_token(token) for token in these.ids]
+        return [str(tokenizer.inner.id_to_token(token)) for token in these.ids]
 
     between = [marks(these) for these in frame.marks]
     parts = [*between[0]]

@@ -21,13 +21,8 @@ MOSTLY = 0.9  # share of the cells from which on a column is of a kind
 DATE = re.compile(r"(\d{4}[-/.]\d{1,2}[-/.]\d{1,2}|\d{1,2}[-/.]\d{1,2}[-/.]\d{2,4})(\D.*)?", re.DOTALL)
 ADDRESS = re.compile(r"(https?://|www\.)\S+|[^\s@]+@[^\s@]+\.\w+")
 SEVERAL = re.compile(r"[^|]{1,40}(\|[^|]{1,40})+")  # a|b
-BLANK = {
-    None,
-    *(" " * spaces for spaces in range(17)),
-    "\t",
-    "\n",
-    "\xa0",
-}  # cells that hold nothing, in a table of texts
+# cells that hold nothing, as they are found in tables of texts
+BLANK = {None, *(" " * spaces for spaces in range(17)), "\t", "\n", "\xa0"}
 UNSPACED = re.compile("[\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff]")  # letters of scripts without spaces between words
 
 
@@ -68,6 +63,11 @@ class Column:
             texts = [json.dumps(value, ensure_ascii=False, default=str) for value in self.values]
             return texts, set(texts)
 
+    @property
+    def comparable(self) -> Sequence[Any]:
+        """The values, lists and objects as their JSON."""
+        return self._comparable[0]
+
     @cached_property
     def _nothing(self) -> set[Any]:
         """Of the values, those that hold nothing."""
@@ -75,7 +75,9 @@ class Column:
         if values is not self.values:
             return {"null", "[]", '""', "NaN"} & unique
         if self.share(lambda cell: isinstance(cell, str)) == 1:
-            return BLANK & unique  # without a look at every one of a million texts
+            return BLANK & unique | {
+                value for value in unique if value != value
+            }  # of a million, no other takes a second
         return {value for value in unique if is_missing(value)}
 
     @cached_property
@@ -153,9 +155,9 @@ class Column:
     @cached_property
     def several(self) -> bool:
         """Several names in a cell, as 'a|b'; in some of the cells it may be one."""
-        if not self.has_texts or self.share(SEVERAL.fullmatch) < 0.1:
+        if not self.has_texts or self.share(lambda cell: isinstance(cell, str) and SEVERAL.fullmatch(cell)) < 0.1:
             return False
-        parts = Counter(part.strip() for cell in self.cells for part in cell.split("|"))
+        parts = {part.strip() for cell in self.cells for part in str(cell).split("|")}
         return len(parts) <= max(10, len(self.cells) / 4)  # the same ones again and again: no texts with bars in them
 
     @cached_property

@@ -1,16 +1,20 @@
 """`trunkline init`: from the tables that somebody has to a config that trains, with the reason for every guess."""
 
+import codecs
 import os
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from math import inf
 from pathlib import Path
 from typing import Any
 
 from trunkline.engine.heads.registry import HEADS
+from trunkline.engine.network.trunk_config import PRESETS
 from trunkline.engine.tasks.task import Task
 from trunkline.training.data.tables import format_of
+from trunkline.training.scoring.metrics import metric_names
 from trunkline.training.starting.commented_yaml import commented
 from trunkline.training.starting.length import steps_for
 from trunkline.training.starting.names import hints_at_label
@@ -61,6 +65,7 @@ def init(
     Raises:
         ValueError: a file that is no table, or that nothing can be learnt from; says what was seen.
     """
+    _check(answers)
     groups = grouped(files)
     target = out or Path(f"{_slug(answers.name or next(iter(groups)))}.yaml")
     if target.exists() and not overwrite:
@@ -78,7 +83,7 @@ def init(
     if ask and not (answers.init or answers.trunk):
         answers = replace(answers, init=ask("start from a checkpoint: folder or hub id; nothing: from scratch", ""))
     for proposal in proposals:
-        Task(**proposal.fields)  # whether it can be
+        metric_names(Task(**proposal.fields))  # whether it can be
     head = [f"yaml-language-server: $schema={SCHEMA}", f"Written by `{command}`. Every line may be changed."]
     tasks = [(proposal.fields, proposal.why) for proposal in proposals]
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -88,6 +93,26 @@ def init(
         _tell(proposal, tell)
     _tell_what_follows(target, proposals, tell)
     return target
+
+
+def _check(answers: Answers) -> None:
+    """
+    Raises:
+        ValueError: an answer that cannot be.
+    """
+    if answers.trunk and answers.trunk not in PRESETS:
+        raise ValueError(f"init: --trunk '{answers.trunk}' is no preset; there are {', '.join(PRESETS)}")
+    if answers.trunk and answers.init:
+        raise ValueError("init: --trunk starts from scratch and --init from a checkpoint: give one of them")
+    for name in ("steps", "minutes"):
+        if (number := getattr(answers, name)) is not None and not 0 < number < inf:
+            raise ValueError(f"init: --{name} must be above 0, got {number}")
+    try:
+        codecs.lookup(answers.encoding or "utf-8")
+    except LookupError as error:
+        raise ValueError(
+            f"init: --encoding '{answers.encoding}' is unknown; windows-1252 and utf-16 are known"
+        ) from error
 
 
 def _proposed(table: Table, asked: Asked, ask: Ask | None) -> list[Proposal]:

@@ -2,7 +2,7 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,11 +66,13 @@ def propose(columns: Sequence[Column], where: str, asked: Asked) -> list[Proposa
         ValueError: nothing can be learnt from it; says what was seen, and what it would need.
     """
     named = {column.name: column for column in columns}
+    if not columns or not len(columns[0].values):
+        raise ValueError(f"{where} has no rows" + (f": columns {', '.join(named)}, and nothing below" if named else ""))
     for name in (*asked.labels, *asked.text):
         if name not in named:
             raise ValueError(f"{where} has no column '{name}'; it has {', '.join(named)}")
-    if not columns or not len(columns[0].values):
-        raise ValueError(f"{where} has no rows: columns {', '.join(named)}, and nothing below them")
+    if both := [name for name in asked.labels if name in asked.text]:
+        raise ValueError(f"{where}: '{both[0]}' cannot be both the label and a text that is read")
     if asked.labels:
         return _tasks(columns, where, [named[name] for name in asked.labels], asked)
     if asked.head and not head_of(asked.head).labelled:
@@ -150,8 +152,8 @@ def _head(columns: Sequence[Column], where: str, label: Column | None, asked: As
         return "classify", f"{name} has {label.distinct:,} different values"
     raise ValueError(
         f"{where}: '{label.name}' has {label.distinct:,} different values in {label.present:,} rows, such as "
-        f"{_example(label)}, so there is nothing that returns to be learnt; a class needs several rows (--label names "
-        f"another column, --head generate writes it as a text)"
+        f"{_example(label)}: a class needs several rows to be learnt (--label names another column, --head generate "
+        "takes it for a text to be written)"
     )
 
 
@@ -248,6 +250,10 @@ def _name_classes(proposal: Proposal, where: str, label: Column, asked: Asked) -
         unlabelled = counts.pop("-1")  # what data sets write for "no class"; of -1, 0, 1 it is one
         proposal.fields["unlabelled"] = "drop"
         proposal.why["unlabelled"] = f"{unlabelled:,} rows have the label -1"
+    if asked.classes and (left_out := [name for name in counts if name not in asked.classes]):
+        raise ValueError(
+            f"{where}: --labels lacks '{left_out[0]}'; '{label.name}' has {_listed(sorted(counts, key=_order))}"
+        )
     proposal.fields["labels"] = [*asked.classes] or [*label.class_names] or sorted(counts, key=_order)
     total = sum(counts.values())
     ordered = sorted(counts.items(), key=lambda pair: -pair[1])
@@ -257,34 +263,37 @@ def _name_classes(proposal: Proposal, where: str, label: Column, asked: Asked) -
         return
     if rare := [name for name, count in ordered if count < RARE]:
         proposal.notes.append(
-            f"{len(rare)} of '{label.name}' have fewer than {RARE} rows, such as '{rare[0]}': too few to learn from"
+            f"classes with fewer than {RARE} rows, too few to learn from: {len(rare)}, such as '{rare[0]}'"
         )
     if ordered[0][1] / total >= UNEVEN and not asked.metrics:
         proposal.fields["metrics"] = ["macro_f1", "accuracy"]
         proposal.why["metrics"] = f"to say '{ordered[0][0]}' always has an accuracy of {ordered[0][1] / total:.2f}"
 
 
-def class_names(label: Column, head: str) -> dict[str, int]:
+def class_names(label: Column, head: str) -> Counter[str]:
     """The classes in a column, and how often each occurs."""
-    counts: dict[str, int] = {}
     if head == "tag":
         tags = (tag for cell in label.values for tag in (cell if isinstance(cell, list) else str(cell or "").split()))
-        found = Counter(tags).items()
-    else:
-        found = label.counts.items()
-    for value, count in found:
-        is_id = isinstance(value, int) and 0 <= value < len(label.class_names)
-        name = label.class_names[value] if is_id else class_name(value)
-        counts[name] = counts.get(name, 0) + count
+        return Counter(class_name(tag, label.class_names) for tag in tags)
+    counts: Counter[str] = Counter()
+    for value, count in label.counts.items():
+        counts[class_name(value, label.class_names)] += count
     return counts
 
 
-def class_name(value: Any) -> str:
-    """The name of a class: of a number as it is read, of yes and no as JSON writes them."""
+def class_name(value: Any, names: Sequence[str] = ()) -> str:
+    """The name of a class: of an id by `names`, of another number as it is read, of yes and no as JSON writes them."""
+    if type(value) is int and 0 <= value < len(names):
+        return names[value]
     if isinstance(value, bool):
         return str(value).lower()
     whole = re.fullmatch(r"(-?[1-9]\d*|0)\.0*", str(value))  # spreadsheets and pandas write 1 as 1.0, too
     return whole[1] if whole else str(value)
+
+
+def _listed(names: Iterable[str]) -> str:
+    names = [*names]
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more" if len(names) > 20 else "")
 
 
 def _order(name: str) -> tuple[float, str]:
@@ -310,7 +319,7 @@ def _note_repetitions(proposal: Proposal, text: Sequence[Column], label: Column 
     """Texts that occur more than once, and whether they contradict one another."""
     if any(column.distinct == len(column.values) for column in text):
         return
-    values = [list(map(str, column.values)) if column.lists else column.values for column in text]
+    values = [column.comparable for column in text]
     keys = [*zip(*values, strict=True)] if len(values) > 1 else values[0]
     if len(set(keys)) == len(keys):
         return

@@ -247,7 +247,7 @@ def test_uneven_classes_are_scored_by_more_than_accuracy(capsys):
     table("own.csv", rows(100, label=lambda i, rng: "rare" if i < 3 else "usual"))
     assert main(["init", "own.csv"]) == 0
     assert load_config(Path("own.yaml")).all_tasks[0].metrics == ("macro_f1", "accuracy")
-    assert "1 of 'label' have fewer than 5 rows, such as 'rare'" in capsys.readouterr().out
+    assert "classes with fewer than 5 rows, too few to learn from: 1, such as 'rare'" in capsys.readouterr().out
 
 
 # What nothing can be learnt from
@@ -320,6 +320,26 @@ def test_numbers_with_words_among_them(refused):
 def test_what_is_no_table(refused, name, content, said):
     Path(name).write_bytes(content)
     assert said in refused(name)
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--trunk tinny", "--trunk 'tinny' is no preset; there are tiny"),
+        ("--trunk tiny --init x/y", "give one of them"),
+        ("--steps 0", "--steps must be above 0, got 0"),
+        ("--minutes nan", "--minutes must be above 0, got nan"),
+        ("--encoding utf-9", "--encoding 'utf-9' is unknown"),
+        ("--metric acuracy", "unknown metric 'acuracy'; the nearest known is 'accuracy'"),
+        ("--labels red,blue", "--labels lacks 'green'; 'label' has blue, green, red"),
+        ("--labels [", "line 1"),
+        ("--validation 1.5", "got '1.5'"),
+        ("--head generate --label label --text text --text label", "takes one text column"),
+    ],
+)
+def test_flags_that_cannot_be(refused, flags, said):
+    table("own.csv", rows(60, label=colour))
+    assert said in refused("own.csv", *flags.split())
 
 
 def test_files_and_columns_that_are_not_there(refused):
