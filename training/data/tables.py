@@ -220,7 +220,7 @@ def choose_columns(found: list[str], name: str, wanted: Wanted) -> dict[str, str
     if wanted is None:
         meant = {column: [column] for column in found if column.strip()}
     else:
-        meant = {column: column.split("|") for column in wanted}
+        meant = {column: [column, *column.split("|")] for column in wanted}  # a name may have a bar in it
     for column, alternatives in meant.items():
         present = [own for own in alternatives if own in found]
         if not present:

@@ -334,7 +334,7 @@ def test_what_is_no_table(refused, name, content, said):
         ("--labels red,blue", "--labels lacks 'green'; 'label' has blue, green, red"),
         ("--labels [", "line 1"),
         ("--validation 1.5", "got '1.5'"),
-        ("--head generate --label label --text text --text label", "takes one text column"),
+        ("--label label --text label", "cannot be both the label and a text"),
     ],
 )
 def test_flags_that_cannot_be(refused, flags, said):
