@@ -96,11 +96,12 @@ class TerminalDisplay(Display):
     def _table(self) -> Group:
         table = Table("task", "loss", "metric", "score", box=None, header_style="dim")
         for name, metric in self.tasks.items():
-            table.add_row(name, _number(self.loss.get(name)), metric, _number(self.scores.get(name)))
+            table.add_row(name, in_digits(self.loss.get(name)), metric, in_digits(self.scores.get(name)))
         return Group(table, self.bar)
 
 
-def _number(value: float | None) -> str:
+def in_digits(value: float | None) -> str:
+    """A loss or a score; empty: there is none yet."""
     return "" if value is None else f"{value:.3f}"
 
 

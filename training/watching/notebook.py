@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from math import isfinite
 
-from trunkline.training.watching.display import Display
+from trunkline.training.watching.display import Display, in_digits
 
 SECONDS = 0.5  # between two pictures
 WIDTH, HEIGHT = 120, 22  # of a curve, in pixels
@@ -51,8 +51,8 @@ class NotebookDisplay(Display):
     def page(self) -> str:
         """The table as HTML."""
         rows = "".join(
-            f"<tr><td>{escape(name)}</td><td>{_number(self.loss.get(name))}</td><td>{sparkline(self.losses[name])}</td>"
-            f"<td>{escape(metric)}</td><td>{_number(self.scores.get(name))}</td><td>{sparkline(self.scored[name])}</td></tr>"
+            f"<tr><td>{escape(name)}</td><td>{in_digits(self.loss.get(name))}</td><td>{sparkline(self.losses[name])}</td>"
+            f"<td>{escape(metric)}</td><td>{in_digits(self.scores.get(name))}</td><td>{sparkline(self.scored[name])}</td></tr>"
             for name, metric in self.tasks.items()
         )
         titles = "".join(f"<th>{title}</th>" for title in ("task", "loss", "", "metric", "score", ""))
@@ -84,7 +84,3 @@ def sparkline(values: Sequence[float]) -> str:
         f'<svg width="{WIDTH}" height="{HEIGHT}" role="img" aria-label="from {values[0]:.3g} to {values[-1]:.3g}">'
         f'<polyline points="{points}" fill="none" stroke="currentColor" stroke-width="1.5"/></svg>'
     )
-
-
-def _number(value: float | None) -> str:
-    return "" if value is None else f"{value:.3f}"
