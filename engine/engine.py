@@ -86,10 +86,9 @@ class Engine:
         self.config = config
         self.tasks = in_model_order(config.all_tasks)
         self.device = usable_device(config.device)
-        self.tokenizer = None
         self.summary: dict[str, Any] = {}  # of its last training and evaluation, as far as there is one
         self.kept: list[str] = []  # tasks whose heads come from where the trunk does
-        self._trunk, self._model = trunk, None
+        self._trunk, self._model, self.tokenizer = trunk, None, None
 
     @classmethod
     def from_config(cls, config: Config) -> "Engine":
