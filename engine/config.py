@@ -11,7 +11,16 @@ from trunkline.engine.foreign import pretrained
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.generate import Search
 from trunkline.engine.network.trunk import PRESETS, Checkpointing, TrunkConfig
-from trunkline.engine.settings import ADAPTIVE, GRADIENT_METHODS, Balancing, Batch, Evaluation, Mixing, Optimizer
+from trunkline.engine.settings import (
+    ADAPTIVE,
+    GRADIENT_METHODS,
+    Balancing,
+    Batch,
+    Evaluation,
+    Mixing,
+    Optimizer,
+    Tracking,
+)
 from trunkline.engine.tasks.builtin import BUILTIN, get_task
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.tokenizer import Tokenizer
@@ -97,6 +106,9 @@ class Config:
     checkpointing: Checkpointing = "none"
     """Activations that are computed again in the backward pass instead of kept: none; block: all but the inputs of the
     blocks; selective: all but these, products and attention. The gradients are the same."""
+    track: tuple[Tracking, ...] = ()
+    """Where losses and scores go besides metrics.jsonl: tensorboard, wandb, trackio, mlflow, each of a package of its
+    own. One that fails is left out, and never ends the run."""
     profile: bool = False
     """Write a trace of a few steps, and a table of where their time goes, to the folder profile of the run."""
 

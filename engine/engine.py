@@ -29,7 +29,8 @@ from trunkline.engine.network.kept_heads import keep_heads
 from trunkline.engine.network.model import MultiTaskModel, in_model_order
 from trunkline.engine.network.packing import Example, pack
 from trunkline.engine.network.trunk import Trunk, TrunkConfig
-from trunkline.engine.saved import check_weights, read_saved
+from trunkline.engine.saved import check_weights, read_saved, summary_beside
+from trunkline.engine.shown import engine_html, with_metrics
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.given import fits, listed, text_rows
 from trunkline.engine.text.layout import Laid, Layout
@@ -88,9 +89,9 @@ class Engine:
         self.config = config
         self.tasks = in_model_order(config.all_tasks)
         self.device = usable_device(config.device)
-        self.tokenizer = None
+        self.summary: dict[str, Any] = {}  # of its last training and evaluation, as far as there is one
         self.kept: list[str] = []  # tasks whose heads come from where the trunk does
-        self._trunk, self._model = trunk, None
+        self._trunk, self._model, self.tokenizer = trunk, None, None
 
     @classmethod
     def from_config(cls, config: Config) -> "Engine":
@@ -161,12 +162,15 @@ class Engine:
             return torch.autocast("cuda", torch.bfloat16)
         return nullcontext()
 
-    def fit(self, *, resume: bool = False, overwrite: bool = False, **changes: Any) -> dict[str, Any]:
+    def fit(
+        self, *, resume: bool = False, overwrite: bool = False, on: Sequence[Any] = (), **changes: Any
+    ) -> dict[str, Any]:
         """Trains on the tasks' training splits and writes the run folder.
 
         Args:
             resume: go on with the run in the folder.
             overwrite: replace the run in the folder.
+            on: listeners, which have some of the methods of `trunkline.Listener`.
             changes: fields of the config to change first, such as steps=500.
 
         Returns:
@@ -182,7 +186,8 @@ class Engine:
         config = changed(self.config, changes)
         here = {name: os.path.abspath(path) for name in ("data", "base") if (path := getattr(config, name))}
         self.config = replace(config, **here)  # so that the run's data is found from anywhere
-        return train(self, resume=resume, overwrite=overwrite)
+        self.summary = train(self, resume=resume, overwrite=overwrite, on=listed(on, "fit: on"))
+        return self.summary
 
     def evaluate(self, examples: int = 0) -> dict[str, dict[str, float]]:
         """Loss and metrics of every task on its validation split.
@@ -204,7 +209,9 @@ class Engine:
                 search=config.search,
                 examples=examples,
             )
-        return {name: task.metrics for name, task in scored.items()}
+        metrics = {name: task.metrics for name, task in scored.items()}
+        self.summary = with_metrics(self.summary, metrics)
+        return metrics
 
     def predict(self, texts: Iterable[str | Sequence[str]], tasks: Sequence[str] = ()) -> dict[str, list[Any]]:
         """What the tasks say of each text; all of them share its pass through the trunk.
@@ -365,7 +372,7 @@ class Engine:
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> "Engine":
-        """The engine that `save` wrote, the model of a run, or a checkpoint of one, such as RUN/checkpoints/best.
+        """What `save` wrote, the model of a run, a checkpoint of one, such as RUN/checkpoints/best, or a hub id.
 
         Of a run that is not finished it is the newest checkpoint, which is said on standard error.
 
@@ -382,7 +389,10 @@ class Engine:
         engine = cls.__new__(cls)
         engine._hold(config, Trunk(config.trunk) if config.architecture == "trunk" else None)
         engine.build(tokenizer).load_state_dict(weights)
+        engine.summary = summary_beside(path)
         return engine
+
+    _repr_html_ = engine_html  # what a notebook shows of it
 
 
 def make_model(config: Config, trunk: Trunk | None = None) -> Model:

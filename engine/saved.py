@@ -3,10 +3,12 @@
 Nothing in it is believed before it is checked, and nothing outside of it is read.
 """
 
+import re
 import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -17,9 +19,10 @@ from trunkline.engine import checkpoint
 from trunkline.engine.config import Config, restore_config
 from trunkline.engine.console import harmless
 from trunkline.engine.foreign.pretrained import SETTINGS, WEIGHTS, read_json
-from trunkline.engine.text.tokenizer import FILE, Tokenizer
+from trunkline.engine.text.tokenizer import BESIDE, FILE, Tokenizer
 from trunkline.engine.yaml_file import read_yaml
 
+REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # user/name
 LATER = ("center", "spread")  # tensors that earlier releases did not save
 
 
@@ -32,7 +35,7 @@ def read_saved(folder: Path) -> tuple[Config, Tokenizer, dict[str, Tensor], Path
         ValueError: it holds nothing of the kind, or something that is damaged; names the file.
     """
     if not folder.is_dir():
-        raise ValueError(f"engine: {folder} is no folder")
+        folder = _from_hub(folder)
     if (folder / "model" / SETTINGS).is_file():
         folder = folder / "model"
     if (folder / SETTINGS).is_file():
@@ -42,6 +45,25 @@ def read_saved(folder: Path) -> tuple[Config, Tokenizer, dict[str, Tensor], Path
             raise ValueError(f"engine: {folder / SETTINGS} is damaged, or of another release: {error}") from error
         return config, _tokenizer(folder, config), _weights(folder / WEIGHTS), folder / WEIGHTS
     return _read_checkpoint(folder)
+
+
+def _from_hub(source: Path) -> Path:
+    """Where the hub's copy of an engine is, which is downloaded unless it is there."""
+    repo = source.as_posix()
+    if not REPO.fullmatch(repo) or source.parent.is_dir():  # RUNS/name is meant to be here
+        raise ValueError(f"engine: {source} is no folder")
+    try:
+        from huggingface_hub import snapshot_download
+
+        return Path(snapshot_download(repo, allow_patterns=[SETTINGS, WEIGHTS, FILE, *BESIDE]))
+    except ImportError as error:
+        raise ValueError(
+            f"engine: {source} is no folder, and the hub needs trunkline[hub], which is not installed"
+        ) from error
+    # offline, unknown, gated, a connection that breaks: every one is another class there
+    except Exception as error:
+        told = " ".join(str(error).split())
+        raise ValueError(f"engine: {source} is no folder, and not to be had from the hub: {told:.300}") from error
 
 
 def _read_checkpoint(folder: Path) -> tuple[Config, Tokenizer, dict[str, Tensor], Path]:
@@ -82,6 +104,17 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     if faults:
         more = f" and {len(faults) - 4} more" if len(faults) > 4 else ""
         raise ValueError(f"engine: {path} does not fit its settings: {'; '.join(faults[:4])}{more}")
+
+
+def summary_beside(weights: Path) -> dict[str, Any]:
+    """What summary.json of the run says that these weights are the model of; empty: they are no finished run's."""
+    path = weights.parents[1] / "summary.json"
+    if weights.parent.name != "model" or not path.is_file():
+        return {}
+    try:
+        return read_json(path)
+    except ValueError:  # only to be shown
+        return {}
 
 
 def _weights(path: Path) -> dict[str, Tensor]:

@@ -17,6 +17,7 @@ GRADIENT_METHODS = (
     "aligned-mtl",
     "nash-mtl",
 )  # weighed by gradients
+Tracking = Literal["tensorboard", "wandb", "trackio", "mlflow"]
 BalancingMethod = Literal[
     "fixed",
     "uncertainty",

@@ -14,7 +14,20 @@ class _Loader(yaml.SafeLoader):
     """SafeLoader, which makes nothing but plain values, with the checks of this file."""
 
 
-_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(f"^{NUMBER.pattern}$"), list("-+.0123456789"))
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper, which quotes what `read_yaml` would take for something else, and keeps a text on its line."""
+
+    def text(self, value: str) -> yaml.Node:
+        return self.represent_scalar(
+            "tag:yaml.org,2002:str", value, style='"' if f"{value}.".splitlines()[1:] else None
+        )
+
+
+_Dumper.add_representer(str, _Dumper.text)
+
+_FLOAT = ("tag:yaml.org,2002:float", re.compile(f"^{NUMBER.pattern}$"), list("-+.0123456789"))
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver(*_FLOAT)
 
 
 def read_yaml(text: str) -> Any:
@@ -42,6 +55,19 @@ def read_yaml(text: str) -> Any:
     finally:
         if loader:
             loader.dispose()
+
+
+def write_yaml(value: Any) -> str:
+    """Plain values as a text that `read_yaml` gives back."""
+    return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+
+
+def flow(value: Any) -> str:
+    """Plain values on one line, as [a, b] and {a: 1}."""
+    text = yaml.dump(
+        value, Dumper=_Dumper, default_flow_style=True, sort_keys=False, allow_unicode=True, width=float("inf")
+    )
+    return text.removesuffix("\n").removesuffix("\n...")
 
 
 def _inner(node: yaml.Node) -> list[yaml.Node]:

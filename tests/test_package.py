@@ -98,7 +98,7 @@ def test_room_is_linked_and_never_a_top_level_package(room):
 def test_installation_has_every_source_and_data_file(installed):
     expected = {Path("trunkline", name) for name in ["__init__.py", "__main__.py", "_moved.py", "py.typed"]}
     for room in ROOMS:
-        files = [*(ROOT / room).rglob("*.py"), *(ROOT / room).rglob("*.jinja"), *(ROOT / room).glob("configs/*.yaml")]
+        files = [*(ROOT / room).rglob("*.py"), *(ROOT / room).rglob("*.jinja"), *(ROOT / room).glob("configs/*.*")]
         expected |= {Path("trunkline") / file.relative_to(ROOT) for file in files}
     assert {file.relative_to(installed) for file in installed.rglob("*") if file.is_file()} == expected
 

@@ -63,3 +63,28 @@ def test_the_error_that_the_page_shows_is_the_one_that_is_raised(folder, monkeyp
     assert main(["doctor", "broken.yaml"]) == 2
     said = capsys.readouterr()
     assert shown.replace("orders-train.csv", "broken.csv") in said.err + said.out
+
+
+OWN_DATA = (Path(__file__).resolve().parents[1] / "docs" / "own_data.md").read_text(encoding="utf-8")
+
+
+def test_every_flag_that_own_data_names_is_one_of_init(capsys):
+    (paragraph,) = re.findall(r"Where a label means.*?asks none\.", OWN_DATA, re.DOTALL)
+    with pytest.raises(SystemExit):
+        main(["init", "--help"])
+    told = capsys.readouterr().out
+    flags = re.findall(r"`(--\w+)`", paragraph)
+    assert len(flags) > 8
+    assert all(f" {flag}" in told for flag in flags)
+
+
+@pytest.mark.parametrize(
+    "page", [OWN_DATA, (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")]
+)
+def test_the_three_commands_are_commands(page):
+    for command in (
+        "trunkline init tickets.csv --label queue",
+        "trunkline train tickets.yaml",
+        "trunkline predict runs/tickets",
+    ):
+        assert command in page

@@ -7,6 +7,7 @@ import argparse
 import io
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = [*(sys.argv[1:] if arguments is None else arguments)]
     end = given.index("--") if "--" in given else len(given)
     options, late = parser.parse_known_args(given[:end])
+    options.typed = given
     verbatim = given[end + 1 :]  # whatever they begin with
     if late or verbatim:  # before Python 3.13 argparse takes no values that stand after an option after the first ones
         if "values" not in options or any(value.startswith("-") for value in late):
@@ -68,6 +70,35 @@ def _parser() -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, **settings)
         sub.set_defaults(command=function)
         return sub
+
+    init = command("init", _init, "look at tables of yours and write a config for them")
+    init.add_argument(
+        "files", nargs="+", type=Path, metavar="FILE", help="a task each, or its train and validation rows"
+    )
+    init.add_argument(
+        "--label", action="append", default=[], metavar="COLUMN", help="to be predicted; several: a task each"
+    )
+    init.add_argument("--text", action="append", default=[], metavar="COLUMN", help="to be read, in this order")
+    init.add_argument("--head", default="", help="what is predicted: classify, regress, tag, span, generate ...")
+    init.add_argument("--labels", default="", metavar="A,B", help="class names in the order of their ids")
+    init.add_argument("--metric", action="append", default=[], help="systems are compared by the first")
+    init.add_argument(
+        "--validation", default="", metavar="FILE", help="or the share of the rows that is held out, as 0.1"
+    )
+    init.add_argument(
+        "--unlabelled", choices=["drop", "error"], default="", help="what happens to rows without a label"
+    )
+    init.add_argument("--encoding", default="", help="of text files, as windows-1252")
+    init.add_argument("--name", default="", help="of the task, and of the config")
+    init.add_argument(
+        "--init", default="", metavar="CHECKPOINT", help="folder or hub id to start from; default: from scratch"
+    )
+    init.add_argument("--trunk", default="", metavar="PRESET", help="from scratch: tiny, small, medium, bert-base")
+    init.add_argument("--steps", type=int, help="of training")
+    init.add_argument("--minutes", type=float, help="of training from scratch, on this machine; default: 2")
+    init.add_argument("--out", type=Path, metavar="FILE.yaml", help="the config; default: named after the first file")
+    init.add_argument("--overwrite", action="store_true", help="replace a config that is there")
+    init.add_argument("--yes", action="store_true", help="ask nothing, in a terminal, too")
 
     train = command("train", _train, "train as a YAML file says; key=value changes its settings", add_help=False)
     train.add_argument("config", metavar="CONFIG.yaml", type=Path)
@@ -119,6 +150,19 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("config", metavar="CONFIG.yaml", type=Path)
     estimate.add_argument("values", nargs="*", default=[], metavar="key=value")
 
+    card = command("card", _card, "print a model card of a finished run, in Markdown")
+    card.add_argument("run", type=Path)
+    card.add_argument("--repo", default="", metavar="USER/NAME", help="on the hub, that the card says to load")
+    card.add_argument("--license", default="", help="of the model, as the hub names it: apache-2.0, cc-by-4.0 ...")
+
+    push = command("push", _push, "put a finished run, with a model card, on the Hugging Face hub")
+    push.add_argument("run", type=Path)
+    push.add_argument("repo", metavar="USER/NAME", help="made where it is not there")
+    push.add_argument("--private", action="store_true", help="make it private")
+    push.add_argument("--license", default="", help="of the model, as the hub names it: apache-2.0, cc-by-4.0 ...")
+
+    command("schema", _schema, "print the JSON schema of a config, by which editors complete and check it")
+
     report = command("report", _report, "write report.html of a run anew, also while the run goes on")
     report.add_argument("run", type=Path)
     return parser
@@ -147,6 +191,61 @@ class _SettingsHelp(argparse.Action):
             keys = settings_help()
         print(f"settings, in CONFIG.yaml or as key=value:\n\n{keys}")
         parser.exit()
+
+
+def _init(options: argparse.Namespace) -> None:
+    from trunkline.engine.yaml_file import read_yaml
+    from trunkline.training.starting.init import Answers, init
+    from trunkline.training.starting.proposal import Asked
+
+    classes = read_yaml(f"[{options.labels}]") if options.labels else []
+    asked = Asked(
+        tuple(options.label),
+        tuple(options.text),
+        options.head,
+        tuple(map(str, classes)),
+        tuple(options.metric),
+        options.unlabelled,
+    )
+    of_all = {name: getattr(options, name) for name in ("name", "validation", "encoding", "init", "trunk")}
+    answers = Answers(asked, **of_all, steps=options.steps, minutes=options.minutes)
+    # the terminal that a notebook gives to a command has nobody before it
+    asks = not options.yes and "JPY_PARENT_PID" not in os.environ and sys.stdin.isatty() and sys.stdout.isatty()
+    typed = shlex.join(["trunkline", *options.typed])
+    init(
+        options.files,
+        answers,
+        out=options.out,
+        overwrite=options.overwrite,
+        command=typed,
+        tell=print,
+        ask=_ask if asks else None,
+    )
+
+
+def _ask(question: str, default: str) -> str:
+    try:
+        return input(f"{question} [{default}]: ").strip() or default
+    except EOFError:
+        return default
+
+
+def _card(options: argparse.Namespace) -> None:
+    from trunkline.training.sharing.card import card
+
+    print(card(options.run, options.repo, options.license), end="")
+
+
+def _push(options: argparse.Namespace) -> None:
+    from trunkline.training.sharing.push import push
+
+    print(push(options.run, options.repo, private=options.private, licence=options.license))
+
+
+def _schema(options: argparse.Namespace) -> None:
+    from trunkline.training.starting.schema import config_schema
+
+    print(json.dumps(config_schema(), indent=1))
 
 
 def _train(options: argparse.Namespace) -> None:

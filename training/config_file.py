@@ -7,12 +7,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from trunkline.engine.checks import short
 from trunkline.engine.config import TRAINED, Config, config_from
 from trunkline.engine.tasks.task import Task
-from trunkline.engine.yaml_file import read_yaml
+from trunkline.engine.yaml_file import read_yaml, write_yaml
 
 
 def load_config(path: Path, overrides: Sequence[str] = (), kind: type[Config] = Config) -> Config:
@@ -65,7 +63,7 @@ def settings_help(kind: type[Config] = Config) -> str:
 
 def save_config(config: Config, path: Path) -> None:
     """Writes a config that `load_config` reads back."""
-    path.write_text(yaml.safe_dump(_plain(asdict(config)), sort_keys=False, allow_unicode=True), encoding="utf-8")
+    path.write_text(write_yaml(_plain(asdict(config))), encoding="utf-8")
 
 
 def _plain(value: Any) -> Any:

@@ -15,13 +15,15 @@ from trunkline.kernels.attention.attention import attention, attention_reference
 from trunkline.training.data.corpus import load_corpus
 from trunkline.training.environment import environment
 from trunkline.training.run.optimizer import freeze, in_words, make_optimizer
+from trunkline.training.watching.audience import Audience
+from trunkline.training.watching.trackers import TRACKERS
 
 OPTIONAL = {
     "triton": "kernels on NVIDIA GPUs",
     "datasets": "data from the Hugging Face hub",
     "transformers": "Hugging Face models",
     "rouge_score": "ROUGE",
-    "tensorboard": "TensorBoard logs",
+    **dict.fromkeys(TRACKERS, "track=[...]"),
 }
 
 
@@ -67,6 +69,7 @@ def check_data(config: Config) -> None:
         ValueError: something cannot be used; names task, file, row and value.
     """
     engine = Engine.from_config(config)  # what needs no data is found first
+    Audience(config.track, (), tell=tell)
     corpus = load_corpus(config, tell=tell)
     model = engine.build(corpus.tokenizer)
     freeze(model, config.optimizer.freeze)

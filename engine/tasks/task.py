@@ -3,13 +3,15 @@
 Adding a task is one `Task(...)`, in Python or as ten lines of YAML.
 """
 
+import os
 import re
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
+from typing import Any, Literal
 
 from trunkline.engine.checks import at_least, check
 from trunkline.engine.heads.registry import head_of
+from trunkline.engine.tasks.stored_table import stored_table
 from trunkline.engine.text.class_names import ClassNames
 
 References = Literal["best", "average"]
@@ -34,7 +36,9 @@ class Task:
         labels: Class names in the order of their ids (classify, tag).
         metrics: Names from `trunkline.training.scoring.metrics.METRICS`; systems are compared by the first. Empty:
             those of the head.
-        train: Split name on the hub, or a file: .csv, .tsv, .jsonl, .json, their .gz, or .parquet ('*' for several).
+        train: Split name on the hub, or a file: .csv, .tsv, .jsonl, .json, their .gz, or .parquet ('*' for several), or
+            a folder that `save_to_disk` of Hugging Face datasets wrote. From Python also a table: a pandas or polars
+            frame, a `datasets.Dataset`, a pyarrow table, a dict of columns or a list of rows.
         validation: As `train`; or the fraction of the training rows that is held out, such as 0.1, with every text on
             one side.
         encoding: Of text files, such as windows-1252.
@@ -59,8 +63,8 @@ class Task:
     label: str = ""
     labels: tuple[str, ...] = ()
     metrics: tuple[str, ...] = ()
-    train: str = "train"
-    validation: str | float = "validation"
+    train: str | Any = "train"
+    validation: str | float | Any = "validation"
     encoding: str = "utf-8"
     hub: str = ""
     subset: str = ""
@@ -78,6 +82,10 @@ class Task:
         return ClassNames(self.labels)
 
     def __post_init__(self):
+        for split, plain in (("train", str | os.PathLike), ("validation", str | os.PathLike | int | float)):
+            given = getattr(self, split)
+            if not isinstance(given, plain):
+                object.__setattr__(self, split, stored_table(given, f"task '{self.name}': {split}"))
         check(self, f"task {self.name!r}: ", max_target_tokens=at_least(1, 1_000_000))
 
         def require(condition: bool, message: str) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from trunkline.engine.yaml_file import read_yaml
+from trunkline.engine.yaml_file import flow, read_yaml, write_yaml
 from trunkline.training.config_file import load_config
 
 
@@ -142,3 +142,34 @@ def test_files_beside_the_yaml_are_found_from_anywhere(tmp_path, monkeypatch):
 def test_a_tag_that_does_not_fit_is_refused(text):
     with pytest.raises(ValueError, match="not of the type that its tag names|could not convert"):
         read_yaml(text)
+
+
+ODD = [
+    "1e5",
+    "5E-3",
+    "yes",
+    "null",
+    "~",
+    "",
+    " ",
+    "#x",
+    "a: b",
+    "a #b",
+    "- a",
+    "'",
+    '"',
+    "a\nb",
+    "a\n",
+    "\u2028",
+    "\x85",
+    "é",
+    "😀",
+]
+
+
+@pytest.mark.parametrize("value", [*ODD, ODD, dict.fromkeys(ODD, 1e-3), 0.1, 1e-7, [True, None, 3]], ids=repr)
+def test_what_is_written_is_read_back(value):
+    line = flow(value)
+    assert len(line.splitlines()) == 1
+    assert read_yaml(f"key: {line}  # a comment")["key"] == value
+    assert read_yaml(write_yaml({"key": value})) == {"key": value}

@@ -41,6 +41,7 @@ FULL = Config(
     search=Search(max_new_tokens=32, beams=4, length_penalty=0.8, min_new_tokens=2, no_repeat_ngram=3),
     seed=11,
     device="cpu",
+    track=("tensorboard", "trackio"),
     profile=True,
     compile=True,
     checkpointing="block",

@@ -21,6 +21,7 @@ from typing import IO, Any, TypeGuard
 import pyarrow as pa
 import tokenizers
 
+from trunkline.engine.cache_folder import cache_folder
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.tokenizer import Tokenizer
@@ -32,13 +33,6 @@ DIGEST = 64  # bytes at the end of every file: a SHA-256 in hexadecimal
 PART = 1 << 20  # bytes that are checked and copied at once
 
 Tell = Callable[[str], None]
-
-
-def folder() -> Path:
-    """TRUNKLINE_CACHE, or trunkline in the user's cache folder."""
-    if named := os.environ.get("TRUNKLINE_CACHE"):
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "trunkline"
 
 
 def encoded(
@@ -71,7 +65,7 @@ def tokenizer(key: Sequence[Any], make: Callable[[], Tokenizer], tell: Tell = la
 def _path(key: list[Any], suffix: str, tell: Tell) -> Path | None:
     name = sha256(json.dumps([FORMAT, key]).encode()).hexdigest() + suffix
     try:
-        return folder() / name
+        return cache_folder() / name
     except RuntimeError as error:  # nobody's home
         tell(_unusable("the user's home", error))
         return None

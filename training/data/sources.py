@@ -17,11 +17,13 @@ from typing import Any, Literal
 
 from trunkline.engine.tasks.task import Task
 from trunkline.training.data import generated
+from trunkline.training.data.dataset_folder import files_of, is_dataset_folder, read_dataset_folder
 from trunkline.training.data.tables import (
     FORMATS,
     READERS,
     Choose,
     Columns,
+    Wanted,
     choose_columns,
     columns_of_records,
     format_of,
@@ -107,8 +109,11 @@ def find_rows(
             source = _generated_rows(task, split, wanted, seed)
         elif format_of(name):
             source = _file_rows(base or Path(), _named_files(base or Path(), name), wanted, task.encoding)
+        elif not task.hub and is_dataset_folder((base or Path()) / name):
+            source = _file_rows(base or Path(), [name], wanted, task.encoding)
         elif not task.hub:
-            raise ValueError(f"expected a {FORMATS} file, or a hub dataset; {unread(name)}{_offer(split)}")
+            expected = f"expected a {FORMATS} file, a folder of save_to_disk, or a hub dataset"
+            raise ValueError(f"{expected}; {unread(name)}{_offer(split)}")
         elif data is not None:
             source = _file_rows(data, _hub_files(data, task, name, split), wanted, task.encoding)
         else:
@@ -159,6 +164,21 @@ def rows_of_file(path: Path, choose: Choose, encoding: str = "utf-8") -> Iterato
         raise ValueError(f"cannot read {path.absolute()}: {error.strerror}; expected a {FORMATS} file") from error
     with file:
         yield from rows_of(file, path.name, choose, encoding)
+
+
+def read_columns(path: Path, wanted: Wanted, encoding: str = "utf-8") -> Rows:
+    """Columns of one file, of all its rows.
+
+    Args:
+        wanted: names; None: all columns that have one.
+
+    Raises:
+        MissingColumnError: it has not all of them.
+        ValueError: no such file, another format, or a row or byte that cannot be read.
+    """
+    if not format_of(path.name) and not is_dataset_folder(path):
+        raise ValueError(f"expected a {FORMATS} file; {unread(str(path))}")
+    return _file_rows(path.parent, [path.name], wanted, encoding).read()
 
 
 def _part(source: Source, text: Sequence[str], fraction: float, split: str) -> Source:
@@ -257,10 +277,9 @@ def _named_files(base: Path, source: str) -> list[str]:
     return names
 
 
-def _file_rows(folder: Path, names: list[str], wanted: Sequence[str], encoding: str) -> Source:
+def _file_rows(folder: Path, names: list[str], wanted: Wanted, encoding: str) -> Source:
     state = sha256(encoding.encode())
-    for name in names:
-        path = folder / name
+    for path in (file for name in names for file in files_of(folder / name)):
         try:
             with path.open("rb") as file:
                 state.update(path.suffix.encode() + file_digest(file, "sha256").digest())
@@ -268,14 +287,17 @@ def _file_rows(folder: Path, names: list[str], wanted: Sequence[str], encoding: 
             raise ValueError(f"cannot read {path.absolute()}: {error.strerror}; expected a {FORMATS} file") from error
 
     def read() -> Rows:
-        columns: Columns = {column: [] for column in wanted}
+        columns: Columns = {}
         origins = []
         for name in names:
-            with (folder / name).open("rb") as file:
-                part = read_table(file, name, wanted, encoding)
-            for column in wanted:
-                columns[column].extend(part[column])
-            origins.append((name, len(part[wanted[0]])))
+            if (folder / name).is_dir():
+                part = read_dataset_folder(folder / name, name, wanted)
+            else:
+                with (folder / name).open("rb") as file:
+                    part = read_table(file, name, wanted, encoding)
+            for column, values in part.items():
+                columns.setdefault(column, []).extend(values)
+            origins.append((name, len(next(iter(part.values()), []))))
         return Rows(columns, tuple(origins), state.hexdigest())
 
     return Source(state.hexdigest(), read)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 Columns = dict[str, list[Any]]
+Wanted = Sequence[str] | None
 Choose = Callable[[list[str]], Sequence[str]]  # of the columns that a file has, those that are read
 PART, AT_ONCE = 1 << 20, 1024  # bytes, and rows of Parquet, that are looked at together
 
@@ -42,27 +43,30 @@ def unread(name: str) -> str:
     return f"got '{name}'"
 
 
-def read_table(file: BinaryIO, name: str, wanted: Sequence[str], encoding: str = "utf-8") -> Columns:
+def read_table(file: BinaryIO, name: str, wanted: Wanted, encoding: str = "utf-8") -> Columns:
     """Columns of a file.
 
     Args:
         file: what it holds, from its beginning.
         name: of the file; its suffix says how it is read.
-        wanted: names of columns; of 'a|b', the first that the file has.
+        wanted: names of columns; of 'a|b', the first that the file has. None: all that have a name.
         encoding: of text; Parquet has its own.
 
     Raises:
         MissingColumnError: it has not all of them.
         ValueError: a row or byte that cannot be read; names file and row.
     """
-    return _columns(rows_of(file, name, _all_of(wanted, name), encoding), wanted)
+    if wanted is None and format_of(name) in (".jsonl", ".json"):
+        return columns_of_records([record for (record,) in rows_of(file, name, None, encoding)], name, None)
+    return _columns(lambda choose: rows_of(file, name, choose, encoding), name, wanted)
 
 
-def rows_of(file: BinaryIO, name: str, choose: Choose, encoding: str = "utf-8") -> Iterator[Sequence[Any]]:
+def rows_of(file: BinaryIO, name: str, choose: Choose | None, encoding: str = "utf-8") -> Iterator[Sequence[Any]]:
     """The rows of a file, one after the other; each has the values of the columns that were chosen.
 
     Args:
-        choose: is told the file's columns (of JSON the keys of the first object), and says which to read.
+        choose: is told the file's columns (of JSON the keys of the first object), and says which to read. None, of
+            JSON alone: a row is the whole object.
         file, name, encoding: as of `read_table`.
 
     Raises:
@@ -78,7 +82,7 @@ def rows_of(file: BinaryIO, name: str, choose: Choose, encoding: str = "utf-8") 
         raise ValueError(f"{name} is not a valid gzip file: {error}") from error
 
 
-def _unpacked_rows(file: BinaryIO, name: str, choose: Choose, encoding: str) -> Iterator[Sequence[Any]]:
+def _unpacked_rows(file: BinaryIO, name: str, choose: Choose | None, encoding: str) -> Iterator[Sequence[Any]]:
     suffix = format_of(name)
     if suffix == ".parquet":
         yield from _parquet_rows(file, name, choose)
@@ -171,7 +175,7 @@ def _rows_below_a_header(records: Iterator[list[str]], name: str, choose: Choose
         yield [fields[place] for place in places]
 
 
-def _jsonl_rows(lines: Iterator[str], name: str, choose: Choose) -> Iterator[Sequence[Any]]:
+def _jsonl_rows(lines: Iterator[str], name: str, choose: Choose | None) -> Iterator[Sequence[Any]]:
     def records() -> Iterator[dict[str, Any]]:
         for row, line in enumerate(lines, 1):
             if not line.strip():
@@ -185,7 +189,7 @@ def _jsonl_rows(lines: Iterator[str], name: str, choose: Choose) -> Iterator[Seq
     return _rows_of_records(records(), name, choose)
 
 
-def _json_rows(lines: Iterator[str], name: str, choose: Choose) -> Iterator[Sequence[Any]]:
+def _json_rows(lines: Iterator[str], name: str, choose: Choose | None) -> Iterator[Sequence[Any]]:
     """An array of objects, by itself or as 'data' of an object, as SQuAD's."""
     text = "".join(lines)
     content = _parsed(text, name)
@@ -233,8 +237,11 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return found
 
 
-def _rows_of_records(records: Iterable[dict[str, Any]], name: str, choose: Choose) -> Iterator[Sequence[Any]]:
+def _rows_of_records(records: Iterable[dict[str, Any]], name: str, choose: Choose | None) -> Iterator[Sequence[Any]]:
     """The chosen keys of records, which all have to have them."""
+    if choose is None:
+        yield from ([record] for record in records)
+        return
     chosen: Sequence[str] = ()
     for row, record in enumerate(records, 1):
         chosen = choose(list(record)) if row == 1 else chosen
@@ -269,30 +276,42 @@ READERS: dict[str, Callable[..., Iterator[Sequence[Any]]]] = {
 }
 
 
-def columns_of_records(records: Iterable[dict[str, Any]], name: str, wanted: Sequence[str]) -> Columns:
-    """The wanted columns of records that have the same keys."""
-    return _columns(_rows_of_records(records, name, _all_of(wanted, name)), wanted)
+def columns_of_records(records: Sequence[dict[str, Any]], name: str, wanted: Wanted) -> Columns:
+    """The wanted columns of records that have the same keys; None: those that every record has."""
+    if wanted is None:
+        keys = dict.fromkeys(key for record in records for key in record)
+        wanted = [key for key in keys if key.strip() and all(key in record for record in records)]
+    return _columns(lambda choose: _rows_of_records(records, name, choose), name, wanted)
 
 
-def _columns(rows: Iterable[Sequence[Any]], wanted: Sequence[str]) -> Columns:
-    columns: Columns = {column: [] for column in wanted}
-    for row in rows:
-        for values, value in zip(columns.values(), row, strict=True):
+def _columns(rows: Callable[[Choose], Iterable[Sequence[Any]]], name: str, wanted: Wanted) -> Columns:
+    """Rows by their columns; `rows` is told how to choose these."""
+    chosen: dict[str, str] = {}
+
+    def choose(found: list[str]) -> list[str]:
+        chosen.update(choose_columns(found, name, wanted))
+        return list(chosen.values())
+
+    columns: list[list[Any]] = []
+    for row in rows(choose):
+        columns = columns or [[] for _ in row]
+        for values, value in zip(columns, row, strict=True):
             values.append(value)
-    return columns
+    names = chosen or wanted or ()  # nothing is chosen where there is no row to see it from
+    return dict(zip(names, columns or [[] for _ in names], strict=True))
 
 
-def _all_of(wanted: Sequence[str], name: str) -> Choose:
-    return lambda found: list(choose_columns(found, name, wanted).values())
-
-
-def choose_columns(found: list[str], name: str, wanted: Sequence[str]) -> dict[str, str]:
+def choose_columns(found: list[str], name: str, wanted: Wanted) -> dict[str, str]:
     """The name in the file of each wanted column: of 'a|b', the first that the file has."""
     chosen = {}
-    for column in wanted:
-        present = [alternative for alternative in column.split("|") if alternative in found]
+    if wanted is None:
+        meant = {column: [column] for column in found if column.strip()}
+    else:
+        meant = {column: [column, *column.split("|")] for column in wanted}  # a name may have a bar in it
+    for column, alternatives in meant.items():
+        present = [own for own in alternatives if own in found]
         if not present:
-            raise MissingColumnError(f"{name} has no column '{column}': wanted {list(wanted)}, found {found}")
+            raise MissingColumnError(f"{name} has no column '{column}': wanted {[*meant]}, found {found}")
         if found.count(present[0]) > 1:
             raise ValueError(f"{name} has two columns '{present[0]}': found {found}")
         chosen[column] = present[0]

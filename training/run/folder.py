@@ -222,7 +222,7 @@ def fingerprint(config: Config, corpus: Corpus) -> dict[str, Any]:
     """What must be the same for a run to go on; where it lies and what it runs on may change."""
     settings = asdict(config)
     elsewhere = ("run", "base", "data", "tokenizer")  # of the tokenizer the digest counts
-    for name in (*elsewhere, "device", "compile", "checkpointing", "profile"):
+    for name in (*elsewhere, "device", "compile", "checkpointing", "profile", "track"):
         del settings[name]
     settings["layout"] = 1 if corpus.tokenizer.is_plain else config.layout
     settings["init"] = pretrained.digest(config.init) if config.init else ""

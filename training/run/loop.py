@@ -5,19 +5,22 @@ Every step is a pure function of the weights, the seed and the number of the ste
 uninterrupted one.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from trunkline.training.run.folder import RunFolder
 from trunkline.training.run.run import Run
+from trunkline.training.watching.audience import Audience
 
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
 
 
-def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False) -> dict[str, Any]:
+def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False, on: Sequence[Any] = ()) -> dict[str, Any]:
     """Trains an engine as its config says and writes the run folder. `Engine.fit` says what comes back."""
-    with RunFolder(engine.config, resume, overwrite) as folder:
-        with Run(engine, folder) as run:
+    audience = Audience(engine.config.track, on, tell=print)
+    with RunFolder(engine.config, resume, overwrite) as folder, audience:
+        with Run(engine, folder, audience) as run:
             run.first_look()
             while run.goes_on:
                 with run.step():

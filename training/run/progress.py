@@ -1,27 +1,16 @@
-"""How far a run has come: what it counts, writes to metrics.jsonl and shows."""
+"""How far a run has come: what it counts, and writes to metrics.jsonl."""
 
-import importlib.util
 import json
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console, Group
-from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
-from rich.progress import Progress as Bar
-from rich.table import Table
-from rich.text import Text
 from torch import Tensor
 
-from trunkline.engine.console import harmless
 from trunkline.engine.network.packing import PackedBatch
-
-QUIET_SECONDS = 15.0  # between lines where the output is no terminal
 
 
 @dataclass
@@ -88,10 +77,19 @@ class Interval:
 
 
 class Log:
-    """metrics.jsonl, and TensorBoard where it is installed; a context manager."""
+    """metrics.jsonl; a context manager."""
 
-    def __init__(self, run: Path, step: int, tell: Callable[[str], None] = print):
-        """Lines after `step`, where a run is resumed, are forgotten; at step 0 all are. So are damaged ones."""
+    def __init__(
+        self,
+        run: Path,
+        step: int,
+        tell: Callable[[str], None] = print,
+        heard: Callable[[int, Mapping[str, Any]], None] = lambda step, values: None,
+    ):
+        """Lines after `step`, where a run is resumed, are forgotten; at step 0 all are. So are damaged ones.
+
+        `heard` is told every line.
+        """
         path, kept = run / "metrics.jsonl", run / ".metrics.jsonl"
         lines = path.read_bytes().split(b"\n")[:-1] if step and path.exists() else []  # whole lines
         steps = [_step_of(line) for line in lines]
@@ -102,26 +100,18 @@ class Log:
         if damaged := [number for number, at in enumerate(steps, start=1) if at is None]:
             tell(f"{path}: damaged lines are left out: {', '.join(map(str, damaged[:9]))}{' ...' * (len(damaged) > 9)}")
         self.file = path.open("a", encoding="utf-8")
-        self.board = None
-        if importlib.util.find_spec("tensorboard"):
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(run / "tensorboard")
+        self.heard = heard
 
     def __enter__(self) -> "Log":
         return self
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
-        if self.board:
-            self.board.close()
 
     def write(self, *, step: int, **values: Any) -> None:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
-        if self.board:
-            for name, value in _flat(values):
-                self.board.add_scalar(f"{values['event']}/{name}", value, step)
+        self.heard(step, values)
 
 
 def _step_of(line: bytes) -> int | None:
@@ -133,82 +123,3 @@ def _step_of(line: bytes) -> int | None:
     except ValueError:  # also where it is not UTF-8
         pass
     return None
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    flat = []
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat += _flat(value, f"{prefix}{name}/")
-        elif isinstance(value, int | float):
-            flat.append((prefix + name, float(value)))
-    return flat
-
-
-class Display:
-    """A live table in a terminal, now and then a line elsewhere; a context manager."""
-
-    def __init__(self, tasks: Mapping[str, str], steps: int, first: int):
-        """`tasks`: names, each with the metric that is shown."""
-        self.tasks, self.steps = tasks, steps
-        self.console = Console()
-        self.loss: dict[str, float] = {}
-        self.scores: dict[str, float] = {}
-        self.bar = Bar(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(),
-            TextColumn("{task.fields[speed]}"),
-            TimeRemainingColumn(),
-        )
-        self.work = self.bar.add_task("train", total=steps, completed=first, speed="")
-        self.live = Live(self._table(), console=self.console, refresh_per_second=2, transient=False)
-        self.spoke = time.monotonic()
-
-    def __enter__(self) -> "Display":
-        if self.console.is_terminal:
-            self.live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.console.is_terminal:
-            self.live.stop()
-
-    def tell(self, text: str) -> None:
-        """A line as it is: brackets and colons in a user's text are no markup, and what a terminal obeys or
-        cannot show is escaped."""
-        encoding = self.console.encoding
-        shown = harmless(text).encode(encoding, "backslashreplace").decode(encoding)
-        self.console.print(Text(shown), highlight=False, soft_wrap=True)
-
-    def step(self, step: int, loss: Mapping[str, float], tokens_per_second: float) -> None:
-        self.loss |= loss
-        self.bar.update(self.work, completed=step, speed=f"{tokens_per_second:,.0f} tokens/s")
-        if self.console.is_terminal:
-            self.live.update(self._table())
-        elif time.monotonic() - self.spoke > QUIET_SECONDS or step == self.steps:
-            self.spoke = time.monotonic()
-            losses = "  ".join(f"{name} {value:.3f}" for name, value in self.loss.items())
-            self.tell(f"step {step}/{self.steps}  {tokens_per_second:,.0f} tokens/s  loss: {losses}")
-
-    def evaluation(self, step: int, metrics: Mapping[str, Mapping[str, float]]) -> None:
-        self.scores |= {
-            name: scores[self.tasks[name]] for name, scores in metrics.items() if self.tasks[name] in scores
-        }
-        if self.console.is_terminal:
-            self.live.update(self._table())
-        else:
-            scores = "  ".join(f"{name} {self.tasks[name]} {value:.3f}" for name, value in self.scores.items())
-            self.tell(f"step {step}/{self.steps}  {scores}")
-
-    def _table(self) -> Group:
-        table = Table("task", "loss", "metric", "score", box=None, header_style="dim")
-        for name, metric in self.tasks.items():
-            loss, score = self.loss.get(name), self.scores.get(name)
-            table.add_row(
-                name,
-                "" if loss is None else f"{loss:.3f}",
-                metric,
-                "" if score is None else f"{score:.3f}",
-            )
-        return Group(table, self.bar)

@@ -38,11 +38,14 @@ from trunkline.training.run.faults import Guard, Parts, named_culprits
 from trunkline.training.run.faults import in_words as left_out_in_words
 from trunkline.training.run.folder import RunFolder, check_goes_on, fingerprint
 from trunkline.training.run.interruption import Interruption
-from trunkline.training.run.optimizer import freeze, in_words, make_optimizer, share_of_rate
+from trunkline.training.run.introduction import introduction
+from trunkline.training.run.optimizer import freeze, make_optimizer, share_of_rate
 from trunkline.training.run.profiling import Profile
-from trunkline.training.run.progress import Display, Interval, Log, Progress
+from trunkline.training.run.progress import Interval, Log, Progress
 from trunkline.training.scoring.evaluation import Scored, evaluate, mean_score
 from trunkline.training.scoring.metrics import metric_names
+from trunkline.training.watching.audience import Audience
+from trunkline.training.watching.display import make_display
 
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
@@ -56,9 +59,9 @@ FIRST_LOOK = 32  # validation examples of each task before the first step: their
 class Run:
     """A context; what `Engine.fit` says of its arguments, results and errors goes for this."""
 
-    def __init__(self, engine: "Engine", folder: RunFolder):
+    def __init__(self, engine: "Engine", folder: RunFolder, audience: Audience):
         self.began = time.perf_counter()
-        self.engine, self.folder = engine, folder.path
+        self.engine, self.folder, self.audience = engine, folder.path, audience
         keep_freed_memory()
         self.corpus = load_corpus(engine.config, engine.tokenizer, tell=tell)
         self.model = self._build()
@@ -78,12 +81,14 @@ class Run:
         self.began -= self.progress.wall_seconds
         self.progress.compile_seconds += self.compiled.seconds if self.compiled else 0.0
 
+        audience.start(config, self.folder)
         folder.begin()
         save_config(config, self.folder / "config.yaml")
         self.corpus.tokenizer.save(self.folder)
         shown = {task.name: metric_names(task)[0] for task in self.corpus.tasks}
-        self.display = Display(shown, config.steps, self.progress.step)
-        self.log = Log(self.folder, self.progress.step, tell=tell)
+        self.display = make_display(shown, config.steps, self.progress.step)
+        audience.tell_user = self.display.tell
+        self.log = Log(self.folder, self.progress.step, tell=tell, heard=audience.hear)
         self.interruption = Interruption()
         self.profile = Profile(config.profile, self.folder, engine.device, self.display.tell)
         self.parts = Parts(self.packer, self.corpus.tokenizer, self.progress, self.display.tell)
@@ -97,6 +102,7 @@ class Run:
         """The engine's model, or a new one in the units of the labels."""
         engine, config = self.engine, self.engine.config
         is_new = engine._model is None
+        self.starts = engine._trunk is not None or not is_new  # from weights that there were
         model = engine.build(self.corpus.tokenizer)
         if is_new:
             heads = model.heads if isinstance(model, BiLSTM) else model
@@ -107,7 +113,7 @@ class Run:
         return model
 
     def __enter__(self) -> "Run":
-        for line in in_words(self.model, self.optimizer, self.config.optimizer):
+        for line in introduction(self):
             self.display.tell(line)
         for part in (self.display, self.log, self.profile, self.interruption):
             self.open.enter_context(part)
@@ -303,6 +309,7 @@ class Run:
         }
         self.saved = checkpoint.save(self.folder / "checkpoints", f"step-{self.progress.step}", tensors, state)
         checkpoint.prune(self.folder / "checkpoints", CHECKPOINTS)
+        self.audience.tell("saved", self.progress.step, self.saved)
 
     def _resume(self) -> Progress:
         """Puts the newest valid checkpoint into model, optimizer, balancer and mix.
@@ -341,6 +348,7 @@ class Run:
         self.progress.wall_seconds = time.perf_counter() - self.began
         summary = summarise(self.engine, self.corpus, self.progress, final)
         write_report(self.folder)
+        self.audience.tell("finished", summary)
         return summary
 
 

@@ -77,14 +77,14 @@ def in_another_process(code: str, *arguments: Path) -> str:
 
 
 def test_the_folder_is_the_one_the_environment_names(folder, tmp_path, monkeypatch):
-    assert cache.folder() == folder
+    assert cache.cache_folder() == folder
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache.folder() == folder
+    assert cache.cache_folder() == folder
     monkeypatch.delenv("TRUNKLINE_CACHE")
-    assert cache.folder() == tmp_path / "xdg" / "trunkline"
+    assert cache.cache_folder() == tmp_path / "xdg" / "trunkline"
     monkeypatch.delenv("XDG_CACHE_HOME")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert cache.folder() == tmp_path / "home" / ".cache" / "trunkline"
+    assert cache.cache_folder() == tmp_path / "home" / ".cache" / "trunkline"
 
 
 # What

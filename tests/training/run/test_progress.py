@@ -1,8 +1,7 @@
-"""What a run counts, keeps in metrics.jsonl and shows."""
+"""What a run counts, and keeps in metrics.jsonl."""
 
 import json
 import math
-from io import BytesIO, TextIOWrapper
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +9,7 @@ import pytest
 import torch
 
 from trunkline.engine.network.packing import Example, pack
-from trunkline.training.run import progress as module
-from trunkline.training.run.progress import Display, Interval, Log, Progress
+from trunkline.training.run.progress import Interval, Log, Progress
 
 
 def batch():
@@ -91,60 +89,3 @@ def test_lines_are_on_disk_at_once(tmp_path):
         log.write(event="step", step=3, after=2)
         assert lines(tmp_path) == [(1, 0), (2, 0), (3, 2)]
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
-
-
-# The display
-
-
-def test_output_that_is_no_terminal_gets_a_line_now_and_then(capsys, monkeypatch):
-    monkeypatch.setattr(module, "QUIET_SECONDS", 1000.0)
-    with Display({"a": "accuracy", "b": "rouge1"}, steps=5, first=0) as display:
-        display.step(1, {"a": 0.7}, 99.0)
-        assert capsys.readouterr().out == ""
-        monkeypatch.setattr(module, "QUIET_SECONDS", 0.0)
-        display.step(2, {"b": 6.0}, 99.0)
-        assert capsys.readouterr().out == "step 2/5  99 tokens/s  loss: a 0.700  b 6.000\n"
-        monkeypatch.setattr(module, "QUIET_SECONDS", 1000.0)
-        display.step(5, {"a": 0.5}, 1234.0)  # the last one is always shown
-        assert capsys.readouterr().out == "step 5/5  1,234 tokens/s  loss: a 0.500  b 6.000\n"
-        display.evaluation(5, {"a": {"loss": 0.5, "accuracy": 0.75}, "b": {"loss": 5.0}})
-        assert capsys.readouterr().out == "step 5/5  a accuracy 0.750\n"
-
-
-@pytest.mark.parametrize("text", ["[/INST] [b]bold[/b]", "[link=x] :smile: [red]", "\\[b] [[ ]]", "c:\\[x]", "a" * 300])
-@pytest.mark.parametrize("terminal", [False, True])
-def test_a_users_text_is_no_markup(capsys, monkeypatch, text, terminal):
-    if terminal:
-        monkeypatch.setenv("FORCE_COLOR", "1")
-        monkeypatch.setenv("TERM", "xterm")
-    with Display({"a": "accuracy"}, steps=5, first=0) as display:
-        display.tell(text)
-    shown = capsys.readouterr().out
-    assert f"{text}\n" in shown if terminal else shown == f"{text}\n"
-
-
-def test_a_users_text_gives_the_terminal_no_orders(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    with Display({"a": "accuracy"}, steps=5, first=0) as display:
-        display.tell("\x1b[2Jred\x1b]0;title\x07 \x9b31m \u202egnp.exe\ttab\r\x7f")
-    shown = capsys.readouterr().out.replace("\x1b[?25h", "").replace("\x1b[?25l", "")
-    assert "\\u001b[2Jred\\u001b]0;title\\u0007 \\u009b31m \\u202egnp.exe" in shown
-
-
-def test_a_text_that_the_console_cannot_show_is_escaped(monkeypatch):
-    written = BytesIO()
-    monkeypatch.setattr("sys.stdout", TextIOWrapper(written, encoding="latin-1", write_through=True))
-    with Display({"a": "accuracy"}, steps=5, first=0) as display:
-        display.tell("caf\xe9 \u2764")
-    assert written.getvalue() == b"caf\xe9 \\u2764\n"
-
-
-def test_a_terminal_gets_a_table(capsys, monkeypatch):
-    monkeypatch.setenv("FORCE_COLOR", "1")
-    monkeypatch.setenv("TERM", "xterm")
-    with Display({"a": "accuracy"}, steps=5, first=3) as display:
-        display.step(4, {"a": 0.625}, 1234.0)
-        display.evaluation(4, {"a": {"loss": 0.5, "accuracy": 0.75}})
-    shown = capsys.readouterr().out
-    for words in ("task", "metric", "accuracy", "0.625", "0.750", "4/5", "1,234 tokens/s"):
-        assert words in shown
