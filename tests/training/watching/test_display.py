@@ -41,7 +41,7 @@ def test_a_users_text_is_no_markup(capsys, monkeypatch, text, terminal):
 
 def test_a_users_text_gives_the_terminal_no_orders(capsys, monkeypatch):
     monkeypatch.setenv("FORCE_COLOR", "1")
-    with Display({"a": "accuracy"}, steps=5, first=0) as display:
+    with make_display({"a": "accuracy"}, steps=5, first=0) as display:
         display.tell("\x1b[2Jred\x1b]0;title\x07 \x9b31m \u202egnp.exe\ttab\r\x7f")
     shown = capsys.readouterr().out.replace("\x1b[?25h", "").replace("\x1b[?25l", "")
     assert "\\u001b[2Jred\\u001b]0;title\\u0007 \\u009b31m \\u202egnp.exe" in shown
