@@ -95,7 +95,7 @@ class Certificate:
     findings: list[str] = field(default_factory=list)
 
 
-class _Driver:
+class Driver:
     """Stands in for the GPU's driver: answers what a launch asks before it compiles. The architecture is the device."""
 
     arch = 90
@@ -123,7 +123,7 @@ class _Driver:
         }
 
 
-DRIVER = _Driver()
+DRIVER = Driver()
 
 
 class _Unfilled(TorchDispatchMode):
