@@ -32,6 +32,7 @@ FRESH = ("empty", "new_empty", "empty_like", "empty_strided", "new_empty_strided
 class Record:
     """One launch: what it was, and what came of it."""
 
+    module: str
     kernel: str
     arch: int
     grid: tuple[int, int, int]
@@ -128,8 +129,16 @@ class VirtualGPU:
             for (place, *_), value in source.constants.items()
             if value is not None and value is not False
         )
-        shape = (metadata.num_warps, metadata.shared, constants)
-        self.records.append(Record(metadata.name, self.arch, grid, *shape, executable.program, outcome))
+        about = (
+            source.fn.fn.__module__,
+            metadata.name,
+            self.arch,
+            grid,
+            metadata.num_warps,
+            metadata.shared,
+            constants,
+        )
+        self.records.append(Record(*about, executable.program, outcome))
 
     def _written(self, pointer: int) -> np.ndarray | None:
         return self._fresh[pointer][1] if pointer in self._fresh else None

@@ -3,7 +3,8 @@
     python -m virtual_gpu.run [--arch 80 90] [--dtype bfloat16 float16 tf32 float32] [--only WORD ...] [--reverse]
 
 PYTHONPATH must lead to the project's `src`, `tests` and `tests/helpers`. Every case is a line, also one for which
-nothing is launched, with the reason. Ends with 1 after a wrong result or a finding.
+nothing is launched, with the reason. Ends with 1 after a wrong result or a finding, and where all cases were run and a
+kernel of the project was not launched by any.
 """
 
 import argparse
@@ -11,15 +12,29 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
+from importlib import import_module
+from pathlib import Path
 
 import torch
 
+import trunkline.kernels
 from virtual_gpu.case import Case, wrong_results
 from virtual_gpu.cases import all_cases
 from virtual_gpu.device import ARCHITECTURES, VirtualGPU
 
 DTYPES = ("bfloat16", "float16", "tf32", "float32")
 IEEE_ATTENTION = "float32 is multiplied in full: the reference takes it"
+
+
+def kernels() -> set[tuple[str, str]]:
+    """Module and name of every Triton kernel of the project."""
+    from triton.runtime.jit import JITFunction
+
+    (folder,) = map(Path, trunkline.kernels.__path__)
+    names = [".".join(file.relative_to(folder).with_suffix("").parts) for file in folder.rglob("*.py")]
+    modules = [import_module(f"trunkline.kernels.{name}") for name in names]
+    functions = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
+    return {(f.fn.__module__, f.__name__) for f in functions if f.__name__.endswith("_kernel")}
 
 
 def cases(dtype: str) -> list[Case]:
@@ -58,6 +73,7 @@ def main(arguments: Sequence[str] | None = None) -> bool:
     parser.add_argument("--reverse", action="store_true", help="blocks run last to first")
     options = parser.parse_args(arguments)
     total: Counter = Counter()
+    missing = kernels()
     for dtype in options.dtype:
         for case in cases(dtype):
             name = f"{case.op}: {case.name}"
@@ -76,10 +92,13 @@ def main(arguments: Sequence[str] | None = None) -> bool:
                 for kind, count in Counter((f.kind, f.kernel, f.place) for f in gpu.harmless).items():
                     print(f"    {', '.join(kind)}: {count}")
                 total[case.op, dtype, arch, state] += 1
+                missing -= {(record.module, record.kernel) for record in gpu.records}
     print()
     for (op, dtype, arch, state), count in sorted(total.items()):
         print(f"{op:22} {dtype:9} sm_{arch} {state}: {count}")
-    return not any(state == "FAILED" for *_, state in total)
+    if missing := [] if options.only else sorted(missing):
+        print(f"no case launched {', '.join(f'{module}.{name}' for module, name in missing)}")
+    return not missing and not any(state == "FAILED" for *_, state in total)
 
 
 if __name__ == "__main__":
