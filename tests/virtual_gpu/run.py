@@ -8,11 +8,13 @@ kernel of the project was not launched by any.
 """
 
 import argparse
+import shutil
 import time
 import traceback
 from collections import Counter
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -72,6 +74,8 @@ def main(arguments: Sequence[str] | None = None) -> bool:
     parser.add_argument("--only", nargs="+", default=[], help="words that the name of an op and its case must have")
     parser.add_argument("--reverse", action="store_true", help="blocks run last to first")
     options = parser.parse_args(arguments)
+    if find_spec("triton") is None or shutil.which("g++") is None:
+        parser.error("needs Triton, which is for Linux, and g++")
     total: Counter = Counter()
     missing = kernels()
     for dtype in options.dtype:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trunkline.kernels import linear_cross_entropy as vocabulary_module
-from trunkline.kernels.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_reference
+from trunkline.kernels.linear_cross_entropy import linear_cross_entropy, loss_of_logits
 from trunkline.kernels.task_loss import task_logits, task_loss, task_loss_reference
 from virtual_gpu.case import Case, bounds, normal, placed
 
@@ -134,8 +134,10 @@ def vocabulary(
         ).loss
 
     def definition(x: Tensor, weight: Tensor, b: Tensor, row_weight: Tensor) -> Tensor:
-        given = b if bias else None
-        loss = linear_cross_entropy_reference(x, weight, target, task, row_weight, num_tasks, given, **options)
+        logits = F.linear(x, weight, b if bias else None)
+        if x.dtype == torch.float16:  # sums and squares of logits do not fit it
+            logits = logits.float()
+        loss = loss_of_logits(logits, target, task, row_weight, num_tasks, **options)
         return loss.to(torch.promote_types(loss.dtype, torch.float32))
 
     return Case("linear_cross_entropy", name, op, definition, (x, weight, b, row_weight), (3,), patches)
