@@ -42,6 +42,7 @@ def summarise(engine: "Engine", corpus: Corpus, progress: Progress, final: dict[
         "training_seconds": progress.seconds,
         "wall_time_seconds": progress.wall_seconds,
         "compile_seconds": progress.compile_seconds,
+        "uncompiled_batches": progress.uncompiled,
         "peak_memory_bytes": peak_memory(engine.device),
         "parameters": sum(p.numel() for p in engine.model.parameters()),
         "best_step": progress.best_step,

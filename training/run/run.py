@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trunkline.engine import checkpoint
+from trunkline.engine.config import Config
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import BiLSTM, Model
 from trunkline.engine.network.compiled import CompiledModel, FixedShapes
@@ -47,6 +48,7 @@ if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
 
 LOOKED_AT = 16  # batches at the beginning, in the middle and at the end of a run, to which a compiled graph is fitted
+MANY = 10  # one in so many batches that do not fit it is told
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
 CHECKPOINTS = 2  # of the newest that are kept: one to fall back to
 FIRST_LOOK = 32  # validation examples of each task before the first step: their loss is near that of a uniform guess
@@ -69,27 +71,31 @@ class Run:
         self.mixer = make_mixer(config, self.corpus)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.packer = Packer(self.corpus.train, config)
-        self.compiled = _compiled(engine, self.packer, self.mixer)
+        sample = _sample(config, self.mixer)
+        self.compiled = _compiled(engine, self.packer, sample)
         self.balancer = Balancer(config.balancing, self.model, config.seed, self.compiled)
         self.adaptive = Adaptive(config.mixing, self.corpus.tasks, self.model, self.mixer, config.batch.accumulate)
         self.fingerprint = fingerprint(config, self.corpus)
         self.progress = self._resume() if folder.resume else Progress()
         self.began -= self.progress.wall_seconds
-        self.progress.compile_seconds += self.compiled.seconds if self.compiled else 0.0
+        shown = {task.name: metric_names(task)[0] for task in self.corpus.tasks}
+        self.display = Display(shown, config.steps, self.progress.step)
+        tell = self.display.tell
+        self.parts = Parts(self.packer, self.corpus.tokenizer, self.progress, tell, self.compiled, sample)
+        self.ran_uncompiled = self.progress.uncompiled  # before this process
+        self._warm_up(sample[0])
 
         folder.begin()
         save_config(config, self.folder / "config.yaml")
         self.corpus.tokenizer.save(self.folder)
-        shown = {task.name: metric_names(task)[0] for task in self.corpus.tasks}
-        self.display = Display(shown, config.steps, self.progress.step)
         self.log = Log(self.folder, self.progress.step, tell=print)
         self.interruption = Interruption()
         self.profile = Profile(config.profile, self.folder, engine.device, self.display.tell)
-        self.parts = Parts(self.packer, self.corpus.tokenizer, self.progress, self.display.tell)
         self.guard = Guard(self.optimizer, self.names, config.optimizer.give_up_after, self.progress)
         self.interval = Interval(self.names, engine.device)
         self.ready = self._batches_from(self.progress.step)
         self.stop: Signals | None = None  # whose asking ends the run after the step
+        self.told = False  # that many batches go without the graph
         self.open = ExitStack()
 
     def _build(self) -> Model:
@@ -104,6 +110,20 @@ class Run:
         on_gpu = engine.device.type == "cuda" and torch.cuda.is_bf16_supported()
         freeze(model, config.optimizer.freeze, torch.bfloat16 if on_gpu else None)
         return model
+
+    def _warm_up(self, members: Members) -> None:
+        """Compiles, with a batch or, where memory is too short for it, a part of one."""
+        if not (compiled := self.compiled):
+            return
+
+        def work(batches: Sequence[PackedBatch]) -> None:
+            with self.engine.autocast():
+                compiled.warm_up(batches[0].to(self.engine.device))
+
+        self.parts.run(work, [self.packer.pack(members, self.config.batch.tokens)], [members])
+        self.progress.compile_seconds += compiled.seconds
+        compiled.uncompiled = 0  # of a single example, which is longer than a part
+        self.display.tell(f"compiled the model in {compiled.seconds:.0f} s")
 
     def __enter__(self) -> "Run":
         for line in in_words(self.model, self.optimizer, self.config.optimizer):
@@ -201,6 +221,8 @@ class Run:
         return norm
 
     def count(self, batches: Sequence[PackedBatch], loss: Tensor, weight: Tensor) -> None:
+        if self.compiled:
+            self.progress.uncompiled = self.ran_uncompiled + self.compiled.uncompiled
         self.interval.add(batches, loss, weight)
         self.interval.flops += sum(training_flops(self.model, batch) for batch in batches)
 
@@ -251,7 +273,18 @@ class Run:
             **self.balancer.log(),
         )
         self.display.step(progress.step, losses, interval.tokens_per_second)
+        self._tell_of_uncompiled()
         self.interval = Interval(self.names, self.engine.device)
+
+    def _tell_of_uncompiled(self) -> None:
+        """Once, where many batches go without the graph: they are slower, and need more memory."""
+        batches = self.progress.step * self.config.batch.accumulate
+        if not self.told and self.progress.uncompiled * MANY > batches:
+            self.told = True
+            self.display.tell(
+                f"{self.progress.uncompiled} of {batches} batches so far have more sequences or rows than the compiled "
+                "model has room for, and go without it: slower, with the same gradients"
+            )
 
     def evaluate(self) -> None:
         """Scores on a part of the validation splits; the best weights so far are kept."""
@@ -343,19 +376,20 @@ class Run:
         return summary
 
 
-def _compiled(engine: "Engine", packer: Packer, mixer: Mixer) -> CompiledModel | None:
-    """The engine's model, compiled for the batches of the run; None where it stays as it is."""
-    if not engine.compiles or not isinstance(engine.model, MultiTaskModel):  # a Bi-LSTM stays as it is
-        return None
-    batches = engine.config.steps * engine.config.batch.accumulate
+def _sample(config: Config, mixer: Mixer) -> list[Members]:
+    """What is in some of the run's batches, from its beginning, its middle and its end."""
+    batches = config.steps * config.batch.accumulate
     starts = (0, batches // 2, max(0, batches - LOOKED_AT))
     numbers = sorted({number for start in starts for number in range(start, min(start + LOOKED_AT, batches))})
-    examples = packer.batches(mixer, numbers)
-    model, held = engine.model.train(), engine.config.balancing.method != "fixed" and engine.config.batch.accumulate > 1
+    return [mixer.batch(number) for number in numbers]
+
+
+def _compiled(engine: "Engine", packer: Packer, sample: Sequence[Members]) -> CompiledModel | None:
+    """The engine's model, to be compiled for the batches of the run; None where it stays as it is."""
+    if not engine.compiles or not isinstance(engine.model, MultiTaskModel):  # a Bi-LSTM stays as it is
+        return None
+    model, config = engine.model.train(), engine.config
+    shapes = FixedShapes.of([packer.pack(members, config.batch.tokens) for members in sample], model.groups)
+    held = config.balancing.method != "fixed" and config.batch.accumulate > 1
     # a CUDA graph has memory for one batch; where weights come from losses, those of a step are held until the last
-    cuda_graphs = False if held else None
-    compiled = CompiledModel(model, FixedShapes.of(examples, model.groups), cuda_graphs)
-    with engine.autocast():
-        compiled.warm_up(examples[0].to(engine.device))
-    print(f"compiled the model in {compiled.seconds:.0f} s")
-    return compiled
+    return CompiledModel(model, shapes, cuda_graphs=False if held else None)
