@@ -4,12 +4,14 @@ import shutil
 from importlib.util import find_spec
 
 import pytest
+import torch
 
 if find_spec("triton") is None or shutil.which("g++") is None:
     pytest.skip("needs Triton and g++", allow_module_level=True)
 
+from trunkline.training.self_test import OPS, outcome
 from virtual_gpu import run
-from virtual_gpu.device import ARCHITECTURES
+from virtual_gpu.device import ARCHITECTURES, VirtualGPU
 
 pytestmark = pytest.mark.filterwarnings("default")  # Triton compiles in this process
 
@@ -46,6 +48,14 @@ CASES = [
 def test_op(case, dtype, arch):
     _, wrong = run.run(case, arch, dtype)
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.parametrize("op", OPS, ids=[op.name for op in OPS])
+def test_what_the_doctor_runs_on_a_gpu_passes(op):
+    """In bfloat16, as training does. The rule is its own, and the numbers are those of the kernels."""
+    with VirtualGPU(90) as gpu:
+        assert outcome(op, torch.device("cpu"), torch.bfloat16).problem == ""
+    assert gpu.records
 
 
 def test_all_chosen_cases_exist():

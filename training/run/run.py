@@ -25,6 +25,7 @@ from trunkline.engine.network.compiled import CompiledModel, FixedShapes
 from trunkline.engine.network.memory import keep_freed_memory
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import PackedBatch
+from trunkline.kernels.dispatch import REPLACED
 from trunkline.training.balancing.adaptive import Adaptive
 from trunkline.training.balancing.balancer import Balancer
 from trunkline.training.config_file import save_config
@@ -43,6 +44,7 @@ from trunkline.training.run.profiling import Profile
 from trunkline.training.run.progress import Display, Interval, Log, Progress
 from trunkline.training.scoring.evaluation import Scored, evaluate, mean_score
 from trunkline.training.scoring.metrics import metric_names
+from trunkline.training.self_test import self_test
 
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
@@ -61,6 +63,8 @@ class Run:
         self.began = time.perf_counter()
         self.engine, self.folder = engine, folder.path
         keep_freed_memory()
+        if engine.device.type == "cuda":
+            self_test(engine.device, print, [torch.bfloat16])
         self.corpus = load_corpus(engine.config, engine.tokenizer, tell=print)
         self.model = self._build()
         self.config = config = engine.config
@@ -392,4 +396,5 @@ def _compiled(engine: "Engine", packer: Packer, sample: Sequence[Members]) -> Co
     shapes = FixedShapes.of([packer.pack(members, config.batch.tokens) for members in sample], model.groups)
     held = config.balancing.method != "fixed" and config.batch.accumulate > 1
     # a CUDA graph has memory for one batch; where weights come from losses, those of a step are held until the last
-    return CompiledModel(model, shapes, cuda_graphs=False if held else None)
+    # and references, where a kernel was switched off, look at a batch on the host
+    return CompiledModel(model, shapes, cuda_graphs=False if held or REPLACED else None)
