@@ -44,11 +44,13 @@ gpu: $(READY)
 certify: $(READY) $(TRITON:%=$(VENV)/triton-%)
 	PYTHONPATH=$(TRITON:%=$(VENV)/triton-%:)src $(BIN)python -m trunkline.benchmarks.microbenchmarks.certify --jobs 2
 
-# Every op's compiled code for A100 and H100, executed on this CPU; needs g++. DTYPE=bfloat16 and ONLY="attention window"
-# choose; TRITON as above.
+# Every op's compiled code for A100 and H100, executed on this CPU, and the kernels' tests as on a GPU; needs g++.
+# DTYPE=bfloat16 and ONLY="attention window" choose; TRITON as above.
+virtual: export PYTHONPATH := $(TRITON:%=$(VENV)/triton-%:)src:tests:tests/helpers
 virtual: $(READY) $(TRITON:%=$(VENV)/triton-%)
-	PYTHONPATH=$(TRITON:%=$(VENV)/triton-%:)src:tests:tests/helpers $(if $(VENV),$(VENV)/bin/python,$(PYTHON)) \
-		-m virtual_gpu.run $(DTYPE:%=--dtype %) $(if $(ONLY),--only $(ONLY))
+	$(if $(VENV),$(VENV)/bin/python,$(PYTHON)) -m virtual_gpu.run $(DTYPE:%=--dtype %) $(if $(ONLY),--only $(ONLY))
+	$(if $(ONLY),,TRUNKLINE_VIRTUAL_GPU=90 $(if $(VENV),$(VENV)/bin/python,$(PYTHON)) -m pytest -q -W default \
+		-m "not gpu" tests/kernels/interpreter)
 
 $(VENV)/triton-%: | $(READY)
 	$(BIN)pip install --quiet --no-deps --target $@ triton==$*

@@ -100,7 +100,7 @@ def projection(arch: int) -> bool:
             """Of dweight those of the last task, whose rows are one chunk; of the rest the last rows in any order."""
             if name == "_weight_gradient_kernel":
                 return (tiles, -1) if blocks == 2 * tiles else (0, 0)
-            return max(0, blocks - 200), -1
+            return max(0, blocks - 400), -1
 
         with VirtualGPU(arch, check=False, blocks=own) as gpu:
             y, z = task_projection_triton.forward(x, weight, bias, offsets, "gelu", True)

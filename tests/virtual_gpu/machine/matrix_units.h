@@ -100,7 +100,7 @@ inline float Machine::element(u32 at, int type, int lane, u32 warp, InFlight* f,
   u8* p = shared(at, esize, lane);
   if (!p) return NAN;
   u32 off = at - P.smem_base;
-  for (u32 i = off >> P.sm_shift; i <= (off + esize - 1) >> P.sm_shift; i++) {
+  for (u32 i = off >> P.sm_shift; L.check && i <= (off + esize - 1) >> P.sm_shift; i++) {
     if (arriving[i]) error(ASYNC_READ_EARLY, lane, off);
     else if (!filled[i]) error(SH_UNWRITTEN, lane, off);
     if (written_epoch[i] == epoch && written_warp[i] != warp) error(SH_RAW, lane, off, written_warp[i]);

@@ -89,7 +89,7 @@ inline void Machine::arrive(const u32* m, u32 leave, bool all) {
   for (auto& p : pending) {
     int t = p.thread;
     if (m[t] && (all || p.group + leave < commits[t])) {
-      shared_write(p.addr, p.size, t, t / 32, p.data, false, true);
+      if (L.check) shared_write(p.addr, p.size, t, t / 32, p.data, false, true);
       memcpy(&smem[p.addr - P.smem_base], p.data, p.size);
     } else pending[kept++] = p;
   }
