@@ -87,7 +87,8 @@ def last(count: int) -> Callable[[str, int], tuple[int, int]]:
 def projection(arch: int) -> bool:
     R, rows, fine = 600_000, 70, True
     offsets = torch.tensor([0, R - rows, R], dtype=torch.int32)
-    for D, C in ((4096, 32), (32, 4096)):
+    # with an activation, the blocks of its derivative that belong to the last rows are not the last ones of 32 columns
+    for D, C, activation in ((4096, 32, "gelu"), (32, 4096, "none")):
         x = filled(rows, R, D) if D > C else sparse(R, D)
         if D < C:
             x[-rows:] = torch.randn(rows, D).to(bf16)
@@ -103,10 +104,10 @@ def projection(arch: int) -> bool:
             return max(0, blocks - 400), -1
 
         with VirtualGPU(arch, check=False, blocks=own) as gpu:
-            y, z = task_projection_triton.forward(x, weight, bias, offsets, "gelu", True)
-            dx, dweight, _ = task_projection_triton.backward(dy, x, weight, bias, z, offsets, "gelu")
+            y, z = task_projection_triton.forward(x, weight, bias, offsets, activation, True)
+            dx, dweight, _ = task_projection_triton.backward(dy, x, weight, bias, z, offsets, activation)
         leaves = [t.double().requires_grad_() for t in (x[-rows:], weight[1:], bias[1:])]
-        exact = task_projection_reference(*leaves, torch.tensor([0, rows]), "gelu")
+        exact = task_projection_reference(*leaves, torch.tensor([0, rows]), activation)
         grads = torch.autograd.grad(exact, leaves, dy[-rows:].double())
         fine &= judge(
             f"task_projection, {R} x {D} to {C}",
