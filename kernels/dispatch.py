@@ -24,8 +24,17 @@ except ImportError:  # macOS, CPU builds: the references serve there, and kernel
     triton, tl = SimpleNamespace(jit=_jit), SimpleNamespace(constexpr=object)
 
 __all__ = [
-    *("INTERPRET", "REPLACED", "compute_capability", "has_kernels", "input_precision", "padded_width", "register"),
-    *("switch_off", "tl", "triton", "versions"),
+    "INTERPRET",
+    "REPLACED",
+    "compute_capability",
+    "has_kernels",
+    "input_precision",
+    "padded_width",
+    "register",
+    "switch_off",
+    "tl",
+    "triton",
+    "versions",
 ]
 
 _LIBRARY = torch.library.Library("trunkline", "DEF")
