@@ -64,7 +64,7 @@ class Run:
         self.engine, self.folder = engine, folder.path
         keep_freed_memory()
         if engine.device.type == "cuda":
-            self_test(engine.device, print, [torch.bfloat16])
+            self_test(engine.device, print, [torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32])
         self.corpus = load_corpus(engine.config, engine.tokenizer, tell=print)
         self.model = self._build()
         self.config = config = engine.config
