@@ -17,7 +17,7 @@ BIN := $(if $(VENV),$(VENV)/bin/)
 READY := $(if $(VENV),$(VENV)/.ready)
 RUN := PYTHONPATH=src $(if $(VENV),$(VENV)/bin/python,$(PYTHON))
 
-.PHONY: demo test test-newest fuzz gpu certify lint lock clean
+.PHONY: demo test test-newest fuzz gpu certify virtual lint lock clean
 
 demo: $(READY)
 	$(BIN)trunkline train training/configs/demo.yaml --overwrite
@@ -43,6 +43,14 @@ gpu: $(READY)
 # With TRITON=3.6.0 that release of Triton, in a folder of its own, takes the place of the one in VENV.
 certify: $(READY) $(TRITON:%=$(VENV)/triton-%)
 	PYTHONPATH=$(TRITON:%=$(VENV)/triton-%:)src $(BIN)python -m trunkline.benchmarks.microbenchmarks.certify --jobs 2
+
+# Every op's compiled code for A100 and H100, executed on this CPU, and the kernels' tests as on a GPU; needs g++.
+# DTYPE=bfloat16 and ONLY="attention window" choose; TRITON as above.
+virtual: export PYTHONPATH := $(TRITON:%=$(VENV)/triton-%:)src:tests:tests/helpers
+virtual: $(READY) $(TRITON:%=$(VENV)/triton-%)
+	$(if $(VENV),$(VENV)/bin/python,$(PYTHON)) -m virtual_gpu.run $(DTYPE:%=--dtype %) $(if $(ONLY),--only $(ONLY))
+	$(if $(ONLY),,TRUNKLINE_VIRTUAL_GPU=90 $(if $(VENV),$(VENV)/bin/python,$(PYTHON)) -m pytest -q -W default \
+		-m "not gpu" tests/kernels/interpreter)
 
 $(VENV)/triton-%: | $(READY)
 	$(BIN)pip install --quiet --no-deps --target $@ triton==$*

@@ -5,8 +5,8 @@
     make gpu DRY=1                           # the same parts on the CPU, on tiny sizes: shows that they can run
 
 Every part has a budget of time; what it has done by then counts: it is interrupted a little before, and killed at its
-end. A part that fails does not stop the next one. Results go into benchmarks/results/<device>/ case by case; a table of
-the parts comes last.
+end. A part that fails does not stop the next one. Results go into benchmarks/results/<device>/ case by case, and where
+the variable OUT names a folder, into OUT/results.tgz after every part; a table of the parts comes last.
 """
 
 import argparse
@@ -15,6 +15,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from contextlib import ExitStack
@@ -37,7 +38,9 @@ class Part:
 def parts(data: Path | None, dry: bool) -> list[Part]:
     """What is run, in order. Warnings fail no test here: nobody has seen this machine's before."""
     pytest = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider"]
-    tests = ["tests/kernels/test_dispatch.py"] if dry else ["tests", "-m", "gpu", "--continue-on-collection-errors"]
+    tests = (
+        ["tests/kernels/test_dispatch.py"] if dry else [*gpu_tests(), "-m", "gpu", "--continue-on-collection-errors"]
+    )
     # tests mostly wait for kernels to be compiled; and what kills a process does not end all of them
     shards = 2 if dry else SHARDS
     found = [Part("tests", [[*pytest, *tests, "--shard", f"{i + 1}/{shards}"] for i in range(shards)], 150)]
@@ -63,6 +66,20 @@ def parts(data: Path | None, dry: bool) -> list[Part]:
             tiny = ["trunkline", "trunkline, compiled", "trunkline, CUDA graph", "packed"]
             found.append(Part("steps of tiny", [[*step, "--systems", *tiny]], 80))
     return found
+
+
+def gpu_tests() -> list[str]:
+    """Files with tests for a GPU: collecting all the others takes every process half a minute."""
+    files = sorted((ROOT / "tests").rglob("test_*.py"))
+    chosen = [file for file in files if "interpreter" in file.parts or "mark.gpu" in file.read_text(encoding="utf-8")]
+    return [str(file.relative_to(ROOT)) for file in chosen]
+
+
+def pack_results(folder: Path) -> None:
+    """All results of NVIDIA cards as one file, for a machine of which nothing else comes back."""
+    with tarfile.open(folder / "results.tgz", "w:gz") as packed:
+        for results in sorted((ROOT / "benchmarks" / "results").glob("nvidia-*")):
+            packed.add(results, arcname=results.name)
 
 
 def run(part: Part) -> tuple[str, float]:
@@ -109,7 +126,11 @@ def main() -> int:
         print("gpu: PyTorch finds no NVIDIA GPU; --dry (make gpu DRY=1) tries the parts on the CPU", file=sys.stderr)
         return 2
     data = options.data or next((folder for folder in DATA if folder.is_dir()), None)
-    outcomes = [(part.name, *run(part)) for part in parts(data, options.dry)]
+    outcomes = []
+    for part in parts(data, options.dry):
+        outcomes.append((part.name, *run(part)))
+        if out := os.environ.get("OUT"):
+            pack_results(Path(out))
     if not data:
         outcomes.append(("training steps", "skipped: no data, give --data", 0.0))
     print(f"\n{'part':16} {'outcome':28} seconds")

@@ -35,6 +35,7 @@ from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.given import fits, listed, text_rows
 from trunkline.engine.text.layout import Laid, Layout
 from trunkline.engine.text.tokenizer import Tokenizer
+from trunkline.kernels.attention import attention_flash
 
 # what it is made from
 FIXED = ("tasks", "trunk", "architecture", "init", "projection", "label_smoothing", "tokenizer", "device")
@@ -153,7 +154,11 @@ class Engine:
 
     @property
     def compiles(self) -> bool:
-        """Whether training compiles the model."""
+        """Whether training compiles the model; not with flash-attn, whose part of a batch is chosen on the host."""
+        if attention_flash.BACKEND == "flash_attn":
+            if self.config.compile is True:
+                raise ValueError("TRUNKLINE_LONG_ATTENTION=flash_attn cannot be compiled: leave it or compile=true out")
+            return False
         return self.device.type == "cuda" if self.config.compile == "auto" else self.config.compile
 
     def autocast(self) -> AbstractContextManager:

@@ -2,7 +2,8 @@
 
 Every op is a pair of functions with one signature. PyTorch's dispatcher takes the Triton one for CUDA tensors and the
 reference elsewhere. TRUNKLINE_REFERENCE=1 forces the references everywhere, to tell a kernel bug from a model bug;
-TRITON_INTERPRET=1 runs the kernels on the CPU, for tests.
+TRITON_INTERPRET=1 runs the kernels on the CPU, for tests. A kernel that gives wrong numbers on a device can be switched
+off for the process: `switch_off`.
 """
 
 import os
@@ -22,13 +23,26 @@ except ImportError:  # macOS, CPU builds: the references serve there, and kernel
 
     triton, tl = SimpleNamespace(jit=_jit), SimpleNamespace(constexpr=object)
 
-__all__ = ["INTERPRET", "compute_capability", "input_precision", "padded_width", "register", "tl", "triton", "versions"]
+__all__ = [
+    "INTERPRET",
+    "REPLACED",
+    "compute_capability",
+    "has_kernels",
+    "input_precision",
+    "padded_width",
+    "register",
+    "switch_off",
+    "tl",
+    "triton",
+    "versions",
+]
 
 _LIBRARY = torch.library.Library("trunkline", "DEF")
 INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"  # read when a module is imported, as Triton does
 _FORCE_REFERENCE = os.environ.get("TRUNKLINE_REFERENCE") == "1"
 
 TRITON: dict[Callable, Callable] = {}  # op -> its Triton implementation, for tools that run or compile it by itself
+REPLACED: dict[str, int] = {}  # ops whose kernel is switched off, and the calls that their reference took since
 
 
 def register(name: str, *, reference: Callable, fake: Callable, triton: Callable | None = None) -> Callable:
@@ -44,10 +58,11 @@ def register(name: str, *, reference: Callable, fake: Callable, triton: Callable
     _LIBRARY.define(name + torch.library.infer_schema(reference, mutates_args=()))
     _LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
     if triton is not None and not _FORCE_REFERENCE:
+        kernel = _replaceable(name, triton, reference)
         if INTERPRET:
-            _LIBRARY.impl(name, triton, "CPU")
+            _LIBRARY.impl(name, kernel, "CPU")
         else:
-            _LIBRARY.impl(name, _on_device_of_tensors(triton), "CUDA")
+            _LIBRARY.impl(name, _on_device_of_tensors(kernel), "CUDA")
     torch.library.register_fake(f"trunkline::{name}", fake, lib=_LIBRARY)
     op = getattr(torch.ops.trunkline, name).default
     if triton is not None:
@@ -55,6 +70,27 @@ def register(name: str, *, reference: Callable, fake: Callable, triton: Callable
     for device in ("cpu", "cuda"):
         _LIBRARY.impl(name, _without_autocast(op, device), f"Autocast{device.upper()}")
     return op
+
+
+def _replaceable(name: str, triton: Callable, reference: Callable) -> Callable:
+    def call(*args):
+        if name not in REPLACED:
+            return triton(*args)
+        REPLACED[name] += 1
+        return reference(*args)
+
+    return call
+
+
+def has_kernels(device: torch.device) -> bool:
+    """Whether ops run Triton kernels on a device, those apart that are switched off."""
+    return device.type == ("cpu" if INTERPRET else "cuda") and not _FORCE_REFERENCE
+
+
+def switch_off(*names: str) -> None:
+    """From now on the references of these ops serve in this process. An op's backward pass goes with it."""
+    for name in names:
+        REPLACED.setdefault(name, 0)
 
 
 def _on_device_of_tensors(triton: Callable) -> Callable:
@@ -73,7 +109,12 @@ def compute_capability() -> int:
 
 
 def input_precision(dtype: torch.dtype) -> str:
-    """How a kernel multiplies: float32 as TF32 where PyTorch's own products may, otherwise exactly."""
+    """How a kernel multiplies: float32 as TF32 where PyTorch's own products may, otherwise exactly.
+
+    TF32 reads ten of a number's 23 bits. An output or gradient then errs at most twice as much as that of plain PyTorch
+    with such products, plus 2^-10 of the largest output or gradient of the op: where two products cancel, what is left
+    of them is that large (tests/virtual_gpu).
+    """
     # not allow_tf32: reading that is an error once the newer setting was used
     tf32 = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if tf32 else "ieee"

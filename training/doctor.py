@@ -4,17 +4,15 @@ import importlib.util
 import os
 from importlib import metadata
 
-import numpy as np
 import torch
 
 from trunkline.engine.config import Config
 from trunkline.engine.console import tell
 from trunkline.engine.engine import Engine
-from trunkline.engine.network.packing import Example, pack
-from trunkline.kernels.attention.attention import attention, attention_reference
 from trunkline.training.data.corpus import load_corpus
 from trunkline.training.environment import environment
 from trunkline.training.run.optimizer import freeze, in_words, make_optimizer
+from trunkline.training.self_test import self_test
 from trunkline.training.watching.audience import Audience
 from trunkline.training.watching.trackers import TRACKERS
 
@@ -28,10 +26,10 @@ OPTIONAL = {
 
 
 def check_installation() -> None:
-    """Prints versions, devices and optional packages, and runs one kernel against its definition.
+    """Prints versions, devices and optional packages, and runs every op against its definition.
 
     Raises:
-        ValueError: attention gives wrong numbers on this machine.
+        ValueError: an op gives wrong numbers on this machine, and there is nothing to replace it; see `self_test`.
     """
     for name, value in environment().items():
         print(f"{name:14} {value}")
@@ -41,25 +39,14 @@ def check_installation() -> None:
         found = metadata.version(name) if importlib.util.find_spec(name) else f"not installed ({purpose})"
         print(f"{name:14} {found}")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    error = _attention_error(device)
-    print(f"{'attention':14} on {device}: largest error {error:.1e}")
-    if not error < 1e-4:
-        raise ValueError(f"attention on {device} errs by {error:.1e}, expected less than 1e-4: is torch intact?")
+    for outcome in self_test(device, tell=print):
+        print(f"{'self-test':14} {outcome}")
 
 
 def load_in_words(load: float, cores: int) -> str:
     """What processes that want a core (a mean over the last minute) mean for a step on the CPU."""
     busy = f"{load:.1f} of {cores} cores"
     return f"{busy}: other programs use them too, which slows steps on the CPU" if load > 0.5 else busy
-
-
-def _attention_error(device: torch.device) -> float:
-    """The largest error of packed attention on three sequences, against the definition in float64."""
-    plan = pack([Example(0, np.zeros(length), np.zeros(0)) for length in (40, 60, 200)], num_tasks=1).plan.to(device)
-    q, k, v = torch.randn(3, 300, 4, 64, device=device)
-    out = attention(q, k, v, plan, causal=True)
-    exact = attention_reference(q.double(), k.double(), v.double(), plan, causal=True)
-    return float((out - exact).abs().max())
 
 
 def check_data(config: Config) -> None:

@@ -8,7 +8,8 @@ ahead of time, and registers, spills, shared memory and matrix instructions are 
 tools in the Triton wheel. What cannot be seen this way: time, races, deadlocks.
 
 A finding makes the command fail: code that does not compile, registers spilled to local memory, more shared memory than
-a block can have, and a matrix product that Hopper's warpgroup instructions (wgmma) could do but do not.
+a block can have, a matrix product that Hopper's warpgroup instructions (wgmma) could do but do not, and one of these
+that reads a register written behind its fence.
 A kernel may spill on an architecture if its file says how many instructions and why:
 SPILLS = {("_backward_kernel", 80): (12, "the reason")}.
 
@@ -42,7 +43,7 @@ ARCHITECTURES = (90, 80, 100)  # H100 and H200, A100, B200
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 PROCESSORS = {80: 108, 90: 132, 100: 148}  # of A100, H200 and B200: some kernels choose their grid by them
 MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
-MEASURES = "certificate.json"  # beside the compiled kernel in Triton's cache
+MEASURES = "measures.json"  # beside the compiled kernel in Triton's cache
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class Certificate:
     findings: list[str] = field(default_factory=list)
 
 
-class _Driver:
+class Driver:
     """Stands in for the GPU's driver: answers what a launch asks before it compiles. The architecture is the device."""
 
     arch = 90
@@ -123,7 +124,7 @@ class _Driver:
         }
 
 
-DRIVER = _Driver()
+DRIVER = Driver()
 
 
 class _Unfilled(TorchDispatchMode):
@@ -254,7 +255,7 @@ def _certificate(index: int) -> Certificate:
     if not (file := cache.get_file(MEASURES)):
         file = cache.put(json.dumps(_measure(compiled)), MEASURES, binary=False)
     measures = json.loads(Path(file).read_text())
-    missed = measures.pop("missed")
+    missed, unfenced = measures.pop("missed"), measures.pop("unfenced")
 
     findings = []
     if measures["spills"] > launch.allowed_spills:
@@ -264,6 +265,8 @@ def _certificate(index: int) -> Certificate:
         findings.append(f"shared memory: {measures['shared']:,} bytes, a block has {SHARED_MEMORY[launch.arch]:,}")
     if launch.arch == 90 and missed:
         findings.append(f"no wgmma for {', '.join(missed)}")
+    if unfenced:
+        findings.append(f"registers written between the fence and the wgmma that reads them: {unfenced[0]}")
     return Certificate(*about, **measures, findings=findings)
 
 
@@ -292,7 +295,28 @@ def _measure(compiled: Any) -> dict[str, Any]:
         "matrix": " ".join(f"{name} {count}" for name, count in counts.items() if count),
         "size": len(compiled.asm["cubin"]),
         "missed": _missed_products(compiled.asm["ttgir"]),
+        "unfenced": unfenced_products(assembly),
     }
+
+
+def unfenced_products(assembly: str) -> list[str]:
+    """wgmma instructions of machine code whose left matrix lies in registers that changed after the last fence.
+
+    The PTX may have the fence too early: LLVM moves what writes these registers behind it, and ptxas must mend that.
+    """
+    found, changed = [], set()
+    for name, operands in re.findall(r"(?:\*/|^)\s+(?:@!?U?P\w+ +)?([A-Z][\w.]*) +([^;]*);", assembly, re.M):
+        registers = [int(r) for r in re.findall(r"\bR(\d+)\b", operands)]
+        if name == "WARPGROUP.ARRIVE":
+            changed.clear()
+        elif name.startswith("HGMMA"):
+            left = re.match(r"R\d+, R(\d+),", operands)
+            if left and changed & set(range(int(left.group(1)), int(left.group(1)) + 4)):
+                found.append(f"{name} {operands.strip()}")
+        elif registers and operands.startswith("R"):
+            wide = 4 if ".128" in name or ".M88.4" in name else 2 if ".64" in name or ".WIDE" in name else 1
+            changed |= set(range(registers[0], registers[0] + wide))
+    return found
 
 
 def _missed_products(intermediate: str) -> list[str]:

@@ -18,8 +18,12 @@ class Work(NamedTuple):
         return Work(*(a + b for a, b in zip(self, other, strict=True)))
 
 
-# device -> bytes (read + write), 16-bit matrix operations and exponentials a second
-RATES = {"NVIDIA H200": Work(4.3e12, 790e12, 3.87e12)}
+# device -> bytes (read + write), 16-bit matrix operations and exponentials a second; both cards have the same chip, and
+# so as many units for exponentials
+RATES = {
+    "NVIDIA H100 80GB HBM3": Work(3.0e12, 798e12, 3.87e12),
+    "NVIDIA H200": Work(4.3e12, 790e12, 3.87e12),
+}
 
 
 def floor(work: Work, device: str | None) -> float | None:

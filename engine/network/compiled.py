@@ -159,18 +159,25 @@ class CompiledModel:
         backend: str = "inductor",
     ):
         parameters = sum(p.numel() for p in model.parameters())
-        self.model, self.shapes, self.uncompiled, self.seconds = model, shapes, 0, 0.0
+        self.model, self.backend, self.uncompiled, self.seconds = model, backend, 0, 0.0
         self.cuda_graphs = cuda_graphs
         if cuda_graphs is None:
             self.cuda_graphs = model.device.type == "cuda" and 6.0 * parameters * shapes.tokens < SMALL_STEP
+        self._compile(shapes)
 
-        ends = shapes.ends
+    def _compile(self, shapes: FixedShapes) -> None:
+        self.shapes, model, ends = shapes, self.model, shapes.ends
 
         def losses(batch: PackedBatch) -> LossSums:
             return model.losses(model.hidden(batch), batch, ends=ends)
 
         mode = "reduce-overhead" if self.cuda_graphs else None
-        self.compiled = torch.compile(losses, fullgraph=True, dynamic=False, backend=backend, mode=mode)
+        self.compiled = torch.compile(losses, fullgraph=True, dynamic=False, backend=self.backend, mode=mode)
+
+    def fit(self, shapes: FixedShapes) -> None:
+        """Takes batches of these shapes from now on. What was compiled for others is freed, CUDA graphs included."""
+        torch.compiler.reset()
+        self._compile(shapes)
 
     def __call__(self, batch: PackedBatch) -> LossSums:
         if not self.shapes.has(batch):
@@ -183,6 +190,7 @@ class CompiledModel:
     def warm_up(self, batch: PackedBatch) -> None:
         """Compiles, with a batch on the model's device. No gradient is left."""
         began = time.perf_counter()
+        self.model.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
         if self.cuda_graphs:  # a graph's output is overwritten by the next step: gradients are added to memory of ours
             for parameter in self.model.parameters():
                 parameter.grad = torch.zeros_like(parameter)

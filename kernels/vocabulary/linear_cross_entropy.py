@@ -53,7 +53,22 @@ def linear_cross_entropy_reference(
     softcap: float = 0.0,
 ) -> Tensor:
     """The definition, for one head and without ignored rows: all logits at once, (N,) loss sums."""
-    logits = F.linear(x, weight, bias)
+    return loss_of_logits(
+        F.linear(x, weight, bias), target, task, row_weight, num_tasks, label_smoothing, z_loss, softcap
+    )
+
+
+def loss_of_logits(
+    logits: Tensor,
+    target: Tensor,
+    task: Tensor,
+    row_weight: Tensor,
+    num_tasks: int,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    softcap: float = 0.0,
+) -> Tensor:
+    """The definition from the logits (R, V) on."""
     if softcap:
         logits = softcap * (logits / softcap).tanh()
     loss = F.cross_entropy(logits, target, reduction="none", label_smoothing=label_smoothing)

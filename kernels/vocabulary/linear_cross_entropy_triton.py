@@ -53,7 +53,8 @@ def _row_kernel(
     counts = row_weight != 0
     is_word = (y >= 0) & (y < V)
     tl.device_assert(is_word, "linear_cross_entropy: target outside of the vocabulary")  # with TRITON_DEBUG=1
-    own = _load_logits(row_ptr, bias_ptr, y, is_word, float("nan"), softcap, HAS_BIAS, HAS_CAP)[0]
+    # rows that do not count are not read here either: no reduction would stand between this and the gradient's stores
+    own = _load_logits(row_ptr, bias_ptr, y, is_word & counts, float("nan"), softcap, HAS_BIAS, HAS_CAP)[0]
 
     top, others, gap = -3.0e38, 0.0, 0.0  # finite, so that -inf - top is no NaN
     for first in range(0, tl.where(counts, V, 0), BLOCK_V):  # rows that do not count are not read
@@ -132,6 +133,7 @@ def rows_triton(
     softcap: float,
 ) -> None:
     r, V = logits.shape
+    block = min(4096, triton.next_power_of_2(V))
     _row_kernel[(r,)](
         logits,
         logits.stride(0),
@@ -149,8 +151,8 @@ def rows_triton(
         HAS_SMOOTHING=label_smoothing != 0,
         HAS_CAP=softcap != 0,
         HAS_GRADIENT=dloss is not None,
-        BLOCK_V=min(4096, triton.next_power_of_2(V)),
-        num_warps=8,
+        BLOCK_V=block,
+        num_warps=min(8, max(1, block // 32)),  # with more, several would read and one of them write the same words
     )
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -182,6 +183,23 @@ def test_gpu_parts_fit_into_nine_minutes_and_go_on_after_a_failure(capfd):
     assert outcome == "failed (3)"
     out = capfd.readouterr().out
     assert out.index("one") < out.index("two")
+
+
+def test_gpu_tests_are_found_without_collecting_all():
+    found = gpu.gpu_tests()
+    assert "tests/kernels/interpreter/test_attention_short.py" in found
+    assert "tests/training/test_estimate.py" in found
+    assert "tests/engine/test_template.py" not in found
+
+
+def test_gpu_results_are_packed_into_one_file(tmp_path, monkeypatch):
+    for device in ("nvidia-h100", "x86_64"):
+        (tmp_path / "benchmarks" / "results" / device).mkdir(parents=True)
+        (tmp_path / "benchmarks" / "results" / device / "step.json").write_text("{}")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    gpu.pack_results(tmp_path)
+    with tarfile.open(tmp_path / "results.tgz") as packed:
+        assert packed.getnames() == ["nvidia-h100", "nvidia-h100/step.json"]
 
 
 def test_gpu_part_that_is_too_slow_says_what_it_has_done(capfd, monkeypatch):

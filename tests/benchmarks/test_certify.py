@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from trunkline.benchmarks.microbenchmarks.certify import main
+from trunkline.benchmarks.microbenchmarks.certify import main, unfenced_products
 from trunkline.benchmarks.microbenchmarks.examples import shipped_kernels
 from trunkline.benchmarks.microbenchmarks.preset_shapes import preset_shapes
 from trunkline.engine.network.trunk import PRESETS
@@ -97,6 +97,24 @@ def test_each_architecture_has_its_matrix_instruction(seeded, arch, instruction)
 )
 def test_seeded_fault_is_found(seeded, shape, finding):
     assert finding in "; ".join(chosen(seeded, shape)["findings"])
+
+
+PRODUCT = """
+        /*0100*/                   F2FP.BF16.F32.PACK_AB R160, R153, R152 ;
+        /*0110*/              @!P0 WARPGROUP.ARRIVE ;
+        /*0120*/                   LDS.128 R164, [R10+0x400] ;
+        /*0130*/                   HGMMA.64x128x16.F32.BF16 R88, R160, gdesc[UR8].tnspB, R88, gsb0 ;
+        /*0140*/                   HGMMA.64x16x16.F32.BF16 R164, gdesc[UR52], R164 ;
+"""
+
+
+def test_wgmma_whose_registers_change_behind_its_fence_is_found():
+    assert unfenced_products(PRODUCT) == []
+    arrive, pack = "@!P0 WARPGROUP.ARRIVE ;", "F2FP.BF16.F32.PACK_AB R160, R153, R152 ;"
+    swapped = PRODUCT.replace(arrive, "X").replace(pack, arrive).replace("X", pack)
+    assert unfenced_products(swapped) == ["HGMMA.64x128x16.F32.BF16 R88, R160, gdesc[UR8].tnspB, R88, gsb0"]
+    (found,) = unfenced_products(PRODUCT.replace("LDS.128 R164", "LDS.128 R159"))  # four registers
+    assert "R160" in found
 
 
 def test_same_launch_is_compiled_once(seeded):

@@ -15,6 +15,7 @@ from trunkline.engine.config import Config
 from trunkline.engine.network.generate import Search
 from trunkline.engine.settings import Batch, Evaluation, Mixing, Optimizer
 from trunkline.engine.text.tokenizer import Tokenizer
+from trunkline.kernels.attention import attention_flash
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -237,3 +238,14 @@ def test_own_tasks_learn_their_training_rows_by_heart(tmp_path):
     assert scores["kind"]["tag_accuracy"] == pytest.approx(sum(right) / len(right))
     assert scores["part"]["span_exact"] >= 0.95
     assert scores["two"]["rouge1"] >= 0.95
+
+
+def test_a_step_with_flash_attn_is_not_compiled(tmp_path, monkeypatch):
+    """Its part of a batch is chosen on the host, which one graph for the whole step does not allow."""
+    engine = one_step(tmp_path)
+    monkeypatch.setattr(engine, "device", torch.device("cuda"))
+    assert engine.compiles
+    monkeypatch.setattr(attention_flash, "BACKEND", "flash_attn")
+    assert not engine.compiles
+    with pytest.raises(ValueError, match="TRUNKLINE_LONG_ATTENTION=flash_attn cannot be compiled"):
+        _ = one_step(tmp_path, compile=True).compiles

@@ -34,33 +34,37 @@ def assert_as_accurate(
     Raises:
         AssertionError: naming the output or gradient, the place of its largest error, and what was allowed.
     """
-    differentiable = [
-        i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.is_floating_point() and i not in constant
-    ]
-
-    def run(function: Callable[..., Any], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-        leaves = [
-            x.detach().to(dtype or x.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs
-        ]
-        for i in differentiable:
-            leaves[i].requires_grad_()
-        returned = function(*leaves)
-        outputs = returned if isinstance(returned, tuple) else (returned,)
-        results = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
-        ends = {i: output for i, output in enumerate(outputs) if output.requires_grad}
-        if ends:
-            starts = [leaves[i] for i in differentiable]
-            upstream = [upstream_gradient(output, seed=i) for i, output in ends.items()]
-            gradients = torch.autograd.grad(list(ends.values()), starts, upstream, materialize_grads=True)
-            results |= {f"gradient {i}": gradient for i, gradient in zip(differentiable, gradients, strict=True)}
-        return results
-
-    plain = run(reference)
-    exact = run(reference, torch.float64)
-    ours = run(op)
+    plain = results(reference, inputs, constant)
+    exact = results(reference, inputs, constant, torch.float64)
+    ours = results(op, inputs, constant)
     assert ours.keys() == plain.keys(), f"got {list(ours)}, expected {list(plain)}"
     for name in plain:
         check(name, ours[name], plain[name], exact[name], slack, floor, share)
+
+
+def results(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Any],
+    constant: Sequence[int] = (),
+    dtype: torch.dtype | None = None,
+) -> dict[str, Tensor]:
+    """Outputs and gradients by name; `inputs` as for `assert_as_accurate`, in `dtype` if it is given."""
+    leaves = [x.detach().to(dtype or x.dtype) if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs]
+    differentiable = [
+        i for i, x in enumerate(inputs) if isinstance(x, Tensor) and x.is_floating_point() and i not in constant
+    ]
+    for i in differentiable:
+        leaves[i].requires_grad_()
+    returned = function(*leaves)
+    outputs = returned if isinstance(returned, tuple) else (returned,)
+    found = {f"output {i}": output.detach() for i, output in enumerate(outputs)}
+    ends = {i: output for i, output in enumerate(outputs) if output.requires_grad}
+    if ends:
+        starts = [leaves[i] for i in differentiable]
+        upstream = [upstream_gradient(output, seed=i) for i, output in ends.items()]
+        gradients = torch.autograd.grad(list(ends.values()), starts, upstream, materialize_grads=True)
+        found |= {f"gradient {i}": gradient for i, gradient in zip(differentiable, gradients, strict=True)}
+    return found
 
 
 def upstream_gradient(output: Tensor, seed: int) -> Tensor:

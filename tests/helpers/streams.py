@@ -1,5 +1,7 @@
 """Random streams of packed sequences, as attention takes them."""
 
+import os
+
 import torch
 from torch import Tensor
 
@@ -8,10 +10,21 @@ from trunkline.kernels.attention.pack_plan import PackPlan
 WIDTH = 16
 
 
+def kernel_dtype(device: str) -> torch.dtype:
+    """What a test of kernels draws its inputs in: on a GPU none of attention's takes float32 in full precision."""
+    on_gpu = device == "cuda" or "TRUNKLINE_VIRTUAL_GPU" in os.environ
+    return torch.bfloat16 if on_gpu else torch.float32
+
+
 def make(
-    runs: list[list[int]], heads: int = 4, kv_heads: int = 2, dtype: torch.dtype = torch.float32, device: str = "cpu"
+    runs: list[list[int]],
+    heads: int = 4,
+    kv_heads: int = 2,
+    dtype: torch.dtype | None = None,
+    device: str = "cpu",
 ) -> tuple[Tensor, Tensor, Tensor, PackPlan]:
-    """q, k, v and the plan of a stream."""
+    """q, k, v and the plan of a stream; `dtype` None: that of the device's kernels."""
+    dtype = dtype or kernel_dtype(device)
     plan = PackPlan.of_runs(runs)
     T = int(plan.cu_seqlens[-1])
     q, k, v = (torch.randn(T, n, WIDTH).to(device, dtype) for n in (heads, kv_heads, kv_heads))

@@ -15,19 +15,11 @@ from trunkline.training.config_file import load_config
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.mark.parametrize("factor", [0.0, 1.001, float("nan")])
-def test_attention_that_errs_is_reported(monkeypatch, factor):
-    right = doctor.attention
-    monkeypatch.setattr(doctor, "attention", lambda *inputs, **options: right(*inputs, **options) * factor)
-    with pytest.raises(ValueError, match="attention on .* errs by .*, expected less than 1e-4"):
-        doctor.check_installation()
-
-
 def test_the_installation_is_listed(capsys):
     doctor.check_installation()
     told = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert torch.__version__ in told["torch"]
-    assert "largest error" in told["attention"]
+    assert "of what is allowed" in told["self-test"]
     assert told.keys() >= {"python", "processor", "gpu", *doctor.OPTIONAL}
 
 

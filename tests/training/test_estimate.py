@@ -67,6 +67,7 @@ def most_allocated(work, folder) -> int:
 @pytest.mark.gpu
 @pytest.mark.parametrize("values", [WIDE, ["trunk.hidden_size=512", "trunk.num_layers=6", "batch.tokens=8192"]])
 def test_memory_of_a_step_on_a_gpu(tiny_config, values):
+    pytest.importorskip("jsonargparse")  # `make gpu` runs where there is little besides torch
     corpus, config, batches = prepared(load_config(tiny_config, [*values, "device=cuda", "batch.accumulate=1"]))
     estimated = step_memory(config, batches, "cuda")
     engine = Engine.from_config(config)

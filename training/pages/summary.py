@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trunkline.engine.heads.registry import HEADS
+from trunkline.kernels.dispatch import REPLACED
 from trunkline.training.data.corpus import Corpus
 from trunkline.training.data.encoded import Encoded
 from trunkline.training.environment import command, environment
@@ -42,6 +43,8 @@ def summarise(engine: "Engine", corpus: Corpus, progress: Progress, final: dict[
         "training_seconds": progress.seconds,
         "wall_time_seconds": progress.wall_seconds,
         "compile_seconds": progress.compile_seconds,
+        "uncompiled_batches": progress.uncompiled,
+        "replaced_kernels": dict(REPLACED),
         "peak_memory_bytes": peak_memory(engine.device),
         "parameters": sum(p.numel() for p in engine.model.parameters()),
         "best_step": progress.best_step,

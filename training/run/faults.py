@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from trunkline.engine.network.bilstm import Model
+from trunkline.engine.network.compiled import CompiledModel, FixedShapes
 from trunkline.engine.network.packing import PackedBatch
 from trunkline.engine.text.tokenizer import Tokenizer
 from trunkline.training.data.batches import Members, Packer
@@ -128,10 +129,22 @@ class Parts:
         tokenizer: to name an example that does not fit at all.
         progress: where the most tokens of a part are remembered; 0: batches are whole.
         tell: is told when they get smaller.
+        compiled: the model's graph, which is fitted to the parts.
+        sample: what is in some of the run's batches: the graph has room for their parts.
     """
 
-    def __init__(self, packer: Packer, tokenizer: Tokenizer, progress: Progress, tell: Callable[[str], None]):
+    def __init__(
+        self,
+        packer: Packer,
+        tokenizer: Tokenizer,
+        progress: Progress,
+        tell: Callable[[str], None],
+        compiled: CompiledModel | None = None,
+        sample: Sequence[Members] = (),
+    ):
         self.packer, self.tokenizer, self.progress, self.tell = packer, tokenizer, progress, tell
+        self.compiled, self.sample = compiled, sample
+        self._fit()
 
     def run(
         self,
@@ -153,7 +166,7 @@ class Parts:
         """
         while True:
             if self.progress.part_tokens:
-                batches = [self.packer.pack(part) for part in self._split(members)]
+                batches = [self._pack(part) for part in self._split(members)]
             try:
                 return work(batches)
             except torch.OutOfMemoryError:
@@ -165,6 +178,20 @@ class Parts:
                 )
             torch.cuda.empty_cache()  # does nothing without a GPU
             self._shrink(members)
+
+    def _pack(self, part: Members) -> PackedBatch:
+        if not self.compiled:
+            return self.packer.pack(part)
+        fits = self.packer.tokens(part) <= self.progress.part_tokens
+        batch = self.packer.pack(part, self.progress.part_tokens if fits else None)
+        return self.compiled.shapes.pad(batch)
+
+    def _fit(self) -> None:
+        if self.compiled and (limit := self.progress.part_tokens):
+            parts = [part for part in self._split(self.sample) if self.packer.tokens(part) <= limit]
+            batches = [self.packer.pack(part, limit) for part in parts]
+            if batches:
+                self.compiled.fit(FixedShapes.of(batches, self.compiled.shapes.groups))
 
     def _split(self, members: Sequence[Members]) -> list[Members]:
         limit = self.progress.part_tokens
@@ -191,3 +218,4 @@ class Parts:
             f"out of memory with {self.packer.tokens(largest)} tokens at a time: from here on batches are worked on in "
             f"parts of about {self.progress.part_tokens} tokens, which gives the same gradients"
         )
+        self._fit()

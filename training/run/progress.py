@@ -30,6 +30,7 @@ class Progress:
     best_step: int = 0
     left_out: int = 0  # steps whose loss or gradient was not finite
     left_out_in_a_row: int = 0
+    uncompiled: int = 0  # batches that did not fit the compiled graph and went without it
     part_tokens: int = 0  # most tokens that memory has room for at a time; 0: a batch
 
     def add(self, interval: "Interval") -> None:

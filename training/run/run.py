@@ -21,19 +21,17 @@ from trunkline.engine import checkpoint
 from trunkline.engine.console import tell
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import BiLSTM, Model
-from trunkline.engine.network.compiled import CompiledModel, FixedShapes
 from trunkline.engine.network.memory import keep_freed_memory
-from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import PackedBatch
 from trunkline.training.balancing.adaptive import Adaptive
 from trunkline.training.balancing.balancer import Balancer
 from trunkline.training.config_file import save_config
 from trunkline.training.data.batches import Members, Packer, make_mixer, planned_and_packed, weight_sums
 from trunkline.training.data.corpus import load_corpus
-from trunkline.training.data.mixing import Mixer
 from trunkline.training.flops import training_flops
 from trunkline.training.pages.report import write_report
 from trunkline.training.pages.summary import summarise
+from trunkline.training.run.compiling import sample_of, to_be_compiled
 from trunkline.training.run.faults import Guard, Parts, named_culprits
 from trunkline.training.run.faults import in_words as left_out_in_words
 from trunkline.training.run.folder import RunFolder, check_goes_on, fingerprint
@@ -44,13 +42,14 @@ from trunkline.training.run.profiling import Profile
 from trunkline.training.run.progress import Interval, Log, Progress
 from trunkline.training.scoring.evaluation import Scored, evaluate, mean_score
 from trunkline.training.scoring.metrics import metric_names
+from trunkline.training.self_test import self_test
 from trunkline.training.watching.audience import Audience
 from trunkline.training.watching.display import make_display
 
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
 
-LOOKED_AT = 16  # batches at the beginning, in the middle and at the end of a run, to which a compiled graph is fitted
+MANY = 10  # one in so many batches that do not fit it is told
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
 CHECKPOINTS = 2  # of the newest that are kept: one to fall back to
 FIRST_LOOK = 32  # validation examples of each task before the first step: their loss is near that of a uniform guess
@@ -63,6 +62,8 @@ class Run:
         self.began = time.perf_counter()
         self.engine, self.folder, self.audience = engine, folder.path, audience
         keep_freed_memory()
+        if engine.device.type == "cuda":
+            self_test(engine.device, tell, [torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32])
         self.corpus = load_corpus(engine.config, engine.tokenizer, tell=tell)
         self.model = self._build()
         self.config = config = engine.config
@@ -73,29 +74,32 @@ class Run:
         self.mixer = make_mixer(config, self.corpus)
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.packer = Packer(self.corpus.train, config)
-        self.compiled = _compiled(engine, self.packer, self.mixer)
+        sample = sample_of(config, self.mixer)
+        self.compiled = to_be_compiled(engine, self.packer, sample)
         self.balancer = Balancer(config.balancing, self.model, config.seed, self.compiled)
         self.adaptive = Adaptive(config.mixing, self.corpus.tasks, self.model, self.mixer, config.batch.accumulate)
         self.fingerprint = fingerprint(config, self.corpus)
         self.progress = self._resume() if folder.resume else Progress()
         self.began -= self.progress.wall_seconds
-        self.progress.compile_seconds += self.compiled.seconds if self.compiled else 0.0
+        shown = {task.name: metric_names(task)[0] for task in self.corpus.tasks}
+        self.display = make_display(shown, config.steps, self.progress.step)
+        audience.tell_user = self.display.tell
+        self.parts = Parts(self.packer, self.corpus.tokenizer, self.progress, self.display.tell, self.compiled, sample)
+        self.ran_uncompiled = self.progress.uncompiled  # before this process
+        self._warm_up(sample[0])
 
         audience.start(config, self.folder)
         folder.begin()
         save_config(config, self.folder / "config.yaml")
         self.corpus.tokenizer.save(self.folder)
-        shown = {task.name: metric_names(task)[0] for task in self.corpus.tasks}
-        self.display = make_display(shown, config.steps, self.progress.step)
-        audience.tell_user = self.display.tell
         self.log = Log(self.folder, self.progress.step, tell=tell, heard=audience.hear)
         self.interruption = Interruption()
         self.profile = Profile(config.profile, self.folder, engine.device, self.display.tell)
-        self.parts = Parts(self.packer, self.corpus.tokenizer, self.progress, self.display.tell)
         self.guard = Guard(self.optimizer, self.names, config.optimizer.give_up_after, self.progress)
         self.interval = Interval(self.names, engine.device)
         self.ready = self._batches_from(self.progress.step)
         self.stop: Signals | None = None  # whose asking ends the run after the step
+        self.told = False  # that many batches go without the graph
         self.open = ExitStack()
 
     def _build(self) -> Model:
@@ -111,6 +115,20 @@ class Run:
         on_gpu = engine.device.type == "cuda" and torch.cuda.is_bf16_supported()
         freeze(model, config.optimizer.freeze, torch.bfloat16 if on_gpu else None)
         return model
+
+    def _warm_up(self, members: Members) -> None:
+        """Compiles, with a batch or, where memory is too short for it, a part of one."""
+        if not (compiled := self.compiled):
+            return
+
+        def work(batches: Sequence[PackedBatch]) -> None:
+            with self.engine.autocast():
+                compiled.warm_up(batches[0].to(self.engine.device))
+
+        self.parts.run(work, [self.packer.pack(members, self.config.batch.tokens)], [members])
+        self.progress.compile_seconds += compiled.seconds
+        compiled.uncompiled = 0  # of a single example, which is longer than a part
+        self.display.tell(f"compiled the model in {compiled.seconds:.0f} s")
 
     def __enter__(self) -> "Run":
         for line in introduction(self):
@@ -208,6 +226,8 @@ class Run:
         return norm
 
     def count(self, batches: Sequence[PackedBatch], loss: Tensor, weight: Tensor) -> None:
+        if self.compiled:
+            self.progress.uncompiled = self.ran_uncompiled + self.compiled.uncompiled
         self.interval.add(batches, loss, weight)
         self.interval.flops += sum(training_flops(self.model, batch) for batch in batches)
 
@@ -258,7 +278,18 @@ class Run:
             **self.balancer.log(),
         )
         self.display.step(progress.step, losses, interval.tokens_per_second)
+        self._tell_of_uncompiled()
         self.interval = Interval(self.names, self.engine.device)
+
+    def _tell_of_uncompiled(self) -> None:
+        """Once, where many batches go without the graph: they are slower, and need more memory."""
+        batches = self.progress.step * self.config.batch.accumulate
+        if not self.told and self.progress.uncompiled * MANY > batches:
+            self.told = True
+            self.display.tell(
+                f"{self.progress.uncompiled} of {batches} batches so far have more sequences or rows than the compiled "
+                "model has room for, and go without it: slower, with the same gradients"
+            )
 
     def evaluate(self) -> None:
         """Scores on a part of the validation splits; the best weights so far are kept."""
@@ -350,21 +381,3 @@ class Run:
         write_report(self.folder)
         self.audience.tell("finished", summary)
         return summary
-
-
-def _compiled(engine: "Engine", packer: Packer, mixer: Mixer) -> CompiledModel | None:
-    """The engine's model, compiled for the batches of the run; None where it stays as it is."""
-    if not engine.compiles or not isinstance(engine.model, MultiTaskModel):  # a Bi-LSTM stays as it is
-        return None
-    batches = engine.config.steps * engine.config.batch.accumulate
-    starts = (0, batches // 2, max(0, batches - LOOKED_AT))
-    numbers = sorted({number for start in starts for number in range(start, min(start + LOOKED_AT, batches))})
-    examples = packer.batches(mixer, numbers)
-    model, held = engine.model.train(), engine.config.balancing.method != "fixed" and engine.config.batch.accumulate > 1
-    # a CUDA graph has memory for one batch; where weights come from losses, those of a step are held until the last
-    cuda_graphs = False if held else None
-    compiled = CompiledModel(model, FixedShapes.of(examples, model.groups), cuda_graphs)
-    with engine.autocast():
-        compiled.warm_up(examples[0].to(engine.device))
-    tell(f"compiled the model in {compiled.seconds:.0f} s")
-    return compiled

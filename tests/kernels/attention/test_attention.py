@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from parity import assert_as_accurate
-from streams import WIDTH, bounds, make
+from streams import WIDTH, bounds, kernel_dtype, make
 from trunkline.kernels.attention.attention import SHAPES, _backward, _forward, attention, attention_reference, example
 from trunkline.kernels.attention.pack_plan import PackPlan
 
@@ -209,7 +209,7 @@ EVERY_LENGTH = [0, 1, 2, 63, 64, 65, 127, 128, 129, 500, 1025]  # around the til
 @pytest.mark.parametrize("settings", [{"causal": True}, {"causal": False}, *SETTINGS.values()], ids=str)
 def test_every_length_matches_definition(settings, device):
     plan = PackPlan.of(bounds(EVERY_LENGTH)).to(device)
-    q, k, v = (torch.randn(plan.num_tokens, heads, 4, device=device) for heads in (2, 1, 1))
+    q, k, v = (torch.randn(plan.num_tokens, n, 4).to(device, kernel_dtype(device)) for n in (2, 1, 1))
     assert_matches(q, k, v, plan, **settings, floor=1e-5)
 
 
@@ -226,7 +226,8 @@ CROSS = {  # queries and keys of every sequence
 @pytest.mark.parametrize(("lengths", "lengths_k"), CROSS.values(), ids=CROSS)
 def test_keys_of_other_lengths_match_definition(lengths, lengths_k, settings, device):
     plan = PackPlan.of(bounds(lengths), bounds(lengths_k)).to(device)
-    q, k, v = (torch.randn(sum(n), h, WIDTH, device=device) for n, h in ((lengths, 4), (lengths_k, 2), (lengths_k, 2)))
+    shapes, dtype = ((lengths, 4), (lengths_k, 2), (lengths_k, 2)), kernel_dtype(device)
+    q, k, v = (torch.randn(sum(n), h, WIDTH).to(device, dtype) for n, h in shapes)
     assert_matches(q, k, v, plan, **settings, floor=1e-5)
 
 

@@ -107,6 +107,7 @@ def test_same_bits_every_time(device):
     assert all(map(torch.equal, results(inputs, dloss), results(inputs, dloss)))
 
 
+@pytest.mark.no_kernel
 def test_target_outside_of_the_vocabulary_is_named(device, monkeypatch):
     monkeypatch.setattr(arguments, "_CHECK", True)
     inputs = make(5, device=device)

@@ -119,6 +119,7 @@ def test_logits(device):
     assert (logits[12:52, 2:] == -math.inf).all()
 
 
+@pytest.mark.no_kernel
 def test_target_outside_of_the_classes_is_named(device, monkeypatch):
     monkeypatch.setattr(arguments, "_CHECK", True)
     inputs = make(COUNTS, torch.float32, device)

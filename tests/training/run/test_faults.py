@@ -15,6 +15,7 @@ from conftest import COLOURS, tiny_rows, write_jsonl
 from trunkline import Engine, Task, TrunkConfig
 from trunkline.engine import checkpoint
 from trunkline.engine.config import Config
+from trunkline.engine.network.compiled import FixedShapes
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.settings import Balancing, Batch, Evaluation, Optimizer
 from trunkline.training.run.faults import Guard
@@ -280,3 +281,53 @@ def test_batches_that_are_held_together_are_not_parted(tmp_path, monkeypatch):
     engine = farm(tmp_path, tiny_rows("colour", 30, seed=0), balancing=Balancing(method="uncertainty"))
     with pytest.raises(MemoryError, match="out of memory with 512 tokens, which this balancing holds together"):
         changed(engine, short_of_memory(100, "forward", []), monkeypatch).fit()
+
+
+@pytest.fixture
+def compiled_to_itself(monkeypatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+
+
+def short_of_memory_compiled(most: int, attempts: list[int]) -> Callable[[MultiTaskModel], None]:
+    """The same for the function that is compiled, which calls no `forward`."""
+
+    def change(model: MultiTaskModel) -> None:
+        hidden = model.hidden
+
+        def limited(batch):
+            if torch.is_grad_enabled():
+                attempts.append(len(batch.tokens))
+                if len(batch.tokens) > most:
+                    raise torch.OutOfMemoryError("CUDA out of memory")
+            return hidden(batch)
+
+        model.hidden = limited
+
+    return change
+
+
+@pytest.mark.usefixtures("compiled_to_itself")
+def test_memory_that_is_short_while_compiling_makes_parts_that_have_a_graph(tmp_path, monkeypatch, capsys):
+    """The warm-up is where memory is short first. Parts have one size, and the graph is fitted to them."""
+    rows = tiny_rows("colour", 60, seed=0)
+    whole = farm(tmp_path, rows, steps=2, run=str(tmp_path / "whole"))
+    whole.fit()
+    attempts: list[int] = []
+    parts = farm(tmp_path, rows, steps=2, run=str(tmp_path / "parts"), compile=True)
+    summary = changed(parts, short_of_memory_compiled(100, attempts), monkeypatch).fit()
+    assert [tokens for tokens in attempts if tokens > 100] == [256, pytest.approx(128, abs=28)]  # none in a step
+    assert len({tokens for tokens in attempts if tokens <= 100}) == 1
+    assert summary["uncompiled_batches"] == 0
+    torch.testing.assert_close(saved(parts)["model"], saved(whole)["model"], rtol=0, atol=1e-5)
+    printed = capsys.readouterr().out
+    assert printed.count("out of memory with") == 2
+    assert printed.count("compiled the model in") == 1
+
+
+@pytest.mark.usefixtures("compiled_to_itself")
+def test_batches_that_go_without_the_graph_are_told(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(FixedShapes, "pad", lambda self, batch: batch)  # none fits
+    engine = farm(tmp_path, tiny_rows("colour", 60, seed=0), steps=20, compile=True)
+    summary = engine.fit()
+    assert summary["uncompiled_batches"] == 40
+    assert capsys.readouterr().out.count("20 of 20 batches so far have more sequences or rows than") == 1

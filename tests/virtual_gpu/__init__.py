@@ -1,0 +1,1 @@
+"""A GPU for those who have none: see README.md."""

@@ -1,0 +1,36 @@
+"""What a compiled graph of a run is fitted to."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from trunkline.engine.config import Config
+from trunkline.engine.network.compiled import CompiledModel, FixedShapes
+from trunkline.engine.network.model import MultiTaskModel
+from trunkline.kernels.dispatch import REPLACED
+from trunkline.training.data.batches import Members, Packer
+from trunkline.training.data.mixing import Mixer
+
+if TYPE_CHECKING:
+    from trunkline.engine.engine import Engine
+
+LOOKED_AT = 16  # batches at the beginning, in the middle and at the end of a run
+
+
+def sample_of(config: Config, mixer: Mixer) -> list[Members]:
+    """What is in some of the run's batches, from its beginning, its middle and its end."""
+    batches = config.steps * config.batch.accumulate
+    starts = (0, batches // 2, max(0, batches - LOOKED_AT))
+    numbers = sorted({number for start in starts for number in range(start, min(start + LOOKED_AT, batches))})
+    return [mixer.batch(number) for number in numbers]
+
+
+def to_be_compiled(engine: "Engine", packer: Packer, sample: Sequence[Members]) -> CompiledModel | None:
+    """The engine's model, to be compiled for batches like these; None where it stays as it is."""
+    if not engine.compiles or not isinstance(engine.model, MultiTaskModel):  # a Bi-LSTM stays as it is
+        return None
+    model, config = engine.model.train(), engine.config
+    shapes = FixedShapes.of([packer.pack(members, config.batch.tokens) for members in sample], model.groups)
+    held = config.balancing.method != "fixed" and config.batch.accumulate > 1
+    # a CUDA graph has memory for one batch; where weights come from losses, those of a step are held until the last
+    # and references, where a kernel was switched off, look at a batch on the host
+    return CompiledModel(model, shapes, cuda_graphs=False if held or REPLACED else None)
