@@ -228,7 +228,7 @@ def _product_tile(dtype: torch.dtype, rows: int, columns: int, plain: bool) -> d
     return {"BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
 
 
-def _product(
+def product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -267,15 +267,15 @@ def _product(
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, activation: str, save_z: bool
 ) -> tuple[Tensor, Tensor]:
-    return _product(x.contiguous(), weight, bias.contiguous(), offsets, activation, save_z)
+    return product(x.contiguous(), weight, bias.contiguous(), offsets, activation, save_z)
 
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, saved: Tensor, offsets: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     g, dbias = _activation_gradient(dy, bias, saved, offsets, activation)
-    dx, _ = _product(g, weight.mT, None, offsets)
-    return dx, _weight_gradient(x.contiguous(), g, weight, offsets), dbias
+    dx, _ = product(g, weight.mT, None, offsets)
+    return dx, weight_gradient(x.contiguous(), g, weight, offsets), dbias
 
 
 def _activation_gradient(
@@ -306,7 +306,7 @@ def _activation_gradient(
     return g, dbias
 
 
-def _weight_gradient(x: Tensor, g: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def weight_gradient(x: Tensor, g: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """(N, D, C). Rows beyond a task's first chunk go to programs of their own, whose sums are added in order."""
     (R, _), (N, D, C) = x.shape, weight.shape
     block, block_r, warps = (64, 32, 4) if x.dtype == torch.float32 else (128, 64, 8)
