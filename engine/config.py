@@ -10,7 +10,7 @@ from trunkline.engine.foreign import pretrained
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.generate import Search
 from trunkline.engine.network.trunk import PRESETS, Checkpointing, TrunkConfig
-from trunkline.engine.settings import ADAPTIVE, GRADIENT_METHODS, Balancing, Batch, Evaluation, Mixing, Optimizer
+from trunkline.engine.settings import ADAPTIVE, GRADIENT_METHODS, Adapters, Balancing, Batch, Evaluation, Mixing, Optimizer
 from trunkline.engine.tasks.builtin import BUILTIN, get_task
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.tokenizer import Tokenizer
@@ -81,6 +81,8 @@ class Config:
     batch: Batch = Batch()
     mixing: Mixing = Mixing()
     optimizer: Optimizer = Optimizer()
+    adapters: Adapters | None = None
+    """Low-rank adapters (LoRA), which learn with the heads while the trunk stays as it is; none: the trunk learns."""
     evaluation: Evaluation = Evaluation()
     search: Search = Search()
     """How texts are generated."""
@@ -122,6 +124,8 @@ class Config:
             of = f"the one of '{self.init}' is not" if self.init else "trunk.causal is false"
             yield f"task '{following[0]}' predicts next tokens, which needs a causal trunk: {of}"
         yield from self._too_long()
+        if self.adapters is not None:
+            yield from self._adapters(names)
         for key, given in (("weights", self.weights), ("mixing.shares", self.mixing.shares)):
             if strangers := [name for name in given if name not in names]:
                 yield f"{key} names {', '.join(strangers)}, which is none of {', '.join(names)}"
@@ -172,8 +176,23 @@ class Config:
                     f"and target take {others} tokens"
                 )
 
+    def _adapters(self, names: list[str]) -> Iterator[str]:
+        assert self.adapters is not None
+        try:
+            groups = self.adapters.groups(names)
+        except ValueError as error:
+            yield str(error)
+            return
+        looks = self.balancing.method != "fixed" or self.balancing.watch
+        if looks and len(groups) == len(names) > 1:
+            yield (
+                "balancing weighs tasks by what they share, and adapters of their own share nothing: use adapters.of "
+                "shared or groups, or balancing fixed"
+            )
+
     def _not_for_bilstm(self) -> Iterator[str]:
         refused = {
+            "adapters": self.adapters,
             "init": self.init,
             "projection": self.projection,
             "prompt_weight": self.prompt_weight,

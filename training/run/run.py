@@ -24,6 +24,7 @@ from trunkline.engine.network.compiled import CompiledModel, FixedShapes
 from trunkline.engine.network.memory import keep_freed_memory
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import PackedBatch
+from trunkline.engine.saved import all_tensors, own_tensors
 from trunkline.training.balancing.adaptive import Adaptive
 from trunkline.training.balancing.balancer import Balancer
 from trunkline.training.config_file import save_config
@@ -37,7 +38,7 @@ from trunkline.training.run.faults import Guard, Parts, named_culprits
 from trunkline.training.run.faults import in_words as left_out_in_words
 from trunkline.training.run.folder import RunFolder, check_goes_on, fingerprint
 from trunkline.training.run.interruption import Interruption
-from trunkline.training.run.optimizer import freeze, in_words, make_optimizer, share_of_rate
+from trunkline.training.run.optimizer import freeze, in_words, make_optimizer, share_of_rate, untouched
 from trunkline.training.run.profiling import Profile
 from trunkline.training.run.progress import Display, Interval, Log, Progress
 from trunkline.training.scoring.evaluation import Scored, evaluate, mean_score
@@ -158,6 +159,7 @@ class Run:
         """Gives every parameter the gradient of a step; the tasks' loss sums and row weights, (N,), come back."""
         step = self.progress.step
         device = self.engine.device
+        self.examples = [sum(counts) for counts in zip(*(batch.examples for batch in batches), strict=True)]
         total_weight = weight_sums(batches, len(self.names)).to(device, non_blocking=True)
         share = self._shares(batches).to(device, non_blocking=True)
         work = partial(self._gradients, total_weight, share)
@@ -195,7 +197,8 @@ class Run:
         with self.profile.part("optimizer"):
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
             self.guard.judge(self.progress.step + 1, loss, norm)
-            self.optimizer.step()  # a step that is not finite changes nothing
+            with untouched(self.optimizer, self.model, self.examples):
+                self.optimizer.step()  # a step that is not finite changes nothing
             self.adaptive.hold()
             self._zero_grad()
         return norm
@@ -259,7 +262,7 @@ class Run:
         progress, mean = self.progress, mean_score(self.corpus.tasks, scored)
         if mean > progress.best_score:
             progress.best_score, progress.best_step = mean, progress.step
-            tensors = {"model": self.model.state_dict()}
+            tensors = {"model": own_tensors(self.model, self.config)}
             checkpoint.save(self.folder / "checkpoints", "best", tensors, {"step": progress.step})
         if self.config.mixing.reacts:  # what is packed already is of the mix before
             self.ready = self._batches_from(progress.step)
@@ -291,7 +294,7 @@ class Run:
     def save(self) -> None:
         self.progress.wall_seconds = time.perf_counter() - self.began
         tensors = {
-            "model": self.model.state_dict(),
+            "model": own_tensors(self.model, self.config),
             "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.model.named_parameters()),
         }
         state = {
@@ -315,7 +318,7 @@ class Run:
         tensors, state = checkpoint.load(path)
         progress = Progress(**state["progress"])
         check_goes_on(state["settings"], self.fingerprint, progress.step)
-        self.model.load_state_dict(tensors["model"])
+        self.model.load_state_dict(all_tensors(tensors["model"], self.model, self.config))
         checkpoint.load_optimizer_tensors(self.optimizer, self.model.named_parameters(), tensors.get("optimizer", {}))
         self.balancer.load_state_dict(state["balancing"])
         self.adaptive.load_state_dict(state["mixing"])
