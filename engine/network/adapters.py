@@ -7,7 +7,7 @@ T tokens, R labelled rows, N tasks, A adapters, D width in, K rank, P parts of a
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trunkline.engine.network.packing import PackedBatch
 from trunkline.kernels.adapters.low_rank import low_rank
+from trunkline.kernels.task_projection import task_projection
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,25 @@ class AdaptedLayer(nn.Module):
         begin = sum(part.end - part.first for part in self.parts[:p])
         down = self.down[:, :, p * self.rank : (p + 1) * self.rank]
         return down, self.up[:, :, begin : begin + self.parts[p].end - self.parts[p].first]
+
+    @torch.no_grad()
+    def factors(self, x: Tensor, dy: Tensor, offsets: Tensor, of_task: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pairs of what goes into every A and B and the gradient of what comes out: their products are gradients.
+
+        Args:
+            x: (rows, D) sorted by task.
+            dy: (rows, C) the gradient of what comes out of the layer with its adapters.
+            offsets: (N + 1,) int32, where the rows of each task begin.
+            of_task: (N,) the adapter of each task.
+        """
+        offsets = F.pad(offsets[:-1], (0, 1), value=len(x))
+        for p, part in enumerate(self.parts):
+            down, up = (weight[of_task].to(dy.dtype) for weight in self.of_part(p))
+            arriving = self.scale * dy[:, part.first : part.end]
+            hidden = task_projection(x, down, down.new_zeros(len(down), self.rank), offsets)
+            dhidden = task_projection(arriving, up.mT.contiguous(), down.new_zeros(len(down), self.rank), offsets)
+            yield x, dhidden
+            yield hidden, arriving
 
     def forward(self, x: Tensor, y: Tensor, offsets: Tensor, chosen: Tensor | None) -> Tensor:
         """(rows, D) and the layer's (rows, C) -> (rows, C).

@@ -51,7 +51,7 @@ def exact_norms(model: torch.nn.Module) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "bert"])
 @pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT asks for it
 def test_a_mixed_batch_is_every_task_alone_in_peft(family, tmp_path):
-    theirs = make(family, **({} if family == "gpt2" else {"attn_implementation": "eager"})).double()
+    theirs = make(family).double()
     theirs.save_pretrained(tmp_path / "trunk")
     exact_norms(theirs)
     trunk = Trunk.from_pretrained(tmp_path / "trunk", dropout=0.0, dtype=torch.float64)
