@@ -9,6 +9,7 @@ import torch
 from checkpoints import V, make
 from trunkline.engine.foreign.adapter_files import adaptable, put_adapter, read_adapter
 from trunkline.engine.network.adapters import Adapters
+from trunkline.engine.network.compiled import CompiledModel, FixedShapes
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import Example, PackedBatch, pack
 from trunkline.engine.network.trunk import Trunk
@@ -149,3 +150,19 @@ def test_many_adapters_of_few_rows(tmp_path):
         alone = model.hidden(pack([Example(t, example.tokens, example.rows)], 40))
         torch.testing.assert_close(x[t : t + 1], alone, rtol=1e-12, atol=1e-12)
     assert (x[0] - x[1]).abs().max() > 1e-3
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does it
+def test_one_graph_for_every_mix(tmp_path):
+    """Compiled, and padded to fixed shapes: the same losses and gradients."""
+    model = adapted(llama(tmp_path))
+    batches = [pack(texts(), len(TASKS), 64), pack(texts()[:2], len(TASKS), 64)]
+    compiled = CompiledModel(model, FixedShapes.of(batches, model.groups), backend="aot_eager")
+    for batch in batches:
+        found = []
+        for losses in (compiled(compiled.shapes.pad(batch)).loss, model(batch).loss):
+            losses.sum().backward()
+            found.append([losses.detach(), *(p.grad.clone() for p in model.adapters.parameters())])
+            model.zero_grad()
+        torch.testing.assert_close(*found, rtol=1e-9, atol=1e-12)
+    assert not compiled.uncompiled
