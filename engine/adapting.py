@@ -4,24 +4,24 @@ A adapters, D width in, C width out
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from copy import deepcopy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from trunkline.engine.config import Config
-from trunkline.engine.foreign.adapter_files import chosen_layers, put_adapter, read_adapter, save_adapter
-from trunkline.engine.foreign.adapter_files import adaptable
+from trunkline.engine import settings
+from trunkline.engine.config import Config, changed
+from trunkline.engine.foreign.adapter_files import adaptable, chosen_layers, put_adapter, read_adapter, save_adapter
 from trunkline.engine.foreign.pretrained import digest
 from trunkline.engine.heads.registry import HEADS
-from trunkline.engine.network.adapters import AdaptedLayer, Adapters
+from trunkline.engine.network.adapters import Adapters
+from trunkline.engine.network.kept_heads import keep_heads
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import Example, pack
 from trunkline.engine.network.trunk import Trunk
-from trunkline.engine import settings
+from trunkline.engine.tasks.task import Task
 
 TOLERANCE = 1e-4  # of what a merged trunk gives, beside the largest value of what the unmerged one does
 TRIED = 128  # tokens that both are tried on
@@ -94,6 +94,35 @@ def load_adapter(model: MultiTaskModel, config: Config, name: str, source: str |
         raise ValueError(f"engine: no adapter '{name}'; there are {', '.join(adapters.names)}")
     given = read_adapter(source, adaptable(model.trunk), config.adapters.trunk_digest)
     put_adapter(adapters, adapters.names.index(name), given)
+
+
+def config_with(config: Config, task: Task) -> Config:
+    """The config with one more task, which has an adapter of its own and alone learns from here on.
+
+    Raises:
+        ValueError: there are no adapters, or there is such a task.
+    """
+    if config.adapters is None:
+        raise ValueError("add_task: without adapters every task learns in the trunk, which others need as it is")
+    names = [other.name for other in config.all_tasks]
+    of = config.adapters.of
+    if of != "task":
+        of = {**config.adapters.groups(names), task.name: [task.name]}
+    frozen = [*dict.fromkeys([*config.optimizer.freeze, *names])]
+    changes = {"adapters": asdict(config.adapters) | {"of": of}, "optimizer": {"freeze": frozen}}
+    return changed(config, {"tasks": (*config.tasks, task), **changes})
+
+
+def keep_all(model: MultiTaskModel, other: MultiTaskModel) -> None:
+    """Gives the model the heads and adapters of one with fewer tasks on the same trunk."""
+    keep_heads(model, other)
+    ours, theirs = adapters_of(model), adapters_of(other)
+    places = [ours.names.index(name) for name in theirs.names]
+    with torch.no_grad():
+        for mine, given in zip(ours.parameters(), theirs.parameters(), strict=True):
+            mine[places] = given.to(mine)
+        if other.num_vocabulary and not model.trunk.config.tie_vocabulary:
+            model.vocabulary.copy_(other.vocabulary)
 
 
 @torch.no_grad()

@@ -124,6 +124,12 @@ class Config:
             of = f"the one of '{self.init}' is not" if self.init else "trunk.causal is false"
             yield f"task '{following[0]}' predicts next tokens, which needs a causal trunk: {of}"
         yield from self._too_long()
+        frozen = [name for name in names if name in self.optimizer.freeze]
+        if frozen and (self.mixing.reacts or len(frozen) == len(names)):
+            yield (
+                f"optimizer.freeze names {', '.join(frozen)}: "
+                + ("no task is left to learn" if len(frozen) == len(names) else "its share cannot react to training")
+            )
         if self.adapters is not None:
             yield from self._adapters(names)
         for key, given in (("weights", self.weights), ("mixing.shares", self.mixing.shares)):

@@ -18,7 +18,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from trunkline.engine.adapting import load_adapter, make_adapters, merged, save_adapters, with_digest
+from trunkline.engine.adapting import (
+    config_with,
+    keep_all,
+    load_adapter,
+    make_adapters,
+    merged,
+    save_adapters,
+    with_digest,
+)
 from trunkline.engine.config import Config, changed, config_from, with_vocabulary
 from trunkline.engine.device import usable_device
 from trunkline.engine.foreign.pretrained import SETTINGS, WEIGHTS
@@ -88,6 +96,7 @@ class Engine:
         self.device = usable_device(config.device)
         self.tokenizer = None
         self.kept: list[str] = []  # tasks whose heads come from where the trunk does
+        self.added: list[str] = []  # tasks whose heads have not seen their labels yet
         self._trunk, self._model = trunk, None
 
     @classmethod
@@ -386,6 +395,27 @@ class Engine:
             ValueError: it is damaged, is of another trunk, or has what is not covered: DoRA, modules_to_save ...
         """
         load_adapter(self._with_trunk, self.config, name, source)
+
+    def add_task(self, task: Task, adapter: str | Path = "") -> None:
+        """Adds a task with a head and an adapter of its own; `fit` then trains these alone, and not a bit of the others
+        changes. `fit(optimizer={"freeze": []})` lets all learn again.
+
+        Args:
+            task: of another name than those there are.
+            adapter: a folder that PEFT or `save_adapters` wrote, to start from; empty: a new one.
+
+        Raises:
+            ValueError: there are no adapters, or there is such a task; or as `load_adapter`.
+        """
+        before = self._with_trunk
+        config = config_with(self.config, task)
+        model = make_model(config, before.trunk)
+        assert isinstance(model, MultiTaskModel)
+        keep_all(model.to(self.device), before)
+        if adapter:
+            load_adapter(model, config, task.name, adapter)
+        self.config, self.tasks, self._model = config, in_model_order(config.all_tasks), model
+        self.added.append(task.name)
 
     def merge(self, task: str) -> Trunk:
         """A trunk with a task's adapter in its weights, for `Trunk.save_pretrained`; the engine stays as it is.

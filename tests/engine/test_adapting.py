@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints import make
 from conftest import tiny_rows, write_jsonl
-from trunkline import Engine
+from trunkline import Engine, Task
 from trunkline.engine.adapting import adapters_of
 from trunkline.engine.text.tokenizer import Tokenizer
 
@@ -22,6 +22,7 @@ TASKS = {
     "colour": {"head": "classify", "text": ["text"], "label": "label", "labels": ["red", "black", "white", "brown"]},
     "prose": {"head": "language-model", "text": ["text"]},
 }
+ROWS = tiny_rows("colour", 30, seed=1)
 TEXT = "the red cat is in the barn"
 
 
@@ -263,3 +264,35 @@ def test_a_merge_that_loses_too_much_is_refused(settings):
     engine.model.trunk.bfloat16()
     with pytest.raises(ValueError, match="merged and unmerged outputs of task 'prose' differ by"):
         engine.merge("prose")
+
+
+@pytest.mark.parametrize("of", ["task", "shared"])
+def test_a_task_is_added_without_a_bit_of_the_others_changing(settings, folder, tmp_path, of):
+    engine = fitted({**settings, "adapters": {"rank": 4, "of": of}})
+    before, answers = state(engine), engine.predict([TEXT], tasks=["colour"])
+    own = adapters_of(engine.model).names
+    write_jsonl(folder / "length.jsonl", [{"text": row["text"], "label": len(row["text"])} for row in ROWS])
+    engine.add_task(Task("length", "regress", ("text",), "label", train="length.jsonl", validation="length.jsonl"))
+    engine.fit(run=str(tmp_path / "second"))
+    after, adapters = state(engine), adapters_of(engine.model)
+    places = [adapters.names.index(name) for name in own]
+    added = adapters.names.index("length")
+    for name in before:
+        if name.startswith("adapters."):
+            assert torch.equal(before[name], after[name][places]), name
+            assert "up" not in name or after[name][added].any(), name
+    colours = [t for t, task in enumerate(engine.model.tasks) if task.name == "colour"]
+    rows = torch.isin(engine.model.task_parameters()[0][1], torch.tensor(colours))
+    assert torch.equal(before["weight"], after["weight"][rows])
+    assert engine.predict([TEXT], tasks=["colour"]) == answers
+    assert engine.model.spread.max() > 1  # in units of the new task's labels
+    loaded = Engine.load(tmp_path / "second")
+    assert loaded.predict([TEXT]) == engine.predict([TEXT])
+
+
+def test_a_task_cannot_be_added_twice_or_without_adapters(settings):
+    engine = fitted(settings, steps=1)
+    with pytest.raises(ValueError, match="tasks names colour twice"):
+        engine.add_task(engine.tasks[0])
+    with pytest.raises(ValueError, match="add_task: without adapters"):
+        fitted(settings, steps=1, adapters=None, run=f"{settings['run']}2").add_task(Task("x", "regress", ("t",), "l"))

@@ -94,7 +94,8 @@ def freeze(model: Model, parts: Sequence[str], dtype: torch.dtype | None = None)
         if parts:
             raise ValueError("optimizer.freeze is for a trunk; architecture bilstm has none")
         return
-    frozen = [*_members(model.trunk, parts)]
+    tasks = [task.name for task in model.tasks]  # of which `untouched` knows
+    frozen = [*_members(model.trunk, [part for part in parts if part not in tasks])]
     if model.adapters is not None:
         frozen += [parameter for _, parameter in model.frozen_by_adapters()]
     for parameter in frozen:
@@ -126,25 +127,33 @@ def _prefixes(part: str, blocks: int) -> Iterable[str]:
 
 
 @contextmanager
-def untouched(optimizer: torch.optim.AdamW, model: Model, examples: Sequence[int]) -> Iterator[None]:
-    """Around a step: adapters of tasks without examples, and what AdamW keeps of them, stay as they are to the bit.
+def untouched(
+    optimizer: torch.optim.AdamW, model: Model, examples: Sequence[int], frozen: Sequence[str] = ()
+) -> Iterator[None]:
+    """Around a step: what must not change in it stays as it is to the bit.
 
-    Their gradients are 0, but the moments of earlier ones and the weight decay would go on moving them.
+    These are adapters of tasks without examples, and what AdamW keeps of them: their gradients are 0, but the moments
+    of earlier ones and the weight decay would go on moving them. And the heads and adapters of frozen tasks.
 
     Args:
         examples: of each task in the step, (N,).
+        frozen: parts, as `Optimizer.freeze`; names of tasks among them.
     """
-    adapters = None if isinstance(model, BiLSTM) else model.adapters
-    absent = [] if adapters is None else adapters.absent(examples)
-    held: list[tuple[torch.Tensor, torch.Tensor]] = []
-    if adapters is not None and absent:
-        rows = torch.tensor(absent, device=adapters.of_task.device)
-        for parameter in adapters.parameters():
-            state = optimizer.state.get(parameter, {})
-            of_adapters = (parameter.detach(), *(state[key] for key in ("exp_avg", "exp_avg_sq") if key in state))
-            held += [(tensor, tensor[rows]) for tensor in of_adapters]
+    held: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # a tensor, rows of it, what is in them
+    if not isinstance(model, BiLSTM):
+        rests = torch.tensor([task.name in frozen for task in model.tasks], device=model.device)
+        if any(task.name in frozen for task in model.tasks):
+            heads = [(parameter.detach(), rests[task].nonzero()[:, 0]) for parameter, task in model.task_parameters()]
+            held += [(parameter, rows, parameter[rows]) for parameter, rows in heads if len(rows)]
+        if model.adapters is not None:
+            learning = [0 if task.name in frozen else n for task, n in zip(model.tasks, examples, strict=True)]
+            rows = torch.tensor(model.adapters.absent(learning), dtype=torch.int64, device=model.device)
+            for parameter in model.adapters.parameters() if len(rows) else ():
+                state = optimizer.state.get(parameter, {})
+                moments = [state[key] for key in ("exp_avg", "exp_avg_sq") if key in state]
+                held += [(tensor, rows, tensor[rows]) for tensor in (parameter.detach(), *moments)]
     yield
-    for tensor, values in held:
+    for tensor, rows, values in held:
         tensor[rows] = values
 
 

@@ -14,6 +14,7 @@ from itertools import islice
 from signal import Signals
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -61,13 +62,16 @@ class Run:
         self.engine, self.folder = engine, folder.path
         keep_freed_memory()
         self.corpus = load_corpus(engine.config, engine.tokenizer, tell=print)
+        self.names = [task.name for task in self.corpus.tasks]
         self.model = self._build()
         self.config = config = engine.config
 
-        self.names = [task.name for task in self.corpus.tasks]
         weights = [config.weights.get(name, 1.0) for name in self.names]
         self.weights = torch.tensor(weights, device=engine.device)  # (N,)
         self.mixer = make_mixer(config, self.corpus)
+        learning = np.array([name not in config.optimizer.freeze for name in self.names])
+        if not learning.all():
+            self.mixer.change(0, learning.astype(float))
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.packer = Packer(self.corpus.train, config)
         self.compiled = _compiled(engine, self.packer, self.mixer)
@@ -98,10 +102,12 @@ class Run:
         engine, config = self.engine, self.engine.config
         is_new = engine._model is None
         model = engine.build(self.corpus.tokenizer)
-        if is_new:
+        if is_new or engine.added:
             heads = model.heads if isinstance(model, BiLSTM) else model
             regressions = {t: s for t, s in enumerate(self.corpus.train) if HEADS[s.task.head].squared}
-            heads.set_units({t: s.labels for t, s in regressions.items() if s.task.name not in engine.kept})
+            names = [name for name in self.names if name not in engine.kept] if is_new else engine.added
+            heads.set_units({t: s.labels for t, s in regressions.items() if s.task.name in names})
+            engine.added = []
         on_gpu = engine.device.type == "cuda" and torch.cuda.is_bf16_supported()
         freeze(model, config.optimizer.freeze, torch.bfloat16 if on_gpu else None)
         return model
@@ -197,7 +203,7 @@ class Run:
         with self.profile.part("optimizer"):
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
             self.guard.judge(self.progress.step + 1, loss, norm)
-            with untouched(self.optimizer, self.model, self.examples):
+            with untouched(self.optimizer, self.model, self.examples, self.config.optimizer.freeze):
                 self.optimizer.step()  # a step that is not finite changes nothing
             self.adaptive.hold()
             self._zero_grad()
