@@ -50,8 +50,8 @@ def with_digest(config: Config) -> Config:
     found = digest(config.init)
     if adapters.trunk_digest not in ("", found):
         raise ValueError(
-            f"engine: the adapters are for a trunk of SHA-256 {adapters.trunk_digest}, but '{config.init}' has {found}: "
-            "it was changed, or is another one"
+            f"engine: the adapters are for a trunk of SHA-256 {adapters.trunk_digest}, but '{config.init}' has {found}:"
+            " it was changed, or is another one"
         )
     init = os.path.abspath(config.init) if os.path.isdir(config.init) else config.init
     return replace(config, init=init, adapters=replace(adapters, trunk_digest=found))
@@ -105,8 +105,8 @@ def config_with(config: Config, task: Task) -> Config:
     if config.adapters is None:
         raise ValueError("add_task: without adapters every task learns in the trunk, which others need as it is")
     names = [other.name for other in config.all_tasks]
-    of = config.adapters.of
-    if of != "task":
+    of: str | dict[str, list[str]] = "task"
+    if config.adapters.of != "task":
         of = {**config.adapters.groups(names), task.name: [task.name]}
     frozen = [*dict.fromkeys([*config.optimizer.freeze, *names])]
     changes = {"adapters": asdict(config.adapters) | {"of": of}, "optimizer": {"freeze": frozen}}
@@ -147,8 +147,8 @@ def merged(model: MultiTaskModel, task: int, tolerance: float = TOLERANCE) -> Tr
     model.train(was_training)
     if not error <= tolerance:
         raise ValueError(
-            f"merge: merged and unmerged outputs of task '{model.tasks[task].name}' differ by {error:.1e} of the largest "
-            f"value, more than {tolerance:.0e}: the trunk's {trunk.tokens.weight.dtype} cannot hold what is added"
+            f"merge: merged and unmerged outputs of task '{model.tasks[task].name}' differ by {error:.1e} of the "
+            f"largest value, more than {tolerance:.0e}: the trunk's {trunk.tokens.weight.dtype} cannot hold what is added"
         )
     return trunk
 

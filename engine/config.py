@@ -10,7 +10,16 @@ from trunkline.engine.foreign import pretrained
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.generate import Search
 from trunkline.engine.network.trunk import PRESETS, Checkpointing, TrunkConfig
-from trunkline.engine.settings import ADAPTIVE, GRADIENT_METHODS, Adapters, Balancing, Batch, Evaluation, Mixing, Optimizer
+from trunkline.engine.settings import (
+    ADAPTIVE,
+    GRADIENT_METHODS,
+    Adapters,
+    Balancing,
+    Batch,
+    Evaluation,
+    Mixing,
+    Optimizer,
+)
 from trunkline.engine.tasks.builtin import BUILTIN, get_task
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.tokenizer import Tokenizer

@@ -67,7 +67,7 @@ def _read_checkpoint(folder: Path) -> tuple[Config, Tokenizer, dict[str, Tensor]
 
 
 def own_tensors(model: nn.Module, config: Config) -> dict[str, Tensor]:
-    """What is saved of a model: all of it, or, of adapters on the checkpoint that `init` names, all but what is there."""
+    """What is saved of a model: all; or of one with adapters all but what is in the checkpoint that `init` names."""
     left_out = _elsewhere(model, config)
     return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
 

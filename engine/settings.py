@@ -63,8 +63,8 @@ class Optimizer:
     embeddings most of all, moves least (Howard and Ruder, arXiv:1801.06146, section 3.1)."""
     freeze: tuple[str, ...] = ()
     """Parts of the trunk that stay as they are: trunk, embeddings, blocks.N, blocks.N-M (both ends included), or the
-    name of a module of the trunk such as final_norm. Or tasks by name: their heads and adapters stay, and their examples
-    are not seen."""
+    name of a module of the trunk such as final_norm. Or tasks by name: their heads and adapters stay, and their
+    examples are not seen."""
     warmup: float = 0.05
     """Share of the steps in which it rises."""
     weight_decay: float = 0.01

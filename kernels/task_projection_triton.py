@@ -313,8 +313,9 @@ def _activation_gradient(
 def weight_gradient(x: Tensor, g: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """(N, D, C). Rows beyond a task's first chunk go to programs of their own, whose sums are added in order."""
     (R, _), (N, D, C) = x.shape, weight.shape
-    small = x.dtype == torch.float32 or min(D, C) <= NARROW
-    block, block_r, warps = (64, 32, 4) if small else (128, 64, 8)
+    block, block_r, warps = (64, 32, 4) if x.dtype == torch.float32 else (128, 64, 8)
+    if x.dtype != torch.float32 and min(D, C) <= NARROW:
+        block, block_r, warps = 64, 64, 4
     tiles = triton.cdiv(D, block) * triton.cdiv(C, block)
     chunk = max(MIN_CHUNK, triton.cdiv(R * tiles, PROGRAMS))  # the partial sums take at most PROGRAMS tiles: 64 MiB
     dweight = weight.new_empty(N, D, C)

@@ -285,8 +285,8 @@ def _peft_loop(kernel: Kernel, arguments: Arguments, dtype: torch.dtype) -> Syst
 
     def forward() -> Tensor:
         columns, begin = [], 0
-        for p, (first, last) in enumerate(zip(a["parts"][::2], a["parts"][1::2], strict=True)):
-            y, own = a["base"][:, first:last], slice(begin, begin + last - first)
+        for p, (start, end) in enumerate(zip(a["parts"][::2], a["parts"][1::2], strict=True)):
+            y, own = a["base"][:, start:end], slice(begin, begin + end - start)
             begin = own.stop
             for t, rows in enumerate(segments):
                 down, up = a["down"][t][:, p * rank : (p + 1) * rank], a["up"][t][:, own]
@@ -310,12 +310,12 @@ def _grouped_mm(kernel: Kernel, arguments: Arguments, dtype: torch.dtype) -> Sys
     def forward() -> Tensor:
         h = F.grouped_mm(a["x"], a["down"], offs=ends)
         columns, begin = [], 0
-        for p, (first, last) in enumerate(zip(a["parts"][::2], a["parts"][1::2], strict=True)):
-            own = slice(begin, begin + last - first)
+        for p, (start, end) in enumerate(zip(a["parts"][::2], a["parts"][1::2], strict=True)):
+            own = slice(begin, begin + end - start)
             begin = own.stop
             hidden = h[:, p * rank : (p + 1) * rank].contiguous()
             added = F.grouped_mm(hidden, a["up"][:, :, own].contiguous(), offs=ends)
-            columns.append(a["base"][:, first:last] + a["scale"] * added)
+            columns.append(a["base"][:, start:end] + a["scale"] * added)
         return torch.cat(columns, 1)
 
     try:

@@ -39,9 +39,7 @@ def adaptable(trunk: Trunk) -> dict[str, tuple[int, list[Part]]]:
             weight = f"{name}.weight"
             sources = family_of(settings).sources(weight, settings) if settings else [weight]
             parts, end = [], 0
-            for source, part in zip(
-                sources, parts_of(trunk.config, weight, layer.weight, len(sources)), strict=True
-            ):
+            for source, part in zip(sources, parts_of(trunk.config, weight, layer.weight, len(sources)), strict=True):
                 begin, end = end, end + len(part)
                 parts.append(Part(source.removesuffix(".weight"), begin, end))
             found[name] = layer.in_features, parts
@@ -79,7 +77,9 @@ def chosen_layers(trunk: Trunk, names: str | Sequence[str]) -> dict[str, tuple[i
                 f"adapters.layers: the trunk has no '{name}'; did you mean '{nearest}'? There are "
                 f"{', '.join(sorted(known))}, and blocks.0 to blocks.{len(trunk.blocks) - 1}"
             )
-    chosen = {layer: (width, [part for part in parts if part in wanted[layer]]) for layer, (width, parts) in layers.items()}
+    chosen = {
+        layer: (width, [part for part in parts if part in wanted[layer]]) for layer, (width, parts) in layers.items()
+    }
     return {layer: (width, parts) for layer, (width, parts) in chosen.items() if parts}
 
 
@@ -150,7 +150,9 @@ def save_adapter(
     return folder
 
 
-def read_adapter(source: str | Path, layers: Mapping[str, tuple[int, Sequence[Part]]], digest: str) -> dict[str, LowRank]:
+def read_adapter(
+    source: str | Path, layers: Mapping[str, tuple[int, Sequence[Part]]], digest: str
+) -> dict[str, LowRank]:
     """The adapter in a folder that PEFT or `save_adapter` wrote, by the names of its parts.
 
     Args:
@@ -232,7 +234,7 @@ def _low_ranks(
 
 @torch.no_grad()
 def put_adapter(adapters: Adapters, adapter: int, given: Mapping[str, LowRank]) -> None:
-    """Gives one of the adapters these weights; a smaller rank is filled up with zeros, and layers that lack add nothing.
+    """Gives one of the adapters these weights; a smaller rank is filled up with zeros, a layer that lacks adds nothing.
 
     Raises:
         ValueError: a layer that has no adapters here, or a larger rank.

@@ -125,22 +125,26 @@ class Adapters(nn.Module):
     def layer(self, name: str) -> AdaptedLayer | None:
         """The adapters of a linear layer of the trunk, such as blocks.3.qkv; None: it has none."""
         key = _key(name)
-        return self.layers[key] if key in self.layers else None  # type: ignore[return-value]
+        if key not in self.layers:
+            return None
+        layer = self.layers[key]
+        assert isinstance(layer, AdaptedLayer)
+        return layer
 
     def of_batch(self, batch: PackedBatch) -> "Segments":
         """The adapter of every token and row of a batch. The dummy sequence goes with the last task's."""
         tokens = F.pad(batch.token_offsets[:-1], (0, 1), value=len(batch.tokens))
         if len(self.names) == 1:
-            ends = [torch.stack([offsets[0], offsets[-1]]) for offsets in (tokens, batch.rows.offsets)]
-            return Segments(self, *ends, chosen=None)
+            tokens, rows = (torch.stack([ends[0], ends[-1]]) for ends in (tokens, batch.rows.offsets))
+            return Segments(self, tokens, rows, None)
         in_order = self.places == tuple(range(len(self.names)))
         return Segments(self, tokens, batch.rows.offsets, None if in_order else self.of_task)
 
     def of_one(self, task: int, tokens: int, rows: int) -> "Segments":
         """The adapter of a single task for so many tokens, and rows of them."""
         device = self.of_task.device
-        ends = [torch.tensor([0, count], dtype=torch.int32, device=device) for count in (tokens, rows)]
-        return Segments(self, *ends, chosen=self.of_task[task : task + 1])
+        of_tokens, of_rows = (torch.tensor([0, n], dtype=torch.int32, device=device) for n in (tokens, rows))
+        return Segments(self, of_tokens, of_rows, self.of_task[task : task + 1])
 
     def absent(self, examples: Sequence[int]) -> list[int]:
         """The adapters without examples, given how many each task has."""

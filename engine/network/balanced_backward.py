@@ -88,7 +88,9 @@ class BalancedBackward:
         if (adapters := model.adapters) is not None:  # the trunk stays as it is: the tasks meet in its adapters
             self.chosen = {name: layer for name in self.chosen if (layer := adapters.layer(name)) is not None}
             if not self.chosen:
-                raise ValueError(f"balancing: of {', '.join(layers)} no layer has adapters; adapters.layers says which do")
+                raise ValueError(
+                    f"balancing: of {', '.join(layers)} no layer has adapters; adapters.layers says which do"
+                )
             names = [name for name, _ in model.trunk.named_modules() if name.startswith("blocks.")]
             of_names = [(int(name.split(".")[1]), adapters.layer(name)) for name in names]
             above += [layer for block, layer in of_names if layer is not None and block >= first]

@@ -145,10 +145,11 @@ def untouched(
         if any(task.name in frozen for task in model.tasks):
             heads = [(parameter.detach(), rests[task].nonzero()[:, 0]) for parameter, task in model.task_parameters()]
             held += [(parameter, rows, parameter[rows]) for parameter, rows in heads if len(rows)]
-        if model.adapters is not None:
+        adapters = model.adapters
+        if adapters is not None:
             learning = [0 if task.name in frozen else n for task, n in zip(model.tasks, examples, strict=True)]
-            rows = torch.tensor(model.adapters.absent(learning), dtype=torch.int64, device=model.device)
-            for parameter in model.adapters.parameters() if len(rows) else ():
+            rows = torch.tensor(adapters.absent(learning), dtype=torch.int64, device=model.device)
+            for parameter in adapters.parameters() if len(rows) else ():
                 state = optimizer.state.get(parameter, {})
                 moments = [state[key] for key in ("exp_avg", "exp_avg_sq") if key in state]
                 held += [(tensor, rows, tensor[rows]) for tensor in (parameter.detach(), *moments)]

@@ -46,7 +46,9 @@ def exact_norms(model: torch.nn.Module) -> None:
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
             weight, eps = module.weight, module.variance_epsilon
-            module.forward = partial(torch.nn.functional.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps)
+            module.forward = partial(
+                torch.nn.functional.rms_norm, normalized_shape=weight.shape, weight=weight, eps=eps
+            )
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "bert"])

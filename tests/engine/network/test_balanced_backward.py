@@ -176,7 +176,9 @@ def test_a_frozen_trunk():
 def test_adapters_that_tasks_share(batches, of_task):
     """Their Gram matrix is that of the gradients of A and B; the trunk gets none."""
     model = make_model(CAUSAL)
-    model.adapters = Adapters([f"adapter {a}" for a in range(max(of_task) + 1)], of_task, adaptable(model.trunk), 3, 6.0)
+    model.adapters = Adapters(
+        [f"adapter {a}" for a in range(max(of_task) + 1)], of_task, adaptable(model.trunk), 3, 6.0
+    )
     model.adapters.double()
     for layer in model.adapters.layers.values():
         torch.nn.init.normal_(layer.up, std=0.3)
