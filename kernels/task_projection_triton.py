@@ -313,9 +313,8 @@ def _activation_gradient(
 def weight_gradient(x: Tensor, g: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """(N, D, C). Rows beyond a task's first chunk go to programs of their own, whose sums are added in order."""
     (R, _), (N, D, C) = x.shape, weight.shape
-    block, block_r, warps = (64, 32, 4) if x.dtype == torch.float32 else (128, 64, 8)
-    if x.dtype != torch.float32 and min(D, C) <= NARROW:
-        block, block_r, warps = 64, 64, 4
+    narrow = x.dtype != torch.float32 and min(D, C) <= NARROW
+    block, block_r, warps = (64, 32, 4) if narrow or x.dtype == torch.float32 else (128, 64, 8)
     tiles = triton.cdiv(D, block) * triton.cdiv(C, block)
     chunk = max(MIN_CHUNK, triton.cdiv(R * tiles, PROGRAMS))  # the partial sums take at most PROGRAMS tiles: 64 MiB
     dweight = weight.new_empty(N, D, C)
@@ -340,6 +339,6 @@ def weight_gradient(x: Tensor, g: Tensor, weight: Tensor, offsets: Tensor) -> Te
                 BLOCK_N=search_block(N),
                 GROUP=GROUP,
                 num_warps=warps,
-                num_stages=3,
+                num_stages=2 if narrow else 3,
             )
     return dweight
