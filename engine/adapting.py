@@ -147,8 +147,8 @@ def merged(model: MultiTaskModel, task: int, tolerance: float = TOLERANCE) -> Tr
     model.train(was_training)
     if not error <= tolerance:
         raise ValueError(
-            f"merge: merged and unmerged outputs of task '{model.tasks[task].name}' differ by {error:.1e} of the largest"
-            f" value, more than {tolerance:.0e}: the trunk's {trunk.tokens.weight.dtype} cannot hold what is added"
+            f"merge: merged and unmerged outputs of task '{model.tasks[task].name}' differ by {error:.1e} of the "
+            f"largest value, more than {tolerance:.0e}: {trunk.tokens.weight.dtype} cannot hold what is added"
         )
     return trunk
 
