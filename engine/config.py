@@ -14,6 +14,7 @@ from trunkline.engine.network.trunk import PRESETS, Checkpointing, TrunkConfig
 from trunkline.engine.settings import (
     ADAPTIVE,
     GRADIENT_METHODS,
+    Adapters,
     Balancing,
     Batch,
     Evaluation,
@@ -93,6 +94,8 @@ class Config:
     batch: Batch = Batch()
     mixing: Mixing = Mixing()
     optimizer: Optimizer = Optimizer()
+    adapters: Adapters | None = None
+    """Low-rank adapters (LoRA), which learn with the heads while the trunk stays as it is; none: the trunk learns."""
     evaluation: Evaluation = Evaluation()
     search: Search = Search()
     """How texts are generated."""
@@ -141,6 +144,14 @@ class Config:
             for name in TRAINED:
                 if getattr(self, name) != getattr(Config, name):
                     yield f"{name} is of a tokenizer that is trained, and '{source}' brings its own: leave {name} out"
+        frozen = [name for name in names if name in self.optimizer.freeze]
+        if frozen and (self.mixing.reacts or len(frozen) == len(names)):
+            yield (
+                f"optimizer.freeze names {', '.join(frozen)}: "
+                + ("no task is left to learn" if len(frozen) == len(names) else "its share cannot react to training")
+            )
+        if self.adapters is not None:
+            yield from self._adapters(names)
         for key, given in (("weights", self.weights), ("mixing.shares", self.mixing.shares)):
             if strangers := [name for name in given if name not in names]:
                 yield f"{key} names {', '.join(strangers)}, which is none of {', '.join(names)}"
@@ -191,8 +202,23 @@ class Config:
                     f"and target take {others} tokens"
                 )
 
+    def _adapters(self, names: list[str]) -> Iterator[str]:
+        assert self.adapters is not None
+        try:
+            groups = self.adapters.groups(names)
+        except ValueError as error:
+            yield str(error)
+            return
+        looks = self.balancing.method != "fixed" or self.balancing.watch
+        if looks and len(groups) == len(names) > 1:
+            yield (
+                "balancing weighs tasks by what they share, and adapters of their own share nothing: use adapters.of "
+                "shared or groups, or balancing fixed"
+            )
+
     def _not_for_bilstm(self) -> Iterator[str]:
         refused = {
+            "adapters": self.adapters,
             "init": self.init,
             "projection": self.projection,
             "prompt_weight": self.prompt_weight,

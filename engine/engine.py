@@ -18,6 +18,15 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from trunkline.engine.adapting import (
+    config_with,
+    keep_all,
+    load_adapter,
+    make_adapters,
+    merged,
+    save_adapters,
+    with_digest,
+)
 from trunkline.engine.config import TRAINED, Config, changed, config_from, with_vocabulary
 from trunkline.engine.console import tell
 from trunkline.engine.device import usable_device
@@ -29,7 +38,7 @@ from trunkline.engine.network.kept_heads import keep_heads
 from trunkline.engine.network.model import MultiTaskModel, in_model_order
 from trunkline.engine.network.packing import Example, pack
 from trunkline.engine.network.trunk import Trunk, TrunkConfig
-from trunkline.engine.saved import check_weights, read_saved, summary_beside
+from trunkline.engine.saved import all_tensors, check_weights, own_tensors, read_saved, summary_beside
 from trunkline.engine.shown import engine_html, with_metrics
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.given import fits, listed, text_rows
@@ -92,6 +101,7 @@ class Engine:
         self.device = usable_device(config.device)
         self.summary: dict[str, Any] = {}  # of its last training and evaluation, as far as there is one
         self.kept: list[str] = []  # tasks whose heads come from where the trunk does
+        self.added: list[str] = []  # tasks whose heads have not seen their labels yet
         self._trunk, self._model, self.tokenizer = trunk, None, None
 
     @classmethod
@@ -118,6 +128,7 @@ class Engine:
             torch.manual_seed(self.config.seed)
             starts = self._trunk is None and self.config.init
             if starts:
+                self.config = with_digest(self.config)
                 dropout = self.config.trunk.dropout
                 self._trunk = Trunk.from_pretrained(self.config.init, dropout=dropout, dtype=torch.float32)
                 self._trunk.grow_vocabulary(tokenizer.vocab_size)
@@ -249,13 +260,22 @@ class Engine:
                     )
         layout = Layout(self._tokenizer, self.config.batch.max_length, self.config.trunk.causal)
         # what a trunk makes of a text serves all tasks; a Bi-LSTM's attention is each task's own
-        passes = [[t] for t in asked] if self.config.architecture == "bilstm" else [asked]
+        passes = [[t] for t in asked] if self.config.architecture == "bilstm" else self._of_one_adapter(asked)
         predictions: dict[str, list[Any]] = {self.tasks[t].name: [] for t in asked}
         for together in passes:
             for laid, wanted in self._batches(map(layout.lay, parts), together):
                 for name, answers in self._predict(laid, wanted, together).items():
                     predictions[name] += answers
         return predictions
+
+    def _of_one_adapter(self, asked: Sequence[int]) -> list[list[int]]:
+        """Tasks, by their places, that share what a trunk makes of a text: all, where there are no adapters."""
+        model = self.model
+        assert isinstance(model, MultiTaskModel)
+        passes: dict[int, list[int]] = {}
+        for t in asked:
+            passes.setdefault(0 if model.adapters is None else model.adapters.places[t], []).append(t)
+        return list(passes.values())
 
     def _batches(
         self, texts: Iterable[Laid], asked: Sequence[int]
@@ -365,7 +385,7 @@ class Engine:
         folder.mkdir(parents=True, exist_ok=True)
         partial = folder / f".{WEIGHTS}.partial"
         try:
-            save_file(self.model.state_dict(), partial)
+            save_file(own_tensors(self.model, self.config), partial)
         except SafetensorError as error:  # how safetensors tells of a full disk
             partial.unlink(missing_ok=True)
             raise OSError(f"engine: {folder / WEIGHTS} is not saved: {error}") from error
@@ -374,6 +394,58 @@ class Engine:
         (folder / SETTINGS).write_text(json.dumps(asdict(self.config), indent=1), encoding="utf-8")
         self._tokenizer.save(folder)
         return folder
+
+    def save_adapters(self, folder: str | Path) -> Path:
+        """Writes every adapter as PEFT does, each in a folder of its task's or group's name; heads are not in them.
+
+        Raises:
+            ValueError: there are no adapters.
+        """
+        return save_adapters(self._with_trunk, self.config, Path(folder))
+
+    def load_adapter(self, name: str, source: str | Path) -> None:
+        """Puts the adapter in a folder that PEFT or `save_adapters` wrote in the place of that of a task or group.
+
+        Raises:
+            ValueError: it is damaged, is of another trunk, or has what is not covered: DoRA, modules_to_save ...
+        """
+        load_adapter(self._with_trunk, self.config, name, source)
+
+    def add_task(self, task: Task, adapter: str | Path = "") -> None:
+        """Adds a task with a head and an adapter of its own; `fit` then trains these alone, and not a bit of the others
+        changes. `fit(optimizer={"freeze": []})` lets all learn again.
+
+        Args:
+            task: of another name than those there are.
+            adapter: a folder that PEFT or `save_adapters` wrote, to start from; empty: a new one.
+
+        Raises:
+            ValueError: there are no adapters, or there is such a task; or as `load_adapter`.
+        """
+        before = self._with_trunk
+        config = config_with(self.config, task)
+        model = make_model(config, before.trunk)
+        assert isinstance(model, MultiTaskModel)
+        keep_all(model.to(self.device), before)
+        if adapter:
+            load_adapter(model, config, task.name, adapter)
+        self.config, self.tasks, self._model = config, in_model_order(config.all_tasks), model
+        self.added.append(task.name)
+
+    def merge(self, task: str) -> Trunk:
+        """A trunk with a task's adapter in its weights, for `Trunk.save_pretrained`; the engine stays as it is.
+
+        Raises:
+            ValueError: an unknown task, no adapters, or outputs that differ from the unmerged ones.
+        """
+        return merged(self._with_trunk, self._index(task))
+
+    @property
+    def _with_trunk(self) -> MultiTaskModel:
+        model = self.model
+        if not isinstance(model, MultiTaskModel):
+            raise ValueError("engine: a Bi-LSTM has no adapters")
+        return model
 
     @classmethod
     def load(cls, folder: str | Path, device: str = "auto") -> "Engine":
@@ -386,12 +458,19 @@ class Engine:
         """
         config, tokenizer, weights, path = read_saved(Path(folder).expanduser())
         config = replace(config, device=device)
+        engine = cls.from_config(config)
+        if config.adapters is not None and config.adapters.trunk_digest:  # the trunk lies elsewhere
+            model = engine.build(tokenizer)
+            weights = all_tensors(weights, model, config)
+            check_weights(weights, model.state_dict(), path)
+            model.load_state_dict(weights)
+            engine.summary = summary_beside(path)
+            return engine
         if config.trunk.num_layers > len(weights):
             raise ValueError(f"engine: {path} does not fit its settings: {config.trunk.num_layers} layers need more")
         with torch.device("meta"):  # shapes only: what does not fit takes no memory
             trunk = Trunk(config.trunk) if config.architecture == "trunk" else None
             check_weights(weights, make_model(with_vocabulary(config, tokenizer), trunk).state_dict(), path)
-        engine = cls.__new__(cls)
         engine._hold(config, Trunk(config.trunk) if config.architecture == "trunk" else None)
         engine.build(tokenizer).load_state_dict(weights)
         engine.summary = summary_beside(path)
@@ -405,4 +484,6 @@ def make_model(config: Config, trunk: Trunk | None = None) -> Model:
     tasks = in_model_order(config.all_tasks)
     if config.architecture == "bilstm":
         return BiLSTM(config.trunk, tasks, config.label_smoothing)
-    return MultiTaskModel(trunk or Trunk(config.trunk), tasks, config.projection, config.label_smoothing)
+    trunk = trunk or Trunk(config.trunk)
+    adapters = config.adapters and make_adapters(config.adapters, trunk, [task.name for task in tasks])
+    return MultiTaskModel(trunk, tasks, config.projection, config.label_smoothing, adapters)

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from trunkline.engine import checkpoint
 from trunkline.engine.config import Config, restore_config
 from trunkline.engine.console import harmless
 from trunkline.engine.foreign.pretrained import SETTINGS, WEIGHTS, read_json
+from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.text.tokenizer import BESIDE, FILE, Tokenizer
 from trunkline.engine.yaml_file import read_yaml
 
@@ -86,6 +87,26 @@ def _read_checkpoint(folder: Path) -> tuple[Config, Tokenizer, dict[str, Tensor]
         embedding = weights.get("trunk.tokens.weight", torch.empty(config.trunk.vocab_size, 1))
         config = replace(config, trunk=replace(config.trunk, vocab_size=len(embedding)))
     return config, tokenizer, weights, folder / "model.safetensors"
+
+
+def own_tensors(model: nn.Module, config: Config) -> dict[str, Tensor]:
+    """What is saved of a model: all; or of one with adapters all but what is in the checkpoint that `init` names."""
+    left_out = _elsewhere(model, config)
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in left_out}
+
+
+def all_tensors(own: Mapping[str, Tensor], model: nn.Module, config: Config) -> dict[str, Tensor]:
+    """With what `own_tensors` left out, from a model that has it."""
+    left_out = _elsewhere(model, config)
+    return {**{name: tensor for name, tensor in model.state_dict().items() if name in left_out}, **own}
+
+
+def _elsewhere(model: nn.Module, config: Config) -> set[str]:
+    """Names of the tensors that lie in the checkpoint which the adapters are for."""
+    if config.adapters is None or not config.adapters.trunk_digest:
+        return set()
+    assert isinstance(model, MultiTaskModel)
+    return {name for name, _ in model.frozen_by_adapters()}
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:

@@ -1,10 +1,11 @@
 """The parts of a config: what is in a step, how the tasks are mixed and weighed, the optimizer, the evaluations."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from typing import Literal, get_args
 
-from trunkline.engine.checks import above, at_least, check, from_to_below
+from trunkline.engine.checks import above, at_least, check, from_to_below, nearest, raise_all
 
 MixingMethod = Literal["proportional", "temperature", "annealed", "fixed", "progress", "loss_ratio"]
 ADAPTIVE = ("progress", "loss_ratio")  # methods whose shares react to training
@@ -63,7 +64,8 @@ class Optimizer:
     embeddings most of all, moves least (Howard and Ruder, arXiv:1801.06146, section 3.1)."""
     freeze: tuple[str, ...] = ()
     """Parts of the trunk that stay as they are: trunk, embeddings, blocks.N, blocks.N-M (both ends included), or the
-    name of a module of the trunk such as final_norm."""
+    name of a module of the trunk such as final_norm. Or tasks by name: their heads and adapters stay, and their
+    examples are not seen."""
     warmup: float = 0.05
     """Share of the steps in which it rises."""
     weight_decay: float = 0.01
@@ -94,6 +96,63 @@ class Optimizer:
             clip=above(0),
             give_up_after=at_least(1),
         )
+
+
+@dataclass(frozen=True)
+class Adapters:
+    """Low-rank adapters (LoRA) on the trunk, which itself stays as it is; names as in PEFT."""
+
+    rank: int = 16
+    """Columns of A and rows of B."""
+    alpha: float = 32.0
+    """What an adapter adds is multiplied by alpha / rank."""
+    dropout: float = 0.0
+    """Probability of zeroing an element of what goes into an adapter in training."""
+    layers: Literal["all"] | tuple[str, ...] = "all"
+    """Linear layers of the blocks that have adapters: all; or names: qkv, attention_out, mlp_in, mlp_out; blocks.N or
+    blocks.N-M; or what the checkpoint's family calls them, such as q_proj and v_proj."""
+    of: str | dict[str, tuple[str, ...]] = "task"
+    """Whose they are. task: each task has one of its own; shared: all tasks have one together; or groups of tasks by
+    name, {inference: [mnli, rte], others: [...]}, every task in one."""
+    rslora: bool = False
+    """alpha / sqrt(rank) instead of alpha / rank."""
+    trunk_digest: str = ""
+    """SHA-256 of the checkpoint that they are made for; set when a run begins."""
+
+    def __post_init__(self):
+        check(
+            self,
+            "adapters.",
+            rank=at_least(1, 1024),
+            alpha=above(0, 1e6),
+            dropout=from_to_below(0, 1),
+        )
+        if isinstance(self.of, str) and self.of not in ("task", "shared"):
+            raise ValueError(f"adapters.of must be task, shared or groups of tasks by name, got {self.of!r}")
+        if not self.layers or not self.of:
+            raise ValueError("adapters.layers is empty" if not self.layers else "adapters.of is empty")
+
+    def groups(self, tasks: Sequence[str]) -> dict[str, list[str]]:
+        """The adapters by name, with the tasks of each.
+
+        Raises:
+            ValueError: a task in two groups or in none, or one that there is not.
+        """
+        if self.of == "task":
+            return {task: [task] for task in tasks}
+        if self.of == "shared":
+            return {"shared": list(tasks)}
+        assert isinstance(self.of, dict)
+        faults = []
+        for task in tasks:
+            homes = [group for group, members in self.of.items() if task in members]
+            if len(homes) != 1:
+                faults.append(f"task '{task}' is in {' and '.join(homes) or 'no group'}; every task has one adapter")
+        for group, members in self.of.items():
+            faults += [f"{group} names '{m}'; did you mean '{nearest(m, tasks)}'?" for m in members if m not in tasks]
+            faults += [f"{group} has no tasks"] if not members else []
+        raise_all([f"adapters.of: {fault}" for fault in faults])
+        return {group: list(members) for group, members in self.of.items()}
 
 
 @dataclass(frozen=True)

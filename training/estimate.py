@@ -121,7 +121,7 @@ def step_memory(config: Config, batches: Sequence[PackedBatch], device: str) -> 
     activations = made = 0
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = make_model(config).train()
-        freeze(model, config.optimizer.freeze)
+        freeze(model, config.optimizer.freeze, torch.bfloat16 if device == "cuda" else None)
         assert isinstance(model, MultiTaskModel)
         model.trunk.checkpointing = config.checkpointing
         for batch in written:
@@ -193,10 +193,16 @@ def estimate(config: Config, tell: Callable[[str], None]) -> dict[str, Memory]:
     with FakeTensorMode():
         model = make_model(config)
         assert isinstance(model, MultiTaskModel)
+    adapters = 0 if model.adapters is None else sum(p.numel() for p in model.adapters.parameters())
     total, trunk = (sum(p.numel() for p in part.parameters()) for part in (model, model.trunk))
     flops = config.batch.accumulate * fmean(training_flops(model, batch) for batch in batches)
 
-    tell(f"parameters: {total:,}; trunk {trunk:,}, heads {total - trunk:,}")
+    of_adapters = f", adapters {adapters:,}" if adapters else ""
+    tell(f"parameters: {total:,}; trunk {trunk:,}{of_adapters}, heads {total - trunk - adapters:,}")
+    if model.adapters is not None:
+        count = len(model.adapters.names)
+        each = quantity(4 * 4 * adapters / count, "B")  # weights, gradients and two means in float32
+        tell(f"each of {count} adapters takes {each} in training, and a text a pass through the trunk in predicting")
     tell(
         f"arithmetic: {flops / 1e12:.3g} TFLOP a step, {flops * config.steps / 1e15:.3g} PFLOP in {config.steps} steps"
     )

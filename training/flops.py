@@ -4,6 +4,8 @@ Left out is what is small beside them: embeddings, norms, activations and the he
 carry no example (the dummy sequence) are not counted, so that systems are compared by the work that their data needs.
 """
 
+from torch import nn
+
 from trunkline.engine.network.bilstm import BiLSTM, Model
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import PackedBatch
@@ -14,7 +16,12 @@ BACKWARD = 2  # a backward pass has two products for each of the forward pass
 
 def training_flops(model: Model, batch: PackedBatch) -> float:
     """Operations of a forward and a backward pass; what recomputation adds is left out."""
-    return (1 + BACKWARD) * (_bilstm(model, batch) if isinstance(model, BiLSTM) else _trunk(model, batch))
+    if isinstance(model, BiLSTM):
+        return (1 + BACKWARD) * _bilstm(model, batch)
+    if model.adapters is None:
+        return (1 + BACKWARD) * _trunk(model, batch)
+    # the trunk's weights get no gradient, which is one of the two products
+    return BACKWARD * _trunk(model, batch) + (1 + BACKWARD) * _adapters(model, batch)
 
 
 def trunk_flops(
@@ -51,6 +58,18 @@ def _trunk(model: MultiTaskModel, batch: PackedBatch) -> float:
     projections = config.hidden_size**2 * rows if model.activation else 0
     blocks = trunk_flops(config, batch.real_tokens, rows, written, *seen_pairs(batch, config.causal))
     return blocks + 2.0 * projections
+
+
+def _adapters(model: MultiTaskModel, batch: PackedBatch) -> float:
+    """Operations of a forward pass through A and B of every token's adapter; of the last block as of the trunk."""
+    assert model.adapters is not None
+    last, elements = len(model.trunk.blocks) - 1, {"tokens": 0, "rows": 0}
+    for name, module in model.trunk.named_modules():
+        layer = model.adapters.layer(name) if isinstance(module, nn.Linear) else None
+        if layer is not None:
+            on_rows = name.startswith(f"blocks.{last}.") and not name.endswith("qkv")
+            elements["rows" if on_rows else "tokens"] += layer.down[0].numel() + layer.up[0].numel()
+    return 2.0 * (elements["tokens"] * batch.real_tokens + elements["rows"] * len(batch.rows.token))
 
 
 def _bilstm(model: BiLSTM, batch: PackedBatch) -> float:

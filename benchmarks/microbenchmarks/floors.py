@@ -65,6 +65,15 @@ def _task_projection(a: dict[str, Any]) -> tuple[Work, Work]:
     return Work(_bytes(x, weight, bias) + y, product), Work(2 * _bytes(x, weight, bias) + 2 * y, 2 * product)
 
 
+def _low_rank(a: dict[str, Any]) -> tuple[Work, Work]:
+    base, x, down, up = a["base"], a["x"], a["down"], a["up"]
+    h = len(x) * down.shape[2]
+    products = 2.0 * h * x.shape[1] + 2.0 * len(x) * up[0].numel()
+    forward = Work(_bytes(base, x, down, up) + _bytes(base) + h * x.element_size(), products)
+    # reads dy, x, h, A and B; writes dx, dA and dB
+    return forward, Work(_bytes(base) + 2 * _bytes(x, down, up) + h * x.element_size(), 2 * products)
+
+
 def _task_loss(a: dict[str, Any]) -> tuple[Work, Work]:
     x, weight, bias = a["x"], a["weight"], a["bias"]
     logits = float((a["offsets"].diff().double() * a["class_offsets"].diff()).sum())
@@ -81,6 +90,7 @@ WORK: dict[str, Callable[[dict[str, Any]], tuple[Work, Work]]] = {
     "attention": _attention,
     "linear_cross_entropy": _linear_cross_entropy,
     "task_projection": _task_projection,
+    "low_rank": _low_rank,
     "task_loss": _task_loss,
     "task_gram": _task_gram,
 }

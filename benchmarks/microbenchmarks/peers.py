@@ -272,6 +272,59 @@ def _gram_of_segments(kernel: Kernel, arguments: Arguments, dtype: torch.dtype) 
     return System(forward, {})
 
 
+# low_rank
+
+
+def _peft_loop(kernel: Kernel, arguments: Arguments, dtype: torch.dtype) -> System:
+    """What PEFT does of adapters by sample, in inference alone: one adapter after the other, its rows taken out and put
+    back; and here with gradients. A fused layer's parts are layers of their own there, each with its product."""
+    a = map_tensors(lambda x: x.detach().clone(), arguments)
+    inputs = leaves(a, dtype)
+    ends, rank = a["offsets"].tolist(), a["up"].shape[1]
+    segments = [torch.arange(first, last, device=a["x"].device) for first, last in zip(ends, ends[1:], strict=False)]
+
+    def forward() -> Tensor:
+        columns, begin = [], 0
+        for p, (start, end) in enumerate(zip(a["parts"][::2], a["parts"][1::2], strict=True)):
+            y, own = a["base"][:, start:end], slice(begin, begin + end - start)
+            begin = own.stop
+            for t, rows in enumerate(segments):
+                down, up = a["down"][t][:, p * rank : (p + 1) * rank], a["up"][t][:, own]
+                y = y.index_add(0, rows, a["scale"] * (a["x"][rows] @ down) @ up)
+            columns.append(y)
+        return torch.cat(columns, 1)
+
+    return System(forward, inputs)
+
+
+def _grouped_mm(kernel: Kernel, arguments: Arguments, dtype: torch.dtype) -> System:
+    """torch's product of groups of rows, twice, as SkyRL and others have it."""
+    if not hasattr(F, "grouped_mm"):
+        raise Unavailable("torch has no grouped_mm")
+    a = map_tensors(lambda x: x.detach().clone(), arguments)
+    inputs = leaves(a, dtype)
+    if a["x"].device.type == "cuda" and dtype != torch.bfloat16:
+        raise Unavailable("grouped_mm takes bfloat16 alone")
+    ends, rank = a["offsets"][1:], a["up"].shape[1]
+
+    def forward() -> Tensor:
+        h = F.grouped_mm(a["x"], a["down"], offs=ends)
+        columns, begin = [], 0
+        for p, (start, end) in enumerate(zip(a["parts"][::2], a["parts"][1::2], strict=True)):
+            own = slice(begin, begin + end - start)
+            begin = own.stop
+            hidden = h[:, p * rank : (p + 1) * rank].contiguous()
+            added = F.grouped_mm(hidden, a["up"][:, :, own].contiguous(), offs=ends)
+            columns.append(a["base"][:, start:end] + a["scale"] * added)
+        return torch.cat(columns, 1)
+
+    try:
+        forward()
+    except RuntimeError as error:
+        raise Unavailable(f"grouped_mm: {str(error).splitlines()[0]}") from error
+    return System(forward, inputs)
+
+
 Peer = Callable[[Kernel, Arguments, torch.dtype], System]
 PEERS: dict[str, dict[str, Peer]] = {
     "attention": {
@@ -291,6 +344,7 @@ PEERS: dict[str, dict[str, Peer]] = {
         "Liger": _liger,
         "cut_cross_entropy": _cut_cross_entropy,
     },
+    "low_rank": {"loop over adapters": definition, "PEFT's loop": _peft_loop, "grouped_mm": _grouped_mm},
     "task_loss": {"loop over tasks": definition},
     "task_projection": {"loop over tasks": definition},
     "task_gram": {"loop over tasks": _gram_of_segments, "backward pass per task": _backward_per_task},

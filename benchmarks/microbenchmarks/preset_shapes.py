@@ -16,6 +16,8 @@ def preset_shapes(kernel: str) -> dict[str, dict[str, int]]:
         D = config.hidden_size
         if kernel == "task_projection":
             shapes[name] = {"rows": ROWS, "tasks": TASKS, "width": D, "columns": D}
+        elif kernel == "low_rank":
+            shapes[name] = {"rows": TOKENS, "tasks": TASKS, "width": D, "columns": D, "rank": 16, "num_parts": 3}
         elif kernel == "task_loss":
             shapes[name] = {"rows": ROWS, "tasks": TASKS, "width": D, "classes": CLASSES}
         elif kernel == "linear_cross_entropy":

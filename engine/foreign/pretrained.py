@@ -50,6 +50,8 @@ def load(source: str, dropout: float | None = None, dtype: torch.dtype | None = 
     settings, tensors = _settings(folder), _tensors(folder)
     try:
         config = _config(settings)
+        if (settings.get("adapters") or {}).get("trunk_digest"):
+            raise ValueError("it holds adapters and heads, and no trunk; Engine.merge makes one of a task's adapter")
         if dropout is not None:
             config = replace(config, dropout=dropout)
         if config.num_layers > len(tensors):
@@ -205,7 +207,7 @@ def _to_hugging_face(trunk: Trunk, vocabulary: Tensor | None) -> tuple[dict[str,
     tensors = {name: tensor.clone() for name, tensor in others.items()}
     for name, weight in trunk.state_dict().items():
         sources = family.sources(name, settings, prefix)
-        for source, part in zip(sources, _parts(config, name, weight, len(sources)), strict=True):
+        for source, part in zip(sources, parts_of(config, name, weight, len(sources)), strict=True):
             tensors[source] = (
                 part.T.clone(memory_format=torch.contiguous_format) if family.transposed(name) else part.clone()
             )
@@ -214,7 +216,7 @@ def _to_hugging_face(trunk: Trunk, vocabulary: Tensor | None) -> tuple[dict[str,
     return settings, tensors
 
 
-def _parts(config: TrunkConfig, name: str, weight: Tensor, count: int) -> tuple[Tensor, ...]:
+def parts_of(config: TrunkConfig, name: str, weight: Tensor, count: int) -> tuple[Tensor, ...]:
     """A parameter, or the queries, keys and values, or gate and value, that are one in the trunk."""
     if count == 1:
         return (weight,)

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from trunkline.engine.network.adapters import AdaptedLayer, Adapters
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import PackedBatch
 from trunkline.engine.network.trunk import Trunk
@@ -79,15 +80,25 @@ class BalancedBackward:
     """
 
     def __init__(self, model: MultiTaskModel, layers: Sequence[str]):
-        self.model, self.chosen = model, linear_layers(model.trunk, layers)
+        self.model = model
+        self.chosen: dict[str, nn.Module] = {**linear_layers(model.trunk, layers)}
         first = min(int(name.split(".")[1]) for name in self.chosen)
         self.block, *others = model.trunk.blocks[first:]
         above = [module for block in (self.block, *others) for module in block.modules()]
+        if (adapters := model.adapters) is not None:  # the trunk stays as it is: the tasks meet in its adapters
+            self.chosen = {name: layer for name in self.chosen if (layer := adapters.layer(name)) is not None}
+            if not self.chosen:
+                raise ValueError(
+                    f"balancing: of {', '.join(layers)} no layer has adapters; adapters.layers says which do"
+                )
+            names = [name for name, _ in model.trunk.named_modules() if name.startswith("blocks.")]
+            of_names = [(int(name.split(".")[1]), adapters.layer(name)) for name in names]
+            above += [layer for block, layer in of_names if layer is not None and block >= first]
         ends = ("final_norm", "last_layer", "last_norm")
         above += [module for name, module in model.trunk.named_children() if name in ends]
         self.above = [module for module in above if next(module.parameters(recurse=False), None) is not None]
         self.passes: list[_Pass] = []
-        self.gradients: dict[nn.Linear, TaskGradients] = {}
+        self.gradients: dict[nn.Module, TaskGradients] = {}
 
     def forward(self, batch: PackedBatch) -> LossSums:
         """What the model returns for a batch, which is remembered for `upper`."""
@@ -133,8 +144,20 @@ class BalancedBackward:
 
     def gram(self) -> Tensor:
         """(N, N) inner products of what the tasks' losses give the chosen weights, over all batches of the step."""
+        if self.model.adapters is not None:
+            return self._gram_of_adapters(self.model.adapters)
         self.gradients = {layer: task_gram(*self._by_task(layer)) for layer in self.chosen.values()}
         return torch.stack([of_layer.gram for of_layer in self.gradients.values()]).sum(0)
+
+    def _gram_of_adapters(self, adapters: Adapters) -> Tensor:
+        """(N, N): tasks of different adapters have no weight in common, and their products are 0."""
+        grams = []
+        for layer in self.chosen.values():
+            assert isinstance(layer, AdaptedLayer)
+            x, dy, offsets = self._by_task(layer)
+            grams += [task_gram(*factors, offsets).gram for factors in layer.factors(x, dy, offsets, adapters.of_task)]
+        together = adapters.of_task[:, None] == adapters.of_task
+        return torch.stack(grams).sum(0) * together
 
     def lower(self, weights: Tensor) -> None:
         """The lower part for all batches of the step: adds to the gradients of all parameters.

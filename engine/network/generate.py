@@ -18,7 +18,7 @@ from torch import Tensor
 
 from trunkline.engine.checks import at_least, check
 from trunkline.engine.network.packing import Example, batches_of, pack
-from trunkline.engine.network.trunk import Trunk, TrunkConfig
+from trunkline.engine.network.trunk import Adapt, Trunk, TrunkConfig
 from trunkline.kernels.attention.attention import attention
 
 
@@ -159,6 +159,7 @@ def generate(
     prompts: Sequence[np.ndarray],
     end: int | Sequence[int],
     search: Search | None = None,
+    adapt: Callable[[int, int], Adapt] | None = None,
 ) -> list[list[int]]:
     """Continues every prompt until its end token or the longest length.
 
@@ -168,6 +169,7 @@ def generate(
         prompts: token ids of each; at least one token.
         end: token that ends a text, or several any of which does; it is not part of the result.
         search: how; default greedy, at most 64 tokens.
+        adapt: of a trunk with adapters, what gives the task's for so many tokens, and rows of them.
 
     Returns:
         The new tokens of each prompt, in the order of the prompts.
@@ -191,14 +193,16 @@ def generate(
         )
     longest_first = np.argsort(-lengths, kind="stable")
     with torch.inference_mode():
-        x, cache = _prefill(trunk, [prompts[i] for i in longest_first], slots)
+        x, cache = _prefill(trunk, [prompts[i] for i in longest_first], slots, adapt)
         writer = writer_of(len(prompts), search, end, x.device)
         while len(kept := writer.step(logits(x).float())):
             cache.keep(kept)
             places = cache.advance()
-            x = trunk(writer.last, places, cache.attend, repeated=cache.repeated(writer.last))  # (S,) -> (S, D)
-    texts = writer.written()
-    return [texts[place] for place in np.argsort(longest_first)]
+            texts = len(places)
+            own = adapt and adapt(texts, texts)
+            x = trunk(writer.last, places, cache.attend, repeated=cache.repeated(writer.last), adapt=own)  # -> (S, D)
+    written = writer.written()
+    return [written[place] for place in np.argsort(longest_first)]
 
 
 def prompts_at_once(lengths: Sequence[int], search: Search, tokens: int) -> list[list[int]]:
@@ -230,7 +234,9 @@ def writer_of(prompts: int, search: Search, end: int | Sequence[int], device: to
     return (_Greedy if search.beams == 1 else _Beams)(prompts, search, ends, device)
 
 
-def _prefill(trunk: Trunk, prompts: Sequence[np.ndarray], slots: int) -> tuple[Tensor, Cache]:
+def _prefill(
+    trunk: Trunk, prompts: Sequence[np.ndarray], slots: int, adapt: Callable[[int, int], Adapt] | None
+) -> tuple[Tensor, Cache]:
     """Hidden states of the prompts' last tokens, (B, D), and the cache filled with the prompts."""
     examples = [Example(0, tokens, np.array([len(tokens) - 1])) for tokens in prompts]
     weight = trunk.tokens.weight
@@ -246,7 +252,8 @@ def _prefill(trunk: Trunk, prompts: Sequence[np.ndarray], slots: int) -> tuple[T
         cache.put(layer, filled, k, v)
         return attention(q, k, v, batch.plan, causal=True, window=trunk.config.window_of(layer), rows=rows)
 
-    x = trunk(batch.tokens, batch.positions, attend, batch.rows.token)
+    own = adapt and adapt(len(batch.tokens), len(prompts))
+    x = trunk(batch.tokens, batch.positions, attend, batch.rows.token, adapt=own)
     if trunk.config.exact_match:
         cache.tokens[text, batch.tokens] = True
     return torch.empty_like(x).index_copy_(0, order, x), cache

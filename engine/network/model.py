@@ -5,7 +5,7 @@
 T tokens, R labelled rows, N tasks, D width, K columns of the table of small heads, V vocabulary
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from trunkline.engine.heads.head import GROUPS
 from trunkline.engine.heads.registry import HEADS
+from trunkline.engine.network.adapters import Adapters
 from trunkline.engine.network.generate import Search, generate
 from trunkline.engine.network.packing import PackedBatch
 from trunkline.engine.network.span_loss import span_loss
@@ -45,6 +46,7 @@ class MultiTaskModel(nn.Module):
             'pooler': tanh(x W_t + b_t), which starts as the trunk's pooler, for tasks of one class or number an
             example, and x + tanh(x W_t + b_t) for the others.
         label_smoothing: of all classification and next-token losses.
+        adapters: on the trunk's linear layers.
 
     Raises:
         ValueError: a task that predicts tokens on a bidirectional trunk, tasks out of order, or a pooler asked of a
@@ -58,7 +60,14 @@ class MultiTaskModel(nn.Module):
     spread: Tensor  # (tasks of the table,) the unit of a regression's loss, and 1
     kept: Tensor  # (N,) factor of x beside its projection: 0 where it is a pooler, else 1
 
-    def __init__(self, trunk: Trunk, tasks: Sequence["Task"], projection: str = "", label_smoothing: float = 0.0):
+    def __init__(
+        self,
+        trunk: Trunk,
+        tasks: Sequence["Task"],
+        projection: str = "",
+        label_smoothing: float = 0.0,
+        adapters: Adapters | None = None,
+    ):
         super().__init__()
         if list(tasks) != in_model_order(tasks):
             raise ValueError(f"model: tasks must be in the order of in_model_order, got {[t.name for t in tasks]}")
@@ -68,7 +77,7 @@ class MultiTaskModel(nn.Module):
         if following and not trunk.config.causal:
             name = following[0]
             raise ValueError(f"model: task '{name}' predicts next tokens, which needs a causal trunk")
-        self.trunk, self.tasks = trunk, tuple(tasks)
+        self.trunk, self.tasks, self.adapters = trunk, tuple(tasks), adapters
         self.num_small, self.num_spans, self.num_vocabulary = (groups.count(group) for group in GROUPS)
         self.activation, self.label_smoothing = "tanh" if projection == "pooler" else projection, label_smoothing
 
@@ -128,6 +137,12 @@ class MultiTaskModel(nn.Module):
         """(V, D)"""
         return self.trunk.tokens.weight if self.trunk.config.tie_vocabulary else self.vocabulary
 
+    def frozen_by_adapters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """What stays as it is where there are adapters: the trunk, and the matrix that a checkpoint predicts with."""
+        yield from ((f"trunk.{name}", parameter) for name, parameter in self.trunk.named_parameters())
+        if self.num_vocabulary and not self.trunk.config.tie_vocabulary and self.trunk.vocabulary is not None:
+            yield "vocabulary", self.vocabulary
+
     @property
     def groups(self) -> tuple[int, int, int]:
         """How many tasks have a head in the table, predict spans, and predict tokens."""
@@ -146,7 +161,8 @@ class MultiTaskModel(nn.Module):
 
     def hidden(self, batch: PackedBatch) -> Tensor:
         """(R, D) the trunk's output at the labelled rows."""
-        x = self.trunk(batch.tokens, batch.positions, batch.plan, batch.rows.token, types=batch.types)
+        adapt = None if self.adapters is None else self.adapters.of_batch(batch)
+        x = self.trunk(batch.tokens, batch.positions, batch.plan, batch.rows.token, types=batch.types, adapt=adapt)
         if torch.is_autocast_enabled(x.device.type):  # norms leave float32; the heads' products need not
             x = x.to(torch.get_autocast_dtype(x.device.type))
         return x
@@ -226,7 +242,8 @@ class MultiTaskModel(nn.Module):
         self, prompts: Sequence[np.ndarray], task: int, end: int | Sequence[int], search: Search
     ) -> list[list[int]]:
         """Continues prompts as one task's head says: `trunkline.engine.network.generate.generate`."""
-        return generate(self.trunk, partial(self.logits, task=task), prompts, end, search)
+        adapt = None if self.adapters is None else partial(self.adapters.of_one, task)
+        return generate(self.trunk, partial(self.logits, task=task), prompts, end, search, adapt)
 
     def task_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Parameters of which every row is one task's own, each with the tasks of its rows, int64."""

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from trunkline.engine.foreign.pretrained import Origin
 
 Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+# what adapters make of a linear layer: of its name, input, output, and of whether these are of the labelled rows alone
+Adapt = Callable[[str, Tensor, Tensor, bool], Tensor]
 Checkpointing = Literal["none", "block", "selective"]
 
 
@@ -98,9 +100,21 @@ class Block(nn.Module):
             self.query_norm, self.key_norm = Norm(config, E, "rms"), Norm(config, E, "rms")
         self.dropout = nn.Dropout(config.dropout)
 
-    def attend(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend, rows: Tensor | None) -> Tensor:
+    def linear(self, name: str, x: Tensor, adapt: Adapt | None, on_rows: bool) -> Tensor:
+        """One of the block's linear layers, with its adapters where there are any."""
+        y = getattr(self, name)(x)
+        return y if adapt is None else adapt(f"blocks.{self.layer}.{name}", x, y, on_rows)
+
+    def attend(
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        attend: Attend,
+        rows: Tensor | None,
+        adapt: Adapt | None,
+    ) -> Tensor:
         H, G, E = self.config.num_heads, self.config.kv_heads, self.config.head_width
-        qk, v = self.qkv(x).view(len(x), H + 2 * G, E).split([H + G, G], 1)
+        qk, v = self.linear("qkv", x, adapt, on_rows=False).view(len(x), H + 2 * G, E).split([H + G, G], 1)
         if self.config.qk_norm:
             qk = torch.cat([self.query_norm(qk[:, :H]), self.key_norm(qk[:, H:])], 1).to(v.dtype)
         if angles is not None:
@@ -108,24 +122,31 @@ class Block(nn.Module):
         q, k = qk.split([H, G], 1)
         return attend(self.layer, q, k, v, rows).flatten(1)  # (T, H * E), or (R, H * E)
 
-    def mlp(self, x: Tensor) -> Tensor:
-        hidden = self.mlp_in(x)
+    def mlp(self, x: Tensor, adapt: Adapt | None, on_rows: bool) -> Tensor:
+        hidden = self.linear("mlp_in", x, adapt, on_rows)
         if self.config.gates:
             gate, value = hidden.chunk(2, -1)
-            return self.mlp_out((F.silu if self.config.activation == "swiglu" else F.gelu)(gate) * value)
-        return self.mlp_out(gelu_tanh(hidden) if self.config.activation == "gelu_tanh" else F.gelu(hidden))
+            hidden = (F.silu if self.config.activation == "swiglu" else F.gelu)(gate) * value
+        else:
+            hidden = gelu_tanh(hidden) if self.config.activation == "gelu_tanh" else F.gelu(hidden)
+        return self.linear("mlp_out", hidden, adapt, on_rows)
 
     def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, attend: Attend, rows: Tensor | None = None
+        self,
+        x: Tensor,
+        angles: tuple[Tensor, Tensor] | None,
+        attend: Attend,
+        rows: Tensor | None = None,
+        adapt: Adapt | None = None,
     ) -> Tensor:
-        pre = self.config.norm_position == "pre"
-        attended = self.attend(self.attention_norm(x) if pre else x, angles, attend, rows)
+        pre, on_rows = self.config.norm_position == "pre", rows is not None
+        attended = self.attend(self.attention_norm(x) if pre else x, angles, attend, rows, adapt)
         x = x if rows is None else x[rows]
-        x = x + self.dropout(self.attention_out(attended))
+        x = x + self.dropout(self.linear("attention_out", attended, adapt, on_rows))
         if pre:
-            return x + self.dropout(self.mlp(self.mlp_norm(x)))
+            return x + self.dropout(self.mlp(self.mlp_norm(x), adapt, on_rows))
         x = self.attention_norm(x)
-        return self.mlp_norm(x + self.dropout(self.mlp(x)))
+        return self.mlp_norm(x + self.dropout(self.mlp(x, adapt, on_rows)))
 
 
 class Trunk(nn.Module):
@@ -214,6 +235,7 @@ class Trunk(nn.Module):
         rows: Tensor | None = None,
         repeated: Tensor | None = None,
         types: Tensor | None = None,
+        adapt: Adapt | None = None,
     ) -> Tensor:
         """Hidden states of a packed stream.
 
@@ -225,6 +247,8 @@ class Trunk(nn.Module):
             repeated: (T,) bool, the tokens that occurred before in their sequence, which `exact_match` marks; None: as
                 the stream shows it.
             types: (T,) uint8, token types, below `token_types`; None: 0. A trunk without any does not look at them.
+            adapt: what adapters make of each linear layer: of its name, input and output, and of whether these are of
+                `rows` alone, a new output. `Adapters.of_batch` gives it.
 
         Returns:
             (R, D), or (T, D) without `rows`; after the final norm.
@@ -234,7 +258,7 @@ class Trunk(nn.Module):
         attend = partial(_packed, self.config, plan) if isinstance(plan, PackPlan) else plan
         for layer, block in enumerate(self.blocks):
             angles = everywhere if self.config.window_of(layer) is None else local
-            of_block = (x, angles, attend, rows if block is self.blocks[-1] else None)
+            of_block = (x, angles, attend, rows if block is self.blocks[-1] else None, adapt)
             if self.checkpointing == "none" or not torch.is_grad_enabled():
                 x = block(*of_block)
             else:

@@ -23,6 +23,7 @@ SPILLS = {  # Triton 3.6 alone
     ("_gradient_kernel", 100): (2, "erf and its derivative on 128 columns"),
 }
 GROUP = 8  # tiles of rows that sweep the columns together
+NARROW = 64  # inner dimensions and widths up to this, of low-rank adapters, fill no large tile
 MIN_CHUNK = 512  # rows of a task that one program of the weight gradient takes at least
 PROGRAMS = 1024  # that the weight gradient is split into at least, where rows allow: several for each of 132 processors
 GRADIENT_ROWS, GRADIENT_COLUMNS = 64, 128  # tile of the activation's derivative
@@ -219,16 +220,19 @@ def _weight_gradient_kernel(
         tl.store(partial_ptr + chunk.to(tl.int64) * D * C + place, total, mask=inside)
 
 
-def _product_tile(dtype: torch.dtype, rows: int, columns: int, plain: bool) -> dict[str, int]:
-    """Large tiles where there are enough of them to occupy a GPU, otherwise small ones; `plain`: without activation."""
+def _product_tile(dtype: torch.dtype, rows: int, inner: int, columns: int, plain: bool) -> dict[str, int]:
+    """Large tiles where there are enough of them to occupy a GPU and enough to do in each, otherwise small ones.
+
+    `plain`: without activation.
+    """
     if dtype == torch.float32:
         return {"BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
-    if rows * columns >= 128 * 256 * 132:
+    if rows * columns >= 128 * 256 * 132 and inner > NARROW:
         return {"BLOCK_R": 128, "BLOCK_C": 256 if plain else 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     return {"BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
 
 
-def _product(
+def product(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -239,7 +243,7 @@ def _product(
     """(R, K) and (N, K, C) of any strides -> y (R, C) and, if wanted, z (R, C)."""
     (R, _), (N, K, C) = x.shape, weight.shape
     y, z = x.new_empty(R, C), x.new_empty((R, C) if save_z else (0, C))
-    tile = _product_tile(x.dtype, R, C, plain=bias is None)
+    tile = _product_tile(x.dtype, R, K, C, plain=bias is None)
     tiles = R // tile["BLOCK_R"] + N
     _product_kernel[(tiles * triton.cdiv(C, tile["BLOCK_C"]),)](
         x,
@@ -267,15 +271,15 @@ def _product(
 def forward(
     x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, activation: str, save_z: bool
 ) -> tuple[Tensor, Tensor]:
-    return _product(x.contiguous(), weight, bias.contiguous(), offsets, activation, save_z)
+    return product(x.contiguous(), weight, bias.contiguous(), offsets, activation, save_z)
 
 
 def backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, saved: Tensor, offsets: Tensor, activation: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     g, dbias = _activation_gradient(dy, bias, saved, offsets, activation)
-    dx, _ = _product(g, weight.mT, None, offsets)
-    return dx, _weight_gradient(x.contiguous(), g, weight, offsets), dbias
+    dx, _ = product(g, weight.mT, None, offsets)
+    return dx, weight_gradient(x.contiguous(), g, weight, offsets), dbias
 
 
 def _activation_gradient(
@@ -306,10 +310,14 @@ def _activation_gradient(
     return g, dbias
 
 
-def _weight_gradient(x: Tensor, g: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
+def weight_gradient(x: Tensor, g: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """(N, D, C). Rows beyond a task's first chunk go to programs of their own, whose sums are added in order."""
     (R, _), (N, D, C) = x.shape, weight.shape
-    block, block_r, warps = (64, 16, 4) if x.dtype == torch.float32 else (128, 64, 8)
+    narrow = x.dtype != torch.float32 and min(D, C) <= NARROW
+    if narrow:
+        block, block_r, warps = 64, 32, 4
+    else:
+        block, block_r, warps = (64, 16, 4) if x.dtype == torch.float32 else (128, 64, 8)
     tiles = triton.cdiv(D, block) * triton.cdiv(C, block)
     chunk = max(MIN_CHUNK, triton.cdiv(R * tiles, PROGRAMS))  # the partial sums take at most PROGRAMS tiles: 64 MiB
     dweight = weight.new_empty(N, D, C)
@@ -334,6 +342,6 @@ def _weight_gradient(x: Tensor, g: Tensor, weight: Tensor, offsets: Tensor) -> T
                 BLOCK_N=search_block(N),
                 GROUP=GROUP,
                 num_warps=warps,
-                num_stages=3,
+                num_stages=2 if narrow else 3,
             )
     return dweight

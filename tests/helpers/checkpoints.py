@@ -73,7 +73,7 @@ def randomise(module: torch.nn.Module) -> None:
 
 def make(name: str, **changes) -> torch.nn.Module:
     kind = getattr(transformers, MODELS[name][0])
-    model = kind(kind.config_class(vocab_size=V, **{**MODELS[name][1], **changes})).eval()
+    model = kind(kind.config_class(**{"vocab_size": V, **MODELS[name][1], **changes})).eval()
     randomise(model)
     return model
 

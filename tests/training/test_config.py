@@ -11,7 +11,7 @@ import yaml
 from trunkline.engine.config import Config, restore_config
 from trunkline.engine.network.generate import Search
 from trunkline.engine.network.trunk import PRESETS, TrunkConfig
-from trunkline.engine.settings import Balancing, Batch, Evaluation, Mixing, Optimizer
+from trunkline.engine.settings import Adapters, Balancing, Batch, Evaluation, Mixing, Optimizer
 from trunkline.engine.tasks.task import Task
 from trunkline.training.config_file import config_from, load_config, save_config
 from trunkline.training.data.corpus import load_corpus
@@ -37,6 +37,7 @@ FULL = Config(
     batch=Batch(tokens=4096, accumulate=2, max_length=256),
     mixing=Mixing("fixed", 3.0, {"sst2": 1.0, "mine": 2.5, "notes": 0.1}, patience=4),
     optimizer=Optimizer(learning_rate=3e-5, warmup=0.1, clip=0.5),
+    adapters=Adapters(rank=8, layers=("qkv", "blocks.2"), of="shared", rslora=True),
     evaluation=Evaluation(every=3, examples=0, texts=0),
     search=Search(max_new_tokens=32, beams=4, length_penalty=0.8, min_new_tokens=2, no_repeat_ngram=3),
     seed=11,

@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,12 +10,13 @@ import torch
 
 from conftest import Finished
 from trunkline.engine.config import Config, with_vocabulary
-from trunkline.engine.engine import Engine
+from trunkline.engine.engine import Engine, make_model
 from trunkline.training.config_file import load_config
 from trunkline.training.data.batches import Packer, make_mixer
 from trunkline.training.data.corpus import load_corpus
 from trunkline.training.estimate import DEVICES, Memory, matrix_rate, saved_tensors, step_memory
-from trunkline.training.run.optimizer import make_optimizer
+from trunkline.training.flops import training_flops
+from trunkline.training.run.optimizer import freeze, make_optimizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 WIDE = ["trunk.hidden_size=128", "batch.tokens=1024", "batch.accumulate=1", "trunk.dropout=0"]
@@ -50,6 +52,27 @@ def test_memory_of_a_step_on_a_cpu(tiny_config: Path, tmp_path, width):
     optimizer.zero_grad()
     made = most_allocated(lambda: model(batch).loss.sum().backward(), tmp_path)
     assert estimated.peak == pytest.approx(estimated.weights + estimated.optimizer + made, rel=0.05)
+
+
+def test_memory_of_adapters(tiny_config):
+    """They alone have gradients and an optimizer's state; on a GPU the trunk is kept in bfloat16."""
+    wide = [*WIDE, "adapters.rank=8", "mixing.method=temperature", "balancing=fixed"]
+    corpus, config, batches = prepared(load_config(tiny_config, wide))
+    estimated = step_memory(config, batches, "cpu")
+    model = Engine.from_config(config).build(corpus.tokenizer).train()
+    freeze(model, ())
+    optimizer = make_optimizer(model, config.optimizer)
+    model(batches[0]).loss.sum().backward()
+    optimizer.step()
+    learnt = [p for p in model.parameters() if p.grad is not None]
+    assert estimated.gradients == sum(p.grad.nbytes for p in learnt)
+    assert estimated.optimizer == sum(t.nbytes for p in learnt for t in optimizer.state[p].values())
+    assert {name.partition(".")[0] for name, p in model.named_parameters() if p.grad is not None} >= {"adapters"}
+    assert not [p for p in model.trunk.parameters() if p.grad is not None]
+    matrices = sum(p.nbytes for p in model.trunk.parameters() if p.ndim > 1)
+    assert step_memory(config, batches, "cuda").weights == estimated.weights - matrices // 2
+    full = sum(training_flops(make_model(replace(config, adapters=None)), batch) for batch in batches)
+    assert 2 / 3 < sum(training_flops(model, batch) for batch in batches) / full < 0.9
 
 
 def most_allocated(work, folder) -> int:

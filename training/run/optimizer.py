@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from trunkline.training.pages.units import quantity
 
 FROM_SCRATCH, FROM_CHECKPOINT = 1e-3, 1e-4  # the rates of learning_rate: auto
 HEADS = 1e-3  # of heads on a trunk that was trained by others
+ADAPTERS = 1e-3  # of adapters, which start from nothing: about ten times the rate of what they are on
 ERASES = 3e-4  # a rate from which a checkpoint is soon forgotten
 EMBEDDINGS = ("tokens", "positions", "token_types", "match", "embedding_norm")  # of the trunk, before its blocks
 
@@ -59,6 +61,8 @@ def _rate(name: str, model: nn.Module, settings: Optimizer) -> float:
     if not isinstance(trunk, Trunk):
         return rate
     _, *path = name.split(".")
+    if name.startswith("adapters."):
+        return ADAPTERS if settings.learning_rate == "auto" else rate
     if not name.startswith("trunk."):
         return of_heads
     if path[0] == "blocks":
@@ -90,7 +94,11 @@ def freeze(model: Model, parts: Sequence[str], dtype: torch.dtype | None = None)
         if parts:
             raise ValueError("optimizer.freeze is for a trunk; architecture bilstm has none")
         return
-    for parameter in _members(model.trunk, parts):
+    tasks = [task.name for task in model.tasks]  # of which `untouched` knows
+    frozen = [*_members(model.trunk, [part for part in parts if part not in tasks])]
+    if model.adapters is not None:
+        frozen += [parameter for _, parameter in model.frozen_by_adapters()]
+    for parameter in frozen:
         parameter.requires_grad_(False)
         if dtype is not None and parameter.ndim > 1:
             parameter.data = parameter.data.to(dtype)
@@ -118,6 +126,38 @@ def _prefixes(part: str, blocks: int) -> Iterable[str]:
     return [part]
 
 
+@contextmanager
+def untouched(
+    optimizer: torch.optim.AdamW, model: Model, examples: Sequence[int], frozen: Sequence[str] = ()
+) -> Iterator[None]:
+    """Around a step: what must not change in it stays as it is to the bit.
+
+    These are adapters of tasks without examples, and what AdamW keeps of them: their gradients are 0, but the moments
+    of earlier ones and the weight decay would go on moving them. And the heads and adapters of frozen tasks.
+
+    Args:
+        examples: of each task in the step, (N,).
+        frozen: parts, as `Optimizer.freeze`; names of tasks among them.
+    """
+    held: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # a tensor, rows of it, what is in them
+    if not isinstance(model, BiLSTM):
+        rests = torch.tensor([task.name in frozen for task in model.tasks], device=model.device)
+        if any(task.name in frozen for task in model.tasks):
+            heads = [(parameter.detach(), rests[task].nonzero()[:, 0]) for parameter, task in model.task_parameters()]
+            held += [(parameter, rows, parameter[rows]) for parameter, rows in heads if len(rows)]
+        adapters = model.adapters
+        if adapters is not None:
+            learning = [0 if task.name in frozen else n for task, n in zip(model.tasks, examples, strict=True)]
+            rows = torch.tensor(adapters.absent(learning), dtype=torch.int64, device=model.device)
+            for parameter in adapters.parameters() if len(rows) else ():
+                state = optimizer.state.get(parameter, {})
+                moments = [state[key] for key in ("exp_avg", "exp_avg_sq") if key in state]
+                held += [(tensor, rows, tensor[rows]) for tensor in (parameter.detach(), *moments)]
+    yield
+    for tensor, rows, values in held:
+        tensor[rows] = values
+
+
 def in_words(model: Model, optimizer: torch.optim.AdamW, settings: Optimizer) -> list[str]:
     """What learns at which rate, what does not, and what speaks against it: a line each."""
     names = {parameter: name for name, parameter in model.named_parameters()}
@@ -125,7 +165,8 @@ def in_words(model: Model, optimizer: torch.optim.AdamW, settings: Optimizer) ->
     for group in optimizer.param_groups:
         parts = learning.setdefault(group["rate"], {})
         for parameter in group["params"]:
-            part = "trunk" if names[parameter].startswith("trunk.") else "heads"
+            room = names[parameter].partition(".")[0]
+            part = room if room in ("trunk", "adapters") else "heads"
             parts[part] = parts.get(part, 0) + parameter.numel()
     lines = [
         f"learns at {rate:.1e}: " + ", ".join(f"{part} ({quantity(count)} parameters)" for part, count in parts.items())

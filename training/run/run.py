@@ -14,6 +14,7 @@ from itertools import islice
 from signal import Signals
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,6 +24,7 @@ from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import BiLSTM, Model
 from trunkline.engine.network.memory import keep_freed_memory
 from trunkline.engine.network.packing import PackedBatch
+from trunkline.engine.saved import all_tensors, own_tensors
 from trunkline.training.balancing.adaptive import Adaptive
 from trunkline.training.balancing.balancer import Balancer
 from trunkline.training.config_file import save_config
@@ -37,7 +39,7 @@ from trunkline.training.run.faults import in_words as left_out_in_words
 from trunkline.training.run.folder import RunFolder, check_goes_on, fingerprint
 from trunkline.training.run.interruption import Interruption
 from trunkline.training.run.introduction import introduction
-from trunkline.training.run.optimizer import freeze, make_optimizer, share_of_rate
+from trunkline.training.run.optimizer import freeze, make_optimizer, share_of_rate, untouched
 from trunkline.training.run.profiling import Profile
 from trunkline.training.run.progress import Interval, Log, Progress
 from trunkline.training.scoring.evaluation import Scored, evaluate, mean_score
@@ -65,13 +67,16 @@ class Run:
         if engine.device.type == "cuda":
             self_test(engine.device, tell, [torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32])
         self.corpus = load_corpus(engine.config, engine.tokenizer, tell=tell)
+        self.names = [task.name for task in self.corpus.tasks]
         self.model = self._build()
         self.config = config = engine.config
 
-        self.names = [task.name for task in self.corpus.tasks]
         weights = [config.weights.get(name, 1.0) for name in self.names]
         self.weights = torch.tensor(weights, device=engine.device)  # (N,)
         self.mixer = make_mixer(config, self.corpus)
+        learning = np.array([name not in config.optimizer.freeze for name in self.names])
+        if not learning.all():
+            self.mixer.change(0, learning.astype(float))
         self.optimizer = make_optimizer(self.model, config.optimizer)
         self.packer = Packer(self.corpus.train, config)
         sample = sample_of(config, self.mixer)
@@ -108,10 +113,12 @@ class Run:
         is_new = engine._model is None
         self.starts = engine._trunk is not None or not is_new  # from weights that there were
         model = engine.build(self.corpus.tokenizer)
-        if is_new:
+        if is_new or engine.added:
             heads = model.heads if isinstance(model, BiLSTM) else model
             regressions = {t: s for t, s in enumerate(self.corpus.train) if HEADS[s.task.head].squared}
-            heads.set_units({t: s.labels for t, s in regressions.items() if s.task.name not in engine.kept})
+            names = [name for name in self.names if name not in engine.kept] if is_new else engine.added
+            heads.set_units({t: s.labels for t, s in regressions.items() if s.task.name in names})
+            engine.added = []
         on_gpu = engine.device.type == "cuda" and torch.cuda.is_bf16_supported()
         freeze(model, config.optimizer.freeze, torch.bfloat16 if on_gpu else None)
         return model
@@ -183,6 +190,7 @@ class Run:
         """Gives every parameter the gradient of a step; the tasks' loss sums and row weights, (N,), come back."""
         step = self.progress.step
         device = self.engine.device
+        self.examples = [sum(counts) for counts in zip(*(batch.examples for batch in batches), strict=True)]
         total_weight = weight_sums(batches, len(self.names)).to(device, non_blocking=True)
         share = self._shares(batches).to(device, non_blocking=True)
         work = partial(self._gradients, total_weight, share)
@@ -220,7 +228,8 @@ class Run:
         with self.profile.part("optimizer"):
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
             self.guard.judge(self.progress.step + 1, loss, norm)
-            self.optimizer.step()  # a step that is not finite changes nothing
+            with untouched(self.optimizer, self.model, self.examples, self.config.optimizer.freeze):
+                self.optimizer.step()  # a step that is not finite changes nothing
             self.adaptive.hold()
             self._zero_grad()
         return norm
@@ -297,7 +306,7 @@ class Run:
         progress, mean = self.progress, mean_score(self.corpus.tasks, scored)
         if mean > progress.best_score:
             progress.best_score, progress.best_step = mean, progress.step
-            tensors = {"model": self.model.state_dict()}
+            tensors = {"model": own_tensors(self.model, self.config)}
             checkpoint.save(self.folder / "checkpoints", "best", tensors, {"step": progress.step})
         if self.config.mixing.reacts:  # what is packed already is of the mix before
             self.ready = self._batches_from(progress.step)
@@ -329,7 +338,7 @@ class Run:
     def save(self) -> None:
         self.progress.wall_seconds = time.perf_counter() - self.began
         tensors = {
-            "model": self.model.state_dict(),
+            "model": own_tensors(self.model, self.config),
             "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.model.named_parameters()),
         }
         state = {
@@ -354,7 +363,7 @@ class Run:
         tensors, state = checkpoint.load(path)
         progress = Progress(**state["progress"])
         check_goes_on(state["settings"], self.fingerprint, progress.step)
-        self.model.load_state_dict(tensors["model"])
+        self.model.load_state_dict(all_tensors(tensors["model"], self.model, self.config))
         checkpoint.load_optimizer_tensors(self.optimizer, self.model.named_parameters(), tensors.get("optimizer", {}))
         self.balancer.load_state_dict(state["balancing"])
         self.adaptive.load_state_dict(state["mixing"])

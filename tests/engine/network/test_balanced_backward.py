@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 from trunkline import Task
+from trunkline.engine.foreign.adapter_files import adaptable
+from trunkline.engine.network.adapters import Adapters
 from trunkline.engine.network.balanced_backward import BalancedBackward, linear_layers
 from trunkline.engine.network.model import MultiTaskModel, in_model_order
 from trunkline.engine.network.packing import Example, PackedBatch, pack
@@ -166,6 +168,31 @@ def test_a_frozen_trunk():
     gram, gradients = in_two_parts(model, ["last"], BATCHES["one batch"])
     torch.testing.assert_close(gram, expected)
     (task_losses(model, BATCHES["one batch"]) @ WEIGHTS).backward()
+    assert_same(gradients, gradients_of(model))
+
+
+@pytest.mark.parametrize("of_task", [[0] * 7, [0, 1, 0, 1, 1, 2, 0]], ids=["shared", "groups"])
+@pytest.mark.parametrize("batches", BATCHES.values(), ids=BATCHES)
+def test_adapters_that_tasks_share(batches, of_task):
+    """Their Gram matrix is that of the gradients of A and B; the trunk gets none."""
+    model = make_model(CAUSAL)
+    model.adapters = Adapters(
+        [f"adapter {a}" for a in range(max(of_task) + 1)], of_task, adaptable(model.trunk), 3, 6.0
+    )
+    model.adapters.double()
+    for layer in model.adapters.layers.values():
+        torch.nn.init.normal_(layer.up, std=0.3)
+    model.trunk.requires_grad_(False)
+    gram, gradients = in_two_parts(model, ["blocks.1"], batches)
+
+    chosen = [p for name, layer in model.adapters.layers.items() if "blocks_1" in name for p in layer.parameters()]
+    of_task = []
+    for loss in task_losses(model, batches):
+        parts = torch.autograd.grad(loss, chosen, retain_graph=True, materialize_grads=True)
+        of_task.append(torch.cat([part.flatten() for part in parts]))
+    of_task = torch.stack(of_task)
+    torch.testing.assert_close(gram, of_task @ of_task.T, rtol=1e-6, atol=1e-9)
+    (task_losses(model, batches) @ WEIGHTS).backward()
     assert_same(gradients, gradients_of(model))
 
 

@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from trunkline import Engine, Task, Trunk, TrunkConfig
+from trunkline.engine.foreign.adapter_files import adaptable
 from trunkline.engine.foreign.pretrained import Origin
+from trunkline.engine.network.adapters import Adapters
 from trunkline.engine.network.bilstm import BiLSTM
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.settings import Batch, Optimizer
-from trunkline.training.run.optimizer import ERASES, freeze, in_words, make_optimizer, rates
+from trunkline.training.run.optimizer import ERASES, freeze, in_words, make_optimizer, rates, untouched
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -125,3 +127,39 @@ def test_what_is_frozen_keeps_its_bits_and_the_rest_learns(tmp_path):
     frozen = {name for name in before if name.startswith(("trunk.tokens", "trunk.positions", "trunk.blocks.0."))}
     assert changed("two", "embeddings", "blocks.0") == before.keys() - frozen
     assert changed("three") == before.keys()  # what was frozen in one run learns in the next
+
+
+def test_the_adapter_of_an_absent_task_stays():
+    """To the bit, and what AdamW keeps of it: its gradient is 0, but there are moments, and weight decay."""
+    trunk = Trunk(SHAPE)
+    model = MultiTaskModel(trunk, TASKS, adapters=Adapters(("class", "number"), (0, 1), adaptable(trunk), 2, 4.0))
+    freeze(model, ())
+    optimizer = make_optimizer(model, Optimizer(weight_decay=0.1))
+    layers = list(model.adapters.parameters())
+
+    def step(examples: list[int]) -> list[torch.Tensor]:
+        for parameter in layers:
+            parameter.grad = torch.randn_like(parameter)
+            for adapter in model.adapters.absent(examples):
+                parameter.grad[adapter] = 0
+        with untouched(optimizer, model, examples):
+            optimizer.step()
+        moments = [optimizer.state[p][key] for p in layers for key in ("exp_avg", "exp_avg_sq")]
+        return [tensor.detach().clone() for tensor in (*layers, *moments)]
+
+    before, after = step([3, 1]), step([2, 0])
+    for one, other in zip(before, after, strict=True):
+        assert torch.equal(one[1], other[1])
+        assert not torch.equal(one[0], other[0])
+
+
+def test_adapters_learn_faster_than_what_they_are_on():
+    trunk = Trunk(SHAPE)
+    model = MultiTaskModel(trunk, TASKS, adapters=Adapters(("all",), (0, 0), adaptable(trunk), 2, 4.0))
+    freeze(model, ())
+    trunk.origin = Origin.__new__(Origin)
+    rate = rate_of(model, Optimizer(learning_rate=2e-5, head_learning_rate=0.5))
+    assert {rate for name, rate in rate.items() if name.startswith("adapters.")} == {2e-5}
+    rate = rate_of(model, Optimizer())
+    assert not [name for name in rate if name.startswith("trunk.")]
+    assert set(rate.values()) == {1e-3}
