@@ -187,7 +187,7 @@ def test_gpu_parts_fit_into_nine_minutes_and_go_on_after_a_failure(capfd):
 
 def test_gpu_tests_are_found_without_collecting_all():
     found = gpu.gpu_tests()
-    assert "tests/kernels/interpreter/test_attention_short.py" in found
+    assert "tests/kernels/interpreter/attention/test_attention_short.py" in found
     assert "tests/training/test_estimate.py" in found
     assert "tests/engine/test_template.py" not in found
 
