@@ -65,7 +65,6 @@ def test_ops_are_what_pytorch_expects():
         (5, lambda parts: [0, 49], "parts must be"),
         (1, lambda x: x.double(), "one dtype"),
     ],
-    ids=str,
 )
 def test_what_does_not_fit_is_refused(place, change, message):
     inputs = list(make([5, 3]))
