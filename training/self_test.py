@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from trunkline.kernels.adapters import low_rank
 from trunkline.kernels.attention import attention
 from trunkline.kernels.dispatch import REPLACED, has_kernels, switch_off
 from trunkline.kernels.tasks import task_gram, task_loss, task_projection
@@ -86,6 +87,11 @@ OPS = (
     Op(
         "task_gradients", ("task_gradients",), task_gram.task_gradients, task_gram.task_gradients_reference,
         lambda device, dtype: task_gram.example(str(device), dtype, 200, 5, 96, 80), (),
+    ),
+    Op(
+        "low_rank", ("low_rank_forward", "low_rank_backward"), low_rank.low_rank, low_rank.low_rank_reference,
+        lambda device, dtype: low_rank.example(device, dtype, 200, 5, width=160, columns=96, rank=8, num_parts=3),
+        ("base", "x", "down", "up"),
     ),
 )  # fmt: skip
 

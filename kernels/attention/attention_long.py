@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trunkline.kernels.attention.attention_blocks import at_head, cut, load_rows, store_rows, tile_of
 from trunkline.kernels.attention.attention_scores import dropout_threshold, kept, tanh
 from trunkline.kernels.attention.pack_plan import KEY_BLOCK, QUERY_BLOCK
 from trunkline.kernels.dispatch import compute_capability, input_precision, padded_width, tl, triton
@@ -30,51 +31,6 @@ _jit = triton.jit(
 )
 
 
-@triton.jit
-def _work(blocks_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, program, PARTS: tl.constexpr, SIZE: tl.constexpr):
-    """Where the program's tile begins in its sequence; the sequence's first query, queries, first key and keys."""
-    item = blocks_ptr + 2 * (program // PARTS)
-    sequence, block = tl.load(item), tl.load(item + 1)
-    q_start, k_start = tl.load(cu_seqlens_ptr + sequence), tl.load(cu_seqlens_k_ptr + sequence)
-    q_end, k_end = tl.load(cu_seqlens_ptr + sequence + 1), tl.load(cu_seqlens_k_ptr + sequence + 1)
-    return (block * PARTS + program % PARTS) * SIZE, q_start, q_end - q_start, k_start, k_end - k_start
-
-
-@triton.jit
-def _cut(first, full_first, full_last, last, SIZE: tl.constexpr):
-    """Tiles of [first, last): at the edge before those in [full_first, full_last), in there, at the edge in all."""
-    tiles = tl.cdiv(tl.maximum(last - first, 0), SIZE)
-    before = tl.minimum(tl.cdiv(tl.maximum(full_first - first, 0), SIZE), tiles)
-    full = tl.maximum(tl.maximum(full_last - first, 0) // SIZE - before, 0)
-    return before, full, tiles - full
-
-
-@triton.jit
-def _at(ptr, token, head, stride_t, stride_h):
-    """Of a tile, and so anew for every tile: that of a sequence, kept for all its tiles, would take registers."""
-    return ptr + token.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h  # passes 2^31 in long streams
-
-
-@triton.jit
-def _load(ptr, rows, stride, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
-    """The rows at `ptr` as (SIZE, BLOCK_D); zeros beyond column D and, if MASKED, beyond as many `rows`."""
-    row, column = tl.arange(0, SIZE)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    at = ptr + (row * stride + column)
-    if MASKED:
-        return tl.load(at, mask=(row < rows) & (column < D), other=0.0)
-    elif D < BLOCK_D:
-        return tl.load(at, mask=(row < SIZE) & (column < D), other=0.0)
-    else:
-        return tl.load(at)
-
-
-@triton.jit
-def _store(ptr, x, rows, stride, SIZE: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    row, column = tl.arange(0, SIZE)[:, None], tl.arange(0, BLOCK_D)[None, :]
-    at = ptr + (row * stride + column)
-    tl.store(at, x.to(ptr.dtype.element_ty), mask=(row < rows) & (column < D))
-
-
 @_jit
 def _forward_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, blocks_ptr,
@@ -85,17 +41,17 @@ def _forward_kernel(
 ):  # fmt: skip
     """One tile of queries of one head against all keys that it sees."""
     program, head = tl.program_id(0) // H, tl.program_id(0) % H  # heads that share keys run together: one cache line
-    m, q_start, queries, k_start, keys = _work(blocks_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, program, PARTS, BLOCK_M)
+    m, q_start, queries, k_start, keys = tile_of(blocks_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, program, PARTS, BLOCK_M)
     if m >= queries:
         return
-    q_at = _at(q_ptr, q_start + m, head, q_stride_t, q_stride_h)
-    q = _load(q_at, queries - m, q_stride_t, BLOCK_M, D, BLOCK_D, True)
+    q_at = at_head(q_ptr, q_start + m, head, q_stride_t, q_stride_h)
+    q = load_rows(q_at, queries - m, q_stride_t, BLOCK_M, D, BLOCK_D, True)
     factor = (softcap if SOFTCAP else scale) * 1.4426950408889634  # log2(e): exp2 is the cheaper exponential
     row = m + tl.arange(0, BLOCK_M)
     position = (row + keys - queries)[:, None]
     nearest, farthest = m + keys - queries, tl.minimum(m + BLOCK_M, queries) - 1 + keys - queries
     first, last = tl.maximum(nearest - left, 0), tl.minimum(farthest + right + 1, keys)
-    before, full, edges = _cut(first, farthest - left, tl.minimum(nearest + right + 1, keys), last, BLOCK_N)
+    before, full, edges = cut(first, farthest - left, tl.minimum(nearest + right + 1, keys), last, BLOCK_N)
 
     out = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -104,8 +60,8 @@ def _forward_kernel(
         for tile in range(edges if MASKED else full):
             n = first + (tile + (tl.where(tile < before, 0, full) if MASKED else before)) * BLOCK_N
             key = n + tl.arange(0, BLOCK_N)[None, :]
-            k_at = _at(k_ptr, k_start + n, head // group, k_stride_t, k_stride_h)
-            k = _load(k_at, keys - n, k_stride_t, BLOCK_N, D, BLOCK_D, MASKED)
+            k_at = at_head(k_ptr, k_start + n, head // group, k_stride_t, k_stride_h)
+            k = load_rows(k_at, keys - n, k_stride_t, BLOCK_N, D, BLOCK_D, MASKED)
             scores = tl.dot(q, k.T, input_precision=PRECISION)  # (M, D) @ (D, N) -> (M, N)
             if SOFTCAP:
                 scores = tanh(scores * (scale / softcap))
@@ -119,8 +75,8 @@ def _forward_kernel(
             top = higher
             if DROPOUT:
                 weights = tl.where(kept(seed, (q_start + row)[:, None], k_start + key, head, threshold), weights, 0.0)
-            v_at = _at(v_ptr, k_start + n, head // group, v_stride_t, v_stride_h)
-            v = _load(v_at, keys - n, v_stride_t, BLOCK_N, D, BLOCK_D, MASKED)
+            v_at = at_head(v_ptr, k_start + n, head // group, v_stride_t, v_stride_h)
+            v = load_rows(v_at, keys - n, v_stride_t, BLOCK_N, D, BLOCK_D, MASKED)
             out = out * decay[:, None]
             out = tl.dot(weights.to(v.dtype), v, out, input_precision=PRECISION)  # (M, N) @ (N, D) -> (M, D)
 
@@ -129,8 +85,8 @@ def _forward_kernel(
     lse = tl.where(seeing, top + tl.math.log2(total), 0.0)
     tl.store(lse_ptr + head.to(tl.int64) * statistics_stride + q_start + row, lse, mask=row < queries)
     share = (kept_scale if DROPOUT else 1.0) / total
-    out_at = _at(out_ptr, q_start + m, head, H * D, D)
-    _store(out_at, out * share[:, None], queries - m, H * D, BLOCK_M, D, BLOCK_D)
+    out_at = at_head(out_ptr, q_start + m, head, H * D, D)
+    store_rows(out_at, out * share[:, None], queries - m, H * D, BLOCK_M, D, BLOCK_D)
 
 
 @_jit
@@ -143,14 +99,14 @@ def _query_gradient_kernel(
 ):  # fmt: skip
     """One tile of queries of one head against all keys that it sees: delta and dQ."""
     program, head = tl.program_id(0) // H, tl.program_id(0) % H
-    m, q_start, queries, k_start, keys = _work(blocks_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, program, PARTS, BLOCK_M)
+    m, q_start, queries, k_start, keys = tile_of(blocks_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, program, PARTS, BLOCK_M)
     if m >= queries:
         return
-    q_at = _at(q_ptr, q_start + m, head, q_stride_t, q_stride_h)
-    q = _load(q_at, queries - m, q_stride_t, BLOCK_M, D, BLOCK_D, True)
-    dout_at = _at(dout_ptr, q_start + m, head, dout_stride_t, dout_stride_h)
-    dout = _load(dout_at, queries - m, dout_stride_t, BLOCK_M, D, BLOCK_D, True)
-    out = _load(_at(out_ptr, q_start + m, head, H * D, D), queries - m, H * D, BLOCK_M, D, BLOCK_D, True)
+    q_at = at_head(q_ptr, q_start + m, head, q_stride_t, q_stride_h)
+    q = load_rows(q_at, queries - m, q_stride_t, BLOCK_M, D, BLOCK_D, True)
+    dout_at = at_head(dout_ptr, q_start + m, head, dout_stride_t, dout_stride_h)
+    dout = load_rows(dout_at, queries - m, dout_stride_t, BLOCK_M, D, BLOCK_D, True)
+    out = load_rows(at_head(out_ptr, q_start + m, head, H * D, D), queries - m, H * D, BLOCK_M, D, BLOCK_D, True)
     row = m + tl.arange(0, BLOCK_M)
     statistics = head.to(tl.int64) * statistics_stride + q_start + row
     lse = tl.load(lse_ptr + statistics, mask=row < queries, other=0.0)
@@ -160,15 +116,15 @@ def _query_gradient_kernel(
     position = (row + keys - queries)[:, None]
     nearest, farthest = m + keys - queries, tl.minimum(m + BLOCK_M, queries) - 1 + keys - queries
     first, last = tl.maximum(nearest - left, 0), tl.minimum(farthest + right + 1, keys)
-    before, full, edges = _cut(first, farthest - left, tl.minimum(nearest + right + 1, keys), last, BLOCK_N)
+    before, full, edges = cut(first, farthest - left, tl.minimum(nearest + right + 1, keys), last, BLOCK_N)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     for MASKED in tl.static_range(2):
         for tile in range(edges if MASKED else full):
             n = first + (tile + (tl.where(tile < before, 0, full) if MASKED else before)) * BLOCK_N
             key = n + tl.arange(0, BLOCK_N)[None, :]
-            k_at = _at(k_ptr, k_start + n, head // group, k_stride_t, k_stride_h)
-            k = _load(k_at, keys - n, k_stride_t, BLOCK_N, D, BLOCK_D, MASKED)
+            k_at = at_head(k_ptr, k_start + n, head // group, k_stride_t, k_stride_h)
+            k = load_rows(k_at, keys - n, k_stride_t, BLOCK_N, D, BLOCK_D, MASKED)
             scores = tl.dot(q, k.T, input_precision=PRECISION)  # (M, D) @ (D, N) -> (M, N)
             if SOFTCAP:
                 scores = tanh(scores * (scale / softcap))
@@ -176,8 +132,8 @@ def _query_gradient_kernel(
             if MASKED:
                 visible = (key >= position - left) & (key <= position + right) & (key < keys)
                 weights = tl.where(visible, weights, 0.0)
-            v_at = _at(v_ptr, k_start + n, head // group, v_stride_t, v_stride_h)
-            v = _load(v_at, keys - n, v_stride_t, BLOCK_N, D, BLOCK_D, MASKED)
+            v_at = at_head(v_ptr, k_start + n, head // group, v_stride_t, v_stride_h)
+            v = load_rows(v_at, keys - n, v_stride_t, BLOCK_N, D, BLOCK_D, MASKED)
             dweights = tl.dot(dout, v.T, input_precision=PRECISION)
             if DROPOUT:
                 keep = kept(seed, (q_start + row)[:, None], k_start + key, head, threshold)
@@ -187,7 +143,7 @@ def _query_gradient_kernel(
                 dscores *= 1 - scores * scores
             dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)  # (M, N) @ (N, D) -> (M, D)
 
-    _store(_at(dq_ptr, q_start + m, head, H * D, D), dq * scale, queries - m, H * D, BLOCK_M, D, BLOCK_D)
+    store_rows(at_head(dq_ptr, q_start + m, head, H * D, D), dq * scale, queries - m, H * D, BLOCK_M, D, BLOCK_D)
 
 
 @_jit
@@ -203,18 +159,18 @@ def _key_gradient_kernel(
     Scores are transposed, (N, M): weights and dscores then lie in registers as the next products read them.
     """
     program, key_head = tl.program_id(0) // G, tl.program_id(0) % G
-    n, q_start, queries, k_start, keys = _work(blocks_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, program, PARTS, BLOCK_N)
+    n, q_start, queries, k_start, keys = tile_of(blocks_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, program, PARTS, BLOCK_N)
     if n >= keys:
         return
-    k_at = _at(k_ptr, k_start + n, key_head, k_stride_t, k_stride_h)
-    k = _load(k_at, keys - n, k_stride_t, BLOCK_N, D, BLOCK_D, True)
-    v_at = _at(v_ptr, k_start + n, key_head, v_stride_t, v_stride_h)
-    v = _load(v_at, keys - n, v_stride_t, BLOCK_N, D, BLOCK_D, True)
+    k_at = at_head(k_ptr, k_start + n, key_head, k_stride_t, k_stride_h)
+    k = load_rows(k_at, keys - n, k_stride_t, BLOCK_N, D, BLOCK_D, True)
+    v_at = at_head(v_ptr, k_start + n, key_head, v_stride_t, v_stride_h)
+    v = load_rows(v_at, keys - n, v_stride_t, BLOCK_N, D, BLOCK_D, True)
     factor = (softcap if SOFTCAP else scale) * 1.4426950408889634
     key = (n + tl.arange(0, BLOCK_N))[:, None]
     nearest, farthest = n + queries - keys, tl.minimum(n + BLOCK_N, keys) - 1 + queries - keys  # as queries
     first, last = tl.maximum(nearest - right, 0), tl.minimum(farthest + left + 1, queries)
-    before, full, edges = _cut(first, farthest - right, tl.minimum(nearest + left + 1, queries), last, BLOCK_M)
+    before, full, edges = cut(first, farthest - right, tl.minimum(nearest + left + 1, queries), last, BLOCK_M)
 
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
@@ -223,10 +179,10 @@ def _key_gradient_kernel(
             head, tile = key_head * group + step % group, step // group
             m = first + (tile + (tl.where(tile < before, 0, full) if MASKED else before)) * BLOCK_M
             row = m + tl.arange(0, BLOCK_M)  # those beyond the last query are zeros and add nothing
-            q_at = _at(q_ptr, q_start + m, head, q_stride_t, q_stride_h)
-            q = _load(q_at, queries - m, q_stride_t, BLOCK_M, D, BLOCK_D, MASKED)
-            dout_at = _at(dout_ptr, q_start + m, head, dout_stride_t, dout_stride_h)
-            dout = _load(dout_at, queries - m, dout_stride_t, BLOCK_M, D, BLOCK_D, MASKED)
+            q_at = at_head(q_ptr, q_start + m, head, q_stride_t, q_stride_h)
+            q = load_rows(q_at, queries - m, q_stride_t, BLOCK_M, D, BLOCK_D, MASKED)
+            dout_at = at_head(dout_ptr, q_start + m, head, dout_stride_t, dout_stride_h)
+            dout = load_rows(dout_at, queries - m, dout_stride_t, BLOCK_M, D, BLOCK_D, MASKED)
             statistics = head.to(tl.int64) * statistics_stride + (q_start + m) + tl.arange(0, BLOCK_M)
             lse = tl.load(lse_ptr + statistics, mask=row < queries, other=0.0)
             delta = tl.load(delta_ptr + statistics, mask=row < queries, other=0.0)
@@ -251,8 +207,8 @@ def _key_gradient_kernel(
 
     if DROPOUT:
         dv *= kept_scale
-    _store(_at(dk_ptr, k_start + n, key_head, G * D, D), dk * scale, keys - n, G * D, BLOCK_N, D, BLOCK_D)
-    _store(_at(dv_ptr, k_start + n, key_head, G * D, D), dv, keys - n, G * D, BLOCK_N, D, BLOCK_D)
+    store_rows(at_head(dk_ptr, k_start + n, key_head, G * D, D), dk * scale, keys - n, G * D, BLOCK_N, D, BLOCK_D)
+    store_rows(at_head(dv_ptr, k_start + n, key_head, G * D, D), dv, keys - n, G * D, BLOCK_N, D, BLOCK_D)
 
 
 def tile_options(kernel: str, dtype: torch.dtype, D: int, plain: bool) -> dict[str, int]:

@@ -29,4 +29,11 @@ def test_kernels_in_the_interpreter():
 def test_what_a_gpu_will_run_launches_kernels():
     """The same tests as on a GPU, in bfloat16, on the virtual one; `make virtual` runs all of them there."""
     chosen = "bugs or neighbours or layout or rows_of_tiles"
-    run("tests/kernels/interpreter/attention/test_attention_short.py", "-W", "default", "-k", chosen, TRUNKLINE_VIRTUAL_GPU="90")
+    run(
+        "tests/kernels/interpreter/attention/test_attention_short.py",
+        "-W",
+        "default",
+        "-k",
+        chosen,
+        TRUNKLINE_VIRTUAL_GPU="90",
+    )

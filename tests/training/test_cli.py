@@ -59,7 +59,8 @@ def test_tasks_lists_every_task(trunkline):
 
 def test_doctor_checks_installation_and_data(tiny_config, trunkline):
     told = trunkline("doctor", tiny_config).stdout
-    assert "largest error" in told
+    assert "attention" in told
+    assert "of what is allowed" in told
     assert "60 train" in told
     assert "the data is ready" in told
 

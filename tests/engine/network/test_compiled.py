@@ -191,7 +191,7 @@ def test_compiled_code_gives_the_same_losses_and_gradients():
 
 def test_a_run_compiles(finished, tmp_path, monkeypatch, capsys):
     """With accumulation, evaluation and a projection; what it learns is what a run learns that does not."""
-    monkeypatch.setattr("trunkline.training.run.run.CompiledModel", partial(CompiledModel, backend="aot_eager"))
+    monkeypatch.setattr("trunkline.training.run.compiling.CompiledModel", partial(CompiledModel, backend="aot_eager"))
     torch._dynamo.reset()
     counters.clear()
     config = load_config(finished.config)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from trunkline.kernels import dispatch, task_loss_triton, task_projection_triton
+from trunkline.kernels import dispatch
+from trunkline.kernels.tasks import task_loss_triton, task_projection_triton
 from trunkline.training import self_test as module
 from trunkline.training.self_test import OPS, self_test
 
