@@ -315,7 +315,7 @@ def weight_gradient(x: Tensor, g: Tensor, weight: Tensor, offsets: Tensor) -> Te
     (R, _), (N, D, C) = x.shape, weight.shape
     narrow = x.dtype != torch.float32 and min(D, C) <= NARROW
     if narrow:
-        block, block_r, warps = 64, 32, 4
+        block, block_r, warps = 64, 16, 4
     else:
         block, block_r, warps = (64, 16, 4) if x.dtype == torch.float32 else (128, 64, 8)
     tiles = triton.cdiv(D, block) * triton.cdiv(C, block)
