@@ -17,7 +17,9 @@ def listed(given: Any, what: str) -> list[Any]:
     if isinstance(given, str):
         raise ValueError(f"{what} must be a list, got one string: write [{given!r:.60}]")
     if isinstance(given, bytes | Mapping) or hasattr(given, "columns") or not isinstance(given, Iterable):
-        raise ValueError(f"{what} must be a list, got {type(given).__name__} {given!r:.60}")
+        table = "; of a table take columns, as frame['text'] or zip(frame['question'], frame['context'])"
+        hint = table if hasattr(given, "columns") else ""
+        raise ValueError(f"{what} must be a list, got {type(given).__name__} {given!r:.60}{hint}")
     return list(given)
 
 
@@ -33,7 +35,9 @@ def text_rows(texts: Any, caller: str) -> list[tuple[str, ...]]:
         row = tuple(given) if several else (given,)
         for text in row:
             if not isinstance(text, str):
-                raise ValueError(f"{caller}: expected a text at place {place}, got {type(text).__name__} {text!r:.60}")
+                hint = "; of a row take its text, as row['text']" if isinstance(text, Mapping) else ""
+                what = f"{type(text).__name__} {text!r:.60}{hint}"
+                raise ValueError(f"{caller}: expected a text at place {place}, got {what}")
             try:
                 text.encode()
             except UnicodeEncodeError as error:
@@ -47,3 +51,11 @@ def fits(task: Task, texts: Sequence[str]) -> bool:
     """Whether a row has the texts that the task takes, and its head something to look at."""
     needed = texts[-1:] if HEADS[task.head].reads_last else texts
     return len(texts) == len(task.text) and any(text.strip() for text in needed)
+
+
+def misfit(task: Task, texts: Sequence[str]) -> str:
+    """What a task takes that these texts are not, in words; empty: they fit."""
+    if fits(task, texts):
+        return ""
+    wanted = f"{len(task.text)} text(s) {list(task.text)}" if len(texts) != len(task.text) else "no blank text"
+    return f"task '{task.name}' takes {wanted}, got {texts!r:.120}"

@@ -4,7 +4,7 @@ n examples, L tokens of an example
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
@@ -42,8 +42,11 @@ def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal
             if not problem:
                 usable.append(row)
             elif getattr(task, problem) == "error":
-                column = task.label if problem == "unlabelled" else task.text[0]
-                raise ValueError(f"{problem} row: '{column}' is {rows.columns[column][row]!r}; policy is 'error'")
+                column = (task.label_columns if problem == "unlabelled" else task.text)[0]
+                raise ValueError(
+                    f"{problem} row: '{column}' is {rows.columns[column][row]!r}; policy is 'error', and "
+                    f"`{problem}: drop` on the task leaves such rows out"
+                )
             else:
                 counts[problem] += 1
         for chunk in _chunks(task, rows, usable):
@@ -61,7 +64,7 @@ def encode(task: Task, rows: Rows, tokenizer: Tokenizer, max_length: int, causal
                         raise ValueError(f"empty row: the tokenizer makes no token of {texts!r}; policy is 'error'")
                     counts["empty"] += 1
                     continue
-                label = rows.columns[task.label][row] if task.label else None
+                label = _label(task, rows, row)
                 start = rows.columns[task.start][row] if task.start else None
                 made, cut = head.encode(layout, task, Row(texts, ids, label, start))
                 for piece in made:
@@ -124,7 +127,13 @@ def _problem(task: Task, rows: Rows, row: int) -> Literal["empty", "unlabelled",
     if not any(text.strip() for text in texts):
         return "empty"
     head = HEADS[task.head]
-    return "unlabelled" if head.labelled and head.unlabelled(task, rows.columns[task.label][row]) else ""
+    return "unlabelled" if head.labelled and head.unlabelled(task, _label(task, rows, row)) else ""
+
+
+def _label(task: Task, rows: Rows, row: int) -> Any:
+    """The cell of the label column; of a task with a column for every class, all of their cells."""
+    cells = [rows.columns[column][row] for column in task.label_columns]
+    return cells[0] if task.label else cells or None
 
 
 class _Flat(NamedTuple):

@@ -15,6 +15,7 @@ from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import Any, Literal
 
+from trunkline.engine.tasks.stored_table import in_words
 from trunkline.engine.tasks.task import Task
 from trunkline.training.data import generated
 from trunkline.training.data.dataset_folder import files_of, is_dataset_folder, read_dataset_folder
@@ -103,7 +104,7 @@ def find_rows(
     """
     held_out = task.validation if isinstance(task.validation, float) else None
     name = os.path.expanduser(str(task.train if split == "train" or held_out else task.validation))
-    wanted = tuple(dict.fromkeys(column for column in (*task.text, task.label, task.start) if column))
+    wanted = tuple(dict.fromkeys(column for column in (*task.text, *task.label_columns, task.start) if column))
     with _named(task, split):
         if task.generated:
             source = _generated_rows(task, split, wanted, seed)
@@ -138,14 +139,17 @@ def _named(task: Task, split: str) -> Iterator[None]:
     try:
         yield
     except ValueError as error:
-        raise ValueError(f"task '{task.name}', {split} split: {error}") from error
+        told = str(error)
+        for name in map(str, (task.train, task.validation)):
+            told = told.replace(name, in_words(name))
+        raise ValueError(f"task '{task.name}', {split} split: {told}") from error
 
 
 def _offer(split: str) -> str:
     return "; `validation: 0.1` holds out a tenth of the training rows" if split == "validation" else ""
 
 
-def rows_of_file(path: Path, choose: Choose, encoding: str = "utf-8") -> Iterator[Sequence[Any]]:
+def rows_of_file(path: Path, choose: Choose | None, encoding: str = "utf-8") -> Iterator[Sequence[Any]]:
     """The rows of one file, one after the other, in memory that does not depend on their number.
 
     Args:
@@ -183,17 +187,17 @@ def read_columns(path: Path, wanted: Wanted, encoding: str = "utf-8") -> Rows:
 
 def _part(source: Source, text: Sequence[str], fraction: float, split: str) -> Source:
     """The rows of one split, of a source that has those of both."""
-    digest = sha256(f"{source.digest} {split} {fraction}".encode()).hexdigest()
+    digest = sha256(f"{source.digest} {split} {fraction} of the rows with text".encode()).hexdigest()
 
     def read() -> Rows:
         rows = source.read()
-        texts = [[str(rows.columns[column][row]) for column in text] for row in range(len(rows))]
-        validation = _held_out(texts, fraction)
+        columns = [["" if cell is None else str(cell) for cell in rows.columns[column]] for column in text]
+        validation = _held_out([*zip(*columns, strict=True)], fraction)
         part = [row for row in range(len(rows)) if (row in validation) == (split == "validation")]
         if not part:
             raise ValueError(f"{len(rows)} rows have too few different texts for `validation: {fraction}`")
-        columns = {name: [values[row] for row in part] for name, values in rows.columns.items()}
-        return Rows(columns, rows.origins, digest, part)
+        kept = {name: [values[row] for row in part] for name, values in rows.columns.items()}
+        return Rows(kept, rows.origins, digest, part)
 
     return Source(digest, read)
 
@@ -202,14 +206,17 @@ def _held_out(texts: Sequence[Sequence[str]], fraction: float) -> set[int]:
     """Rows for validation: those of the texts whose SHA-256 are the lowest, until they are the fraction.
 
     So a text is on one side only, however often it occurs, whatever its case and spaces, and wherever its rows stand.
+    Rows without text, which are one text to the hash, stay on the side of training and count for nothing.
     """
     rows_of: dict[bytes, list[int]] = {}
     for row, columns in enumerate(texts):
+        if not any(text.strip() for text in columns):
+            continue
         same = json.dumps([" ".join(text.split()).casefold() for text in columns])
         rows_of.setdefault(sha256(same.encode()).digest(), []).append(row)
     held_out: set[int] = set()
     for digest in sorted(rows_of)[:-1]:  # the last is left for training
-        if len(held_out) >= fraction * len(texts):
+        if len(held_out) >= fraction * sum(map(len, rows_of.values())):
             break
         held_out.update(rows_of[digest])
     return held_out
@@ -297,7 +304,7 @@ def _file_rows(folder: Path, names: list[str], wanted: Wanted, encoding: str) ->
                     part = read_table(file, name, wanted, encoding)
             for column, values in part.items():
                 columns.setdefault(column, []).extend(values)
-            origins.append((name, len(next(iter(part.values()), []))))
+            origins.append((in_words(name), len(next(iter(part.values()), []))))
         return Rows(columns, tuple(origins), state.hexdigest())
 
     return Source(state.hexdigest(), read)

@@ -11,14 +11,17 @@ import csv
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
 Columns = dict[str, list[Any]]
 Wanted = Sequence[str] | None
 Choose = Callable[[list[str]], Sequence[str]]  # of the columns that a file has, those that are read
+SEPARATORS = ",;\t|"  # of the fields of a CSV, the usual one first; Excel writes the second in half of Europe
 PART, AT_ONCE = 1 << 20, 1024  # bytes, and rows of Parquet, that are looked at together
 
 FORMATS = ".csv, .tsv, .jsonl, .json or .parquet"
@@ -41,6 +44,18 @@ def unread(name: str) -> str:
     if Path(name).suffix.lower() in SPREADSHEETS:
         return f"'{name}' is a spreadsheet: save it as CSV (UTF-8), or pandas.read_excel(...).to_csv(...)"
     return f"got '{name}'"
+
+
+def check_encoding(command: str, encoding: str) -> None:
+    """
+    Raises:
+        ValueError: an --encoding of a command that no text can have.
+    """
+    try:
+        "a".encode(encoding or "utf-8")
+    except (LookupError, ValueError) as error:
+        known = "windows-1252 and utf-16 are known"
+        raise ValueError(f"{command}: --encoding {encoding!r} is unknown; {known}") from error
 
 
 def read_table(file: BinaryIO, name: str, wanted: Wanted, encoding: str = "utf-8") -> Columns:
@@ -129,34 +144,54 @@ def _undecodable(file: BinaryIO, encoding: str) -> str:
             line += part.count(b"\n", 0, max(error.start - before, 0))
             known = "UTF-8" if encoding.lower() in ("utf-8", "utf8") else encoding
             place = f"byte 0x{error.object[error.start]:02x} at offset {offset - before + error.start}, line {line}"
-            return f"{known}: {place}{_guess(begin)}"
+            return f"{known}: {place}{_guess(begin, known)}"
         offset += len(part)
         line += part.count(b"\n")
 
 
-def _guess(data: bytes) -> str:
-    """What the bytes look like, and what to do about it."""
+def _guess(data: bytes, encoding: str) -> str:
+    """What the bytes look like that are not of this encoding, and what to do about it."""
     if data.startswith(b"\x1f\x8b"):
         return "; it is compressed: end its name in .gz"
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
-        return "; it looks like UTF-16: write `encoding: utf-16` on the task"
-    return "; of another encoding, name it on the task: `encoding: windows-1252`, for one"
+        return "; it looks like UTF-16: write `encoding: utf-16` on the task, or --encoding utf-16 in a command"
+    if b"\0" in data:
+        return "; it has zero bytes, which this encoding does not write: is it a table?"
+    other = "windows-1252" if encoding == "UTF-8" else "utf-8"
+    return f"; it may be `encoding: {other}` on the task, or --encoding {other} in a command"
 
 
 def _csv_rows(lines: Iterator[str], name: str, choose: Choose) -> Iterator[Sequence[Any]]:
     # The standard library's parser: pyarrow's takes a quote that is still open at the end of the file as closed.
     csv.field_size_limit(2**31 - 1)  # characters; the default, 131,072, is less than a book
+    header = next(lines)
+    separator = _separator(header)
+    reader = csv.reader(chain([header], lines), strict=True, delimiter=separator)
 
     def records() -> Iterator[list[str]]:
-        row = 0  # the header is none
+        row, line = 0, 1  # the header is no row
         try:
-            for fields in csv.reader(lines, strict=True):
-                row += 1
+            for fields in reader:
+                row, line = row + 1, reader.line_num + 1
                 yield fields or [""]  # an empty line is no field to the parser; in a file of one column it is one
         except csv.Error as error:
-            raise ValueError(f"{name}, row {row}: {error}") from error
+            place = f"row {row}" if row else "header"
+            raise ValueError(f"{name}, {place}: {_csv_fault(error)} (it begins in line {line})") from error
 
-    return _rows_below_a_header(records(), name, choose)
+    hint = f"; a field with {separator!r} in it needs quotes around it"
+    return _rows_below_a_header(records(), name, choose, hint)
+
+
+def _separator(header: str) -> str:
+    """What parts the fields of a CSV: the first of `SEPARATORS` that its header has outside quotes."""
+    outside = re.sub(r'"[^"]*("|$)', "", header)
+    return next((separator for separator in SEPARATORS if separator in outside), SEPARATORS[0])
+
+
+def _csv_fault(error: csv.Error) -> str:
+    if "end of data" in str(error):
+        return "a quote that opens is never closed"
+    return 'a quote within quotes has to be written twice, as ""' if "expected after" in str(error) else str(error)
 
 
 def _tsv_rows(lines: Iterator[str], name: str, choose: Choose) -> Iterator[Sequence[Any]]:
@@ -166,12 +201,17 @@ def _tsv_rows(lines: Iterator[str], name: str, choose: Choose) -> Iterator[Seque
     )
 
 
-def _rows_below_a_header(records: Iterator[list[str]], name: str, choose: Choose) -> Iterator[Sequence[Any]]:
+def _rows_below_a_header(
+    records: Iterator[list[str]], name: str, choose: Choose, hint: str = ""
+) -> Iterator[Sequence[Any]]:
+    """The chosen fields of each row; `hint`: what to do where a row has too many of them."""
     header = next(records)
     places = [header.index(column) for column in choose(header)]
     for row, fields in enumerate(records, 1):
         if len(fields) != len(header):
-            raise ValueError(f"{name}, row {row}: expected {len(header)} fields, as in the header, got {len(fields)}")
+            many = hint if len(fields) > len(header) else ""
+            expected = f"expected {len(header)} fields, as in the header, got {len(fields)}"
+            raise ValueError(f"{name}, row {row}: {expected}{many}")
         yield [fields[place] for place in places]
 
 

@@ -1,4 +1,4 @@
-"""The charts of a report, each as inline SVG: losses, scores, weights, conflicts, mix, throughput.
+"""The charts of a report, each as inline SVG: losses, scores, reliability, weights, conflicts, mix, throughput.
 
 They are drawn from the 'step' and 'mix' events of metrics.jsonl, within `matplotlib.rc_context(STYLE)`.
 """
@@ -119,6 +119,21 @@ def mix(steps: Steps, choices: Steps, tasks: Sequence[str]) -> dict[str, Any]:
         until = [*(event["step"] for event in begun), edges[-1]]
         charts["chosen"] = _stack(groups, chosen, until, "chosen", "Share of each task as chosen at the evaluations")
     return charts
+
+
+def reliability(row: dict[str, Any], columns: int) -> "Markup":
+    """How often predictions of like confidence were right, against that confidence; larger marks stand for more."""
+    task, bins = row["task"], row["calibration"]["bins"]
+    figure, axes = _panel(columns)
+    axes.plot([0, 1], [0, 1], color=_GREY, linewidth=1, linestyle=(0, (4, 3)))
+    confidence, accuracy = [b["confidence"] for b in bins], [b["accuracy"] for b in bins]
+    most = max(b["count"] for b in bins)
+    axes.plot(confidence, accuracy, color=_BLUE, linewidth=1)
+    axes.scatter(confidence, accuracy, [6 + 30 * b["count"] / most for b in bins], color=_BLUE, linewidths=0)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_ticks([0, 0.25, 0.5, 0.75, 1], ["0", "", "0.5", "", "1"])
+    axes.set(xlim=(0, 1.02), ylim=(-0.02, 1.04))
+    return _svg(figure, f"reliability-{task}", f"Share of right predictions of {task} against their confidence")
 
 
 def _stack(

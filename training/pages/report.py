@@ -52,6 +52,7 @@ def write_report(run: Path) -> Path:
         charts = {
             "losses": {row["task"]: figures.loss(content.steps, row, columns) for row in rows},
             "scores": {row["task"]: figures.score(row, columns) for row in rows if row["scores"]},
+            "reliability": {row["task"]: figures.reliability(row, columns) for row in rows if row["calibration"]},
             "weights": figures.weights(content.steps, columns),
             "conflicts": figures.conflicts(content.steps),
             "mix": figures.mix(content.steps, content.choices, list(content.tasks)) if content.steps else None,
@@ -181,6 +182,7 @@ def _row(run: _Run, task: str) -> dict[str, Any]:
         "last_score": last,
         "intervals": about.get("intervals", {}),
         "references": about.get("references"),
+        "calibration": about.get("calibration"),
         "validation_dropped": about.get("validation_dropped") or {},
         "validation_truncated": about.get("validation_truncated", 0),
         "baseline_score": baseline,

@@ -3,6 +3,7 @@
 import json
 import resource
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +16,7 @@ from trunkline.training.data.encoded import Encoded
 from trunkline.training.environment import command, environment
 from trunkline.training.pages.report import SAMPLES
 from trunkline.training.run.progress import Progress
+from trunkline.training.scoring.calibration import Calibration
 from trunkline.training.scoring.evaluation import Scored, spaced
 from trunkline.training.scoring.metrics import metric_names, score_task
 
@@ -22,11 +24,18 @@ if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
 
 
-def summarise(engine: "Engine", corpus: Corpus, progress: Progress, final: dict[str, Scored]) -> dict[str, Any]:
+def summarise(
+    engine: "Engine",
+    corpus: Corpus,
+    progress: Progress,
+    final: dict[str, Scored],
+    calibration: dict[str, Calibration],
+) -> dict[str, Any]:
     """Writes summary.json and samples.json into the run folder and returns the summary."""
     run = Path(engine.config.run)
     tasks = {
         split.task.name: _task_summary(engine, corpus, train, split, progress, final[split.task.name])
+        | {"calibration": asdict(calibration[split.task.name]) if split.task.name in calibration else None}
         for train, split in zip(corpus.train, corpus.validation, strict=True)
     }
     summary = {

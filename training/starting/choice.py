@@ -54,9 +54,13 @@ def is_classes(column: Column) -> bool:
     if column.seen > most or column.lists or column.objects or column.dates or column.several:
         return False
     if column.numbers >= MOSTLY:
-        are_ids = bool(IDS & {*words_of(column.name)})
-        return column.whole and column.distinct <= (most if are_ids else GRADES)
+        return column.whole and column.distinct <= (most if are_ids(column) else GRADES)
     return column.distinct <= min(most, max(2, column.present // 2)) and column.words <= 6
+
+
+def are_ids(column: Column) -> bool:
+    """Whether numbers in it, by its name, number classes and grade nothing."""
+    return bool(IDS & {*words_of(column.name)})
 
 
 def is_number(column: Column) -> bool:

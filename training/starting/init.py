@@ -1,6 +1,5 @@
 """`trunkline init`: from the tables that somebody has to a config that trains, with the reason for every guess."""
 
-import codecs
 import os
 import re
 import unicodedata
@@ -13,7 +12,7 @@ from typing import Any
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.trunk_config import PRESETS
 from trunkline.engine.tasks.task import Task
-from trunkline.training.data.tables import format_of
+from trunkline.training.data.tables import check_encoding, format_of
 from trunkline.training.scoring.metrics import metric_names
 from trunkline.training.starting.commented_yaml import commented
 from trunkline.training.starting.length import steps_for
@@ -107,12 +106,7 @@ def _check(answers: Answers) -> None:
     for name in ("steps", "minutes"):
         if (number := getattr(answers, name)) is not None and not 0 < number < inf:
             raise ValueError(f"init: --{name} must be above 0, got {number}")
-    try:
-        codecs.lookup(answers.encoding or "utf-8")
-    except LookupError as error:
-        raise ValueError(
-            f"init: --encoding '{answers.encoding}' is unknown; windows-1252 and utf-16 are known"
-        ) from error
+    check_encoding("init", answers.encoding)
 
 
 def _proposed(table: Table, asked: Asked, ask: Ask | None) -> list[Proposal]:
@@ -214,13 +208,13 @@ def _settings(proposals: Sequence[Proposal], answers: Answers, folder: Path) -> 
             LARGE_VOCABULARY if rows > LARGE else VOCABULARY,
             "of a tokenizer that is trained on the texts",
         )
-        if heads <= {"classify", "regress"}:
+        if heads <= {"classify", "multi-label", "regress"}:
             settings["lowercase"] = (True, "capitals and small letters are the same to it")
     steps, why = steps_for(rows, words, answers.minutes, preset)
     if answers.steps:
         steps, why = answers.steps, ""
     settings["steps"] = (steps, why)
-    settings["evaluation"] = ({"every": max(1, steps // EVALUATIONS)}, "steps between scores, each with a checkpoint")
+    settings["evaluation"] = ({"every": -(-steps // EVALUATIONS)}, "steps between scores, each with a checkpoint")
     return settings
 
 

@@ -15,7 +15,7 @@ TEXT = frozenset(
     "text texts sentence sentences review reviews comment comments tweet question questions body subject title "
     "headline description document article dialogue dialog content message utterance premise hypothesis abstract "
     "excerpt narrative passage context query post posts essay transcript story summary prompt input inputs "
-    "instruction statement news email claim evidence phrase feedback tokens words v2".split()
+    "instruction statement news email claim evidence phrase feedback tokens words plot synopsis v2".split()
 )
 NO_TEXT = frozenset(
     "id ids author authors user username name location city country state address url link profile handle timezone "

@@ -6,8 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trunkline.engine.heads.multi_label import MOST, labels_in_cell
 from trunkline.engine.heads.registry import HEADS, head_of
 from trunkline.training.starting.choice import (
+    are_ids,
     candidates,
     holds_several,
     is_classes,
@@ -22,7 +24,9 @@ from trunkline.training.starting.names import hints_at_label, in_order
 
 FEWEST = 20  # rows with text and label that there is something to learn from
 RARE = 5  # rows of a class that are too few to be learnt and scored
+NOTHING = frozenset("na n/a nan none null nil - -- ?".split())  # what people write for no value
 UNEVEN = 0.7  # share of the largest class from which on accuracy alone says little
+ELSE = "--label names another column, --head language-model learns the texts alone"
 SCORED = 5000  # rows of a large table that are held out
 
 
@@ -77,7 +81,8 @@ def propose(columns: Sequence[Column], where: str, asked: Asked) -> list[Proposa
         return _tasks(columns, where, [named[name] for name in asked.labels], asked)
     if asked.head and not head_of(asked.head).labelled:
         return _tasks(columns, where, [], asked)
-    labels = labels_in(columns)
+    # a label by its name that cannot be one by its values is told, and not passed over
+    labels = labels_in(columns) or [column for column in columns if hints_at_label(column.name)][:1]
     proposals = _tasks(columns, where, labels, asked)
     if not any(hints_at_label(label.name) for label in labels):
         proposals[0].others = [column.name for column in candidates(columns) if column not in labels]
@@ -101,7 +106,8 @@ def _task(columns: Sequence[Column], where: str, label: Column | None, asked: As
     proposal = Proposal(fields, why)
     if label is not None:
         fields["label"] = label.name
-    usable = _usable(text, label)
+    has_label = _labelled(label, head)
+    usable = _usable(text, has_label)
     proposal.rows = len(usable)
     if len(usable) < FEWEST:
         labelled = f" and a label in '{label.name}'" if label else ""
@@ -118,7 +124,10 @@ def _task(columns: Sequence[Column], where: str, label: Column | None, asked: As
     fields["train"] = ""  # in this place; the file is the caller's business
     fields["validation"] = 0.1 if len(usable) <= 10 * SCORED else max(0.001, round(SCORED / len(usable), 3))
     why["validation"] = "of the rows are held out for scoring, every text on one side only"
-    unlabelled = label.missing if label else 0
+    if all(column.missing for column in text):
+        without = sum(all(map(is_missing, row)) for row in zip(*(column.values for column in text), strict=True))
+        proposal.notes += [f"{without:,} rows have no text: they are left out"] if without else []
+    unlabelled = has_label.count(False)
     if asked.unlabelled or unlabelled:
         fields["unlabelled"] = asked.unlabelled or "drop"
         why["unlabelled"] = f"{unlabelled:,} of {len(columns[0].values):,} rows have no label"
@@ -141,9 +150,11 @@ def _head(columns: Sequence[Column], where: str, label: Column | None, asked: As
     if found := text_answered_by(label, columns):
         return "span", f"what {name} says stands in '{found.name}'"
     if holds_several(label):
-        _refuse_several(where, label)
+        return "multi-label", f"{name} has any number of labels in a row"
     if is_classes(label):
-        return "classify", f"{name} has {label.distinct} different values"
+        grades = label.numbers >= MOSTLY and label.distinct > 2 and not are_ids(label)
+        near = "; --head regress takes them for amounts, of which 4 is nearer to 5 than 1" if grades else ""
+        return "classify", f"{name} has {label.distinct} different values{near}"
     if label.numbers >= MOSTLY:
         return "regress", f"{name} has numbers, {label.distinct:,} different ones"
     if is_written(label, columns) or (label.has_texts and label.words >= 2.5):
@@ -152,32 +163,19 @@ def _head(columns: Sequence[Column], where: str, label: Column | None, asked: As
         return "classify", f"{name} has {label.distinct:,} different values"
     raise ValueError(
         f"{where}: '{label.name}' has {label.distinct:,} different values in {label.present:,} rows, such as "
-        f"{_example(label)}: a class needs several rows to be learnt (--label names another column, --head generate "
-        "takes it for a text to be written)"
+        f"{_example(label)}: a class needs several rows to be learnt, and a number is written as 1234.5 ({ELSE}, "
+        "--head generate takes it for a text to be written)"
     )
 
 
 def _check_label(where: str, label: Column) -> None:
     if not label.distinct:
-        raise ValueError(f"{where}: '{label.name}' is empty in all {len(label.values):,} rows: name another --label")
+        raise ValueError(f"{where}: '{label.name}' is empty in all {len(label.values):,} rows: {ELSE}")
     if label.distinct == 1:
         raise ValueError(
             f"{where}: '{label.name}' is {_example(label)} in all {label.present:,} rows that have a label: with one "
-            "class there is nothing to learn; it takes rows of another one"
+            f"class there is nothing to learn; it takes rows of another one ({ELSE})"
         )
-
-
-def _refuse_several(where: str, label: Column) -> None:
-    values = f"frame[{label.name!r}]"
-    table = (
-        f"{values}.str.get_dummies('|')" if label.several else f"{values}.explode().pipe(pandas.get_dummies, dtype=int)"
-    )
-    grouped = "" if label.several else ".groupby(level=0).max()"
-    raise ValueError(
-        f"{where}: '{label.name}' holds several labels in a row, such as {_example(label)}, and a label here is one "
-        f"class. Make a column of 0 and 1 for each of them, as pandas does with frame.join({table}{grouped}), and name "
-        "those columns: --label A --label B gives every one a task, and all share one pass through the trunk"
-    )
 
 
 def _example(column: Column) -> str:
@@ -228,16 +226,23 @@ def _kind(column: Column) -> str:
     return "texts" if column.words >= 2.5 else "other values"
 
 
-def _usable(text: Sequence[Column], label: Column | None) -> list[int]:
+def _labelled(label: Column | None, head: str) -> list[bool]:
+    """Of every row, whether it has a label; that several may hold, an empty list or text says that none does."""
+    if label is None or (not label.missing and not HEADS[head].several):
+        return []
+    if HEADS[head].several:
+        return [value is not None and value == value for value in label.values]  # but for None and NaN
+    return [not is_missing(value) for value in label.values]
+
+
+def _usable(text: Sequence[Column], has_label: Sequence[bool]) -> list[int]:
     """Rows that have some text, and a label where there is one to have."""
     rows = range(len(text[0].values))
     if all(not column.missing for column in text):
         has_text: Sequence[int] = rows
     else:
         has_text = [row for row in rows if any(not is_missing(column.values[row]) for column in text)]
-    if label is None or not label.missing:
-        return list(has_text)
-    return [row for row in has_text if not is_missing(label.values[row])]
+    return [row for row in has_text if has_label[row]] if has_label else list(has_text)
 
 
 # Classes and numbers
@@ -245,8 +250,19 @@ def _usable(text: Sequence[Column], label: Column | None) -> list[int]:
 
 def _name_classes(proposal: Proposal, where: str, label: Column, asked: Asked) -> None:
     """The names of the classes, and what is said of how often they occur."""
-    counts = class_names(label, proposal.fields["head"])
-    if "-1" in counts and len(counts) > 3 and all(name.lstrip("-").isdigit() for name in counts):
+    head = proposal.fields["head"]
+    counts = class_names(label, head)
+    if head == "multi-label" and len(counts) > MOST:
+        raise ValueError(
+            f"{where}: '{label.name}' has {len(counts):,} different labels, and head 'multi-label' takes {MOST}: write "
+            "the rare ones as one, or leave them out"
+        )
+    if (
+        head != "multi-label"
+        and "-1" in counts
+        and len(counts) > 3
+        and all(name.lstrip("-").isdigit() for name in counts)
+    ):
         unlabelled = counts.pop("-1")  # what data sets write for "no class"; of -1, 0, 1 it is one
         proposal.fields["unlabelled"] = "drop"
         proposal.why["unlabelled"] = f"{unlabelled:,} rows have the label -1"
@@ -255,17 +271,28 @@ def _name_classes(proposal: Proposal, where: str, label: Column, asked: Asked) -
             f"{where}: --labels lacks '{left_out[0]}'; '{label.name}' has {_listed(sorted(counts, key=_order))}"
         )
     proposal.fields["labels"] = [*asked.classes] or [*label.class_names] or sorted(counts, key=_order)
-    total = sum(counts.values())
+    total = len(label.values) if head == "multi-label" else sum(counts.values())  # of rows
     ordered = sorted(counts.items(), key=lambda pair: -pair[1])
     shares = ", ".join(f"{name} {count / total:.0%}" for name, count in ordered[:6])
     proposal.why["labels"] = shares + (f" and {len(ordered) - 6} more" if len(ordered) > 6 else "")
-    if proposal.fields["head"] != "classify":
+    if head not in ("classify", "multi-label"):
         return
     if rare := [name for name, count in ordered if count < RARE]:
         proposal.notes.append(
             f"classes with fewer than {RARE} rows, too few to learn from: {len(rare)}, such as '{rare[0]}'"
         )
-    if ordered[0][1] / total >= UNEVEN and not asked.metrics:
+    alike: dict[str, list[str]] = {}
+    for name in proposal.fields["labels"]:
+        alike.setdefault(" ".join(name.split()).casefold(), []).append(name)
+    if same := [names for names in alike.values() if len(names) > 1]:
+        shown = ", ".join(map(repr, same[0]))
+        proposal.notes.append(f"classes that differ in capitals or spaces alone, and are learnt apart: {shown}")
+    if nothing := [name for plain, names in alike.items() if plain in NOTHING for name in names]:
+        shown = ", ".join(map(repr, nothing))
+        proposal.notes.append(
+            f"taken for classes like the others: {shown}; if they stand for no label, empty the cells"
+        )
+    if head == "classify" and ordered[0][1] / total >= UNEVEN and not asked.metrics:
         proposal.fields["metrics"] = ["macro_f1", "accuracy"]
         proposal.why["metrics"] = f"to say '{ordered[0][0]}' always has an accuracy of {ordered[0][1] / total:.2f}"
 
@@ -275,6 +302,9 @@ def class_names(label: Column, head: str) -> Counter[str]:
     if head == "tag":
         tags = (tag for cell in label.values for tag in (cell if isinstance(cell, list) else str(cell or "").split()))
         return Counter(class_name(tag, label.class_names) for tag in tags)
+    if head == "multi-label":
+        named = (name for cell in label.values if not is_missing(cell) for name in labels_in_cell(cell))
+        return Counter(class_name(name, label.class_names) for name in named)
     counts: Counter[str] = Counter()
     for value, count in label.counts.items():
         counts[class_name(value, label.class_names)] += count
@@ -311,7 +341,8 @@ def _check_numbers(where: str, label: Column) -> None:
     if wrong:
         raise ValueError(
             f"{where}: '{label.name}' has numbers but for {len(wrong):,} of {label.present:,} rows, such as "
-            f"{str(label.values[wrong[0] - 1])!r:.60} in row {wrong[0]}: where a cell is empty its row is not used"
+            f"{str(label.values[wrong[0] - 1])!r:.60} in row {wrong[0]}: a number is written as "
+            "1234.5, and where a cell is empty its row is not used"
         )
 
 
@@ -334,7 +365,8 @@ def _note_repetitions(proposal: Proposal, text: Sequence[Column], label: Column 
             first[key] = own
     if repeated:
         proposal.notes.append(
-            f"{repeated:,} rows repeat a text of another row; a text is on one side of the split only"
+            f"{repeated:,} rows repeat a text of another row, so there are {len(first):,} different ones; a text is on "
+            "one side of the split only"
         )
     if contradicting and label is not None and proposal.fields["head"] in ("classify", "regress"):
         proposal.notes.append(

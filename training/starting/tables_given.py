@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from trunkline.training.data.dataset_folder import class_names_in, splits_of
 from trunkline.training.data.sources import read_columns
-from trunkline.training.data.tables import format_of
+from trunkline.training.data.tables import FORMATS, format_of
 from trunkline.training.starting.columns import Column, number_in
 
 SPLITS = {
@@ -17,7 +17,15 @@ SPLITS = {
     "test": "test",
 }
 LONGEST_NAME = 80  # characters of a column's name
-BINARY = (b"PK\x03\x04", b"%PDF", b"\x89PNG", b"\xff\xd8\xff", b"\xd0\xcf\x11\xe0", b"<html", b"<!DOCTYPE", b"<?xml")
+BINARY = {  # what files of other kinds begin with
+    b"PK\x03\x04": "a ZIP archive, as .xlsx and .docx are",
+    b"\xd0\xcf\x11\xe0": "an old Office file, as .xls is",
+    b"%PDF": "a PDF",
+    b"\x89PNG": "a picture",
+    b"\xff\xd8\xff": "a picture",
+    **dict.fromkeys((b"<html", b"<!doctype"), "a web page"),
+    b"<?xml": "XML",
+}
 
 
 class Table(NamedTuple):
@@ -73,10 +81,9 @@ def read_table(path: Path, encoding: str = "") -> Table:
     if path.is_file():
         with path.open("rb") as file:
             start = file.read(4096)
-        if any(start.lstrip().startswith(sign) for sign in BINARY) and not path.name.lower().endswith(
-            (".xlsx", ".ods")
-        ):
-            raise ValueError(f"{path} is no table: it begins with {start[:16]!r}")
+        kind = next((kind for sign, kind in BINARY.items() if start.lstrip().lower().startswith(sign.lower())), "")
+        if kind and format_of(path.name):
+            raise ValueError(f"{path} is no table but {kind}; it takes a {FORMATS} file")
         if start.startswith((b"\xff\xfe", b"\xfe\xff")) and not encoding:
             encoding = "utf-16"
     tried = [encoding] if encoding else ["utf-8", "windows-1252"]
@@ -106,12 +113,6 @@ def _check_header(table: Table) -> None:
     names = [column.name for column in table.columns]
     if not names:
         raise ValueError(f"{table.path} has no names of columns in its first line")
-    if len(names) == 1 and (separators := re.findall(r"[;\t|]", names[0])):
-        file, separator = table.path.name, separators[0]
-        raise ValueError(
-            f"{table.path} has one column, {names[0]!r}: its fields are separated by {separator!r}; save it with "
-            f"commas, as pandas.read_csv({file!r}, sep={separator!r}).to_csv({file!r}, index=False) does"
-        )
     for column in table.columns:
         seen = {str(cell) for cell in column.cells}
         returns = column.name in seen and column.distinct <= max(2, len(column.values) / 2)

@@ -112,7 +112,8 @@ MISSING = [-1, -100, "-1", "-100", -1.0, "-1.0", None, math.nan, "", " ", []]
 def test_a_row_without_a_class_is_an_error_or_dropped_and_counted(label):
     columns = {"text": ["a", "b", "c"], "label": [0, label, 1]}
     message = error_of(CLASSIFY, **columns)
-    assert message == f"task 'toy': unlabelled row: 'label' is {label!r}; policy is 'error' (train.csv, row 2)"
+    policy = "policy is 'error', and `unlabelled: drop` on the task leaves such rows out"
+    assert message == f"task 'toy': unlabelled row: 'label' is {label!r}; {policy} (train.csv, row 2)"
     encoded = made(changed(CLASSIFY, unlabelled="drop"), **columns)
     assert tokens(encoded) == [[*ids("a"), END], [*ids("c"), END]]
     assert [encoded.reference(i) for i in range(2)] == [0, 1]
@@ -164,7 +165,8 @@ def test_rows_without_any_text_are_dropped_and_counted_or_an_error():
     assert [encoded.reference(i) for i in range(2)] == [0, 1]
     assert encoded.counts == Counts(empty=2)
     message = error_of(changed(PAIR, empty="error"), **columns)
-    assert message == "task 'pair': empty row: 'first' is ' \\n'; policy is 'error' (train.csv, row 3)"
+    policy = "policy is 'error', and `empty: drop` on the task leaves such rows out"
+    assert message == f"task 'pair': empty row: 'first' is ' \\n'; {policy} (train.csv, row 3)"
 
 
 @pytest.mark.parametrize("value", [5, 0.5, math.nan, True, {"a": "b"}, ["a", 5]])

@@ -63,6 +63,16 @@ def test_values_of_a_table_are_strings_as_written(tmp_path, name, separator):
     assert read(tmp_path, name, "\n".join(lines).encode()).columns == {"text": values, "label": values}
 
 
+@pytest.mark.parametrize("separator", ";\t|,")
+def test_the_header_of_a_csv_says_what_parts_its_fields(tmp_path, separator):
+    others = ";\t|,".replace(separator, "")
+    lines = ['"text, or; other"', others, f'"{others}{separator}"']  # within quotes nothing parts
+    (tmp_path / "a.csv").write_text("".join(f"{line}{separator}1\n" for line in lines).replace("1", "label", 1))
+    task = Task("toy", "classify", ("text, or; other",), "label", ("no", "yes"), train="a.csv")
+    columns = {"text, or; other": [others, others + separator], "label": ["1", "1"]}
+    assert read_rows(task, "train", base=tmp_path).columns == columns
+
+
 def test_tsv_rows_that_start_with_a_quote_stay_apart(tmp_path):
     texts = ['"it opens here', "plain", 'and closes here"', '"both"', "next\x85line, line\u2028separator, \rreturn"]
     content = "text\tlabel\n" + "".join(f"{text}\t1\n" for text in texts)
@@ -175,8 +185,25 @@ FAULTS = {  # file, its bytes, words of the error
     "long row": ("a.csv", b"text,label\na,1\nb,c,1\n", "a.csv, row 2: expected 2 fields, as in the header, got 3"),
     "short row of a tsv": ("a.tsv", b"text\tlabel\na\t1\nb c\n", "a.tsv, row 2: expected 2 fields"),
     "empty line": ("a.csv", b'text,label\n"a\nb",1\n\nc,1\n', "a.csv, row 2: expected 2 fields"),
-    "open quote": ("a.csv", b'text,label\na,1\nb,"2\nc,3\n', "a.csv, row 2: unexpected end of data"),
-    "text after a quote": ("a.csv", b'text,label\n"a"b,1\n', "a.csv, row 1: ',' expected after '\"'"),
+    "open quote": (
+        "a.csv",
+        b'text,label\na,1\nb,"2\nc,3\n',
+        "row 2: a quote that opens is never closed (it begins in line 3)",
+    ),
+    "quote in quotes": (
+        "a.csv",
+        b'text,label\n"a "b" c",1\n',
+        'row 1: a quote within quotes has to be written twice, as ""',
+    ),
+    "open quote in the header": ("a.csv", b'"text,label\na,1\n', "a.csv, header: a quote that opens is never closed"),
+    "unquoted separator": ("a.csv", b"text;label\na;b;1\n", "got 3; a field with ';' in it needs quotes around it"),
+    "zero bytes": ("a.csv", b"text,label\n\0\xff,1\n", "it has zero bytes, which this encoding does not write"),
+    "neither the one nor the other": (
+        "a.csv",
+        b"text,label\n\xff,1\n",
+        "`encoding: windows-1252` on the task, or --encoding windows-1252 in a command",
+    ),
+    "text after a quote": ("a.csv", b'text,label\n"a"b,1\n', "a.csv, row 1: a quote within quotes has to"),
     "latin-1": ("a.csv", b"text,label\na,1\nb\xe9,1\n", "a.csv is not UTF-8: byte 0xe9 at offset 16, line 3"),
     "utf-16": ("a.tsv", b"\xff\xfet\0", "a.tsv is not UTF-8: byte 0xff at offset 0, line 1"),
     "surrogate": ("a.jsonl", b'{"text": "\xed\xa0\x80"}', "a.jsonl is not UTF-8: byte 0xed at offset 10, line 1"),

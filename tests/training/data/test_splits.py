@@ -270,6 +270,14 @@ def test_the_same_texts_are_held_out_whatever_the_order(tmp_path):
     assert len({validation.digest, again.digest, train.digest}) == 3
 
 
+def test_rows_without_text_take_no_room_among_those_held_out(tmp_path):
+    rows = [f"text {i},1" for i in range(100)] + [" ,1"] * 100
+    train, validation = halves(tmp_path, rows, 0.1)
+    assert len(validation) == 10
+    assert all(text.strip() for text in validation.columns["text"])
+    assert len(train) == 190
+
+
 def test_one_text_cannot_be_parted(tmp_path):
     with pytest.raises(ValueError, match="task 'toy', validation split: 2 rows have too few different texts for"):
         halves(tmp_path, ["same,1", "Same,0"], 0.5)

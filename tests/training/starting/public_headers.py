@@ -25,7 +25,6 @@ class Public:
     """None: init should say that it cannot be learnt, and why."""
     label: tuple[str, ...]
     text: tuple[str, ...]
-    says: str = ""
 
 
 def _one(kind: str, rng: random.Random, row: int) -> Any:
@@ -332,22 +331,20 @@ PUBLIC = [
     ),
 ]
 
-# What init has to say instead of guessing
+# A label column with any number of labels in a row
 SEVERAL = [
     Public(
         "goemotions.jsonl",
         {"text": "words 5-20", "labels": "list 0 4 7 9 27", "id": "code"},
-        None,
-        (),
-        (),
-        "several labels",
+        "multi-label",
+        ("labels",),
+        ("text",),
     ),
     Public(
         "movies.csv",
         {"plot": "words 30-60", "title": "words 2-4", "genres": "several Drama War Comedy Action"},
-        None,
-        (),
-        (),
-        "several labels",
+        "multi-label",
+        ("genres",),
+        ("title", "plot"),
     ),
 ]

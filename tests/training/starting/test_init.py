@@ -96,6 +96,7 @@ def test_what_it_writes_trains_and_answers(capsys, one_thread):
     assert main(["init", "own.csv", "--steps", "8"]) == 0
     small = ["trunk={hidden_size: 16, num_layers: 1, num_heads: 2}", "vocab_size=300", "batch={tokens: 256}"]
     assert main(["train", "own.yaml", *small]) == 0, capsys.readouterr().err
+    assert "ask it: trunkline predict runs/own --file NEW.csv --out" in capsys.readouterr().out
     assert main(["predict", "runs/own", "--file", "own.csv"]) == 0
     answers = [json.loads(line) for line in capsys.readouterr().out.splitlines() if line.startswith('{"text"')]
     assert len(answers) == 80
@@ -239,8 +240,41 @@ def test_repeated_and_contradicting_texts_are_told(capsys):
     table("own.csv", rows(60, text=lambda i, rng: f"text number {i % 40}", label=lambda i, rng: "ab"[i // 40]))
     assert main(["init", "own.csv"]) == 0
     told = capsys.readouterr().out
-    assert "20 rows repeat a text of another row" in told
+    assert "20 rows repeat a text of another row, so there are 40 different ones" in told
     assert "of these, 20 have another 'label'" in told
+
+
+def test_classes_that_may_be_the_same_or_none_at_all_are_told(capsys):
+    names = ["Yes", "yes ", "no", "n/a", "None"]
+    table("own.csv", rows(100, label=lambda i, rng: names[i % 5]))
+    assert main(["init", "own.csv"]) == 0
+    told = capsys.readouterr().out
+    assert "classes that differ in capitals or spaces alone, and are learnt apart: 'Yes', 'yes '\n" in told
+    assert "taken for classes like the others: 'None', 'n/a'; if they stand for no label, empty the cells" in told
+
+
+def test_numbers_that_are_taken_for_classes_can_be_amounts(capsys):
+    for name, said in (("stars", True), ("intent", False)):
+        table(f"{name}.csv", rows(100, **{name: lambda i, rng: 1 + i % 5}))
+        assert main(["init", f"{name}.csv"]) == 0
+        assert ("--head regress takes them for amounts" in capsys.readouterr().out) == said
+
+
+def test_rows_without_text_are_told(capsys):
+    records = rows(100, title=lambda i, rng: "" if i % 4 == 0 else "a title", label=colour)
+    records = [{**record, "text": ""} if i % 8 == 0 else record for i, record in enumerate(records)]
+    table("own.csv", records)
+    assert main(["init", "own.csv", "--text", "title", "--text", "text"]) == 0
+    assert "  13 rows have no text: they are left out\n" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("steps", [1, 60, 330, 333])
+def test_the_last_scores_are_those_of_the_end(steps):
+    table("own.csv", rows(60, label=colour))
+    assert main(["init", "own.csv", "--steps", str(steps)]) == 0
+    every = load_config(Path("own.yaml")).evaluation.every
+    scored = {*range(every, steps + 1, every), steps}
+    assert len(scored) == min(steps, 4)
 
 
 def test_uneven_classes_are_scored_by_more_than_accuracy(capsys):
@@ -250,7 +284,27 @@ def test_uneven_classes_are_scored_by_more_than_accuracy(capsys):
     assert "classes with fewer than 5 rows, too few to learn from: 1, such as 'rare'" in capsys.readouterr().out
 
 
+def test_rows_without_any_of_several_labels_are_rows(capsys):
+    def topics(i: int, rng: random.Random) -> str:
+        return ["", "billing", "billing|bug", "bug | urgent"][i % 4] if i else "rare"
+
+    table("own.csv", rows(100, topics=topics))
+    assert main(["init", "own.csv"]) == 0
+    (task,) = load_config(Path("own.yaml")).all_tasks
+    assert (task.head, task.label, task.labels) == ("multi-label", "topics", ("billing", "bug", "rare", "urgent"))
+    assert task.unlabelled == "error"
+    told = capsys.readouterr().out
+    assert "classes: billing 50%, bug 50%, urgent 25%, rare 1%" in told
+    assert "classes with fewer than 5 rows, too few to learn from: 1, such as 'rare'" in told
+
+
 # What nothing can be learnt from
+
+
+def test_more_labels_than_a_task_can_have(refused):
+    table("own.csv", rows(400, topics=lambda i, rng: f"t{i % 32}|u{i % 32}"))
+    said = refused("own.csv", "--label", "topics")
+    assert "own.csv: 'topics' has 64 different labels, and head 'multi-label' takes 63: write the rare ones as" in said
 
 
 def test_no_header(refused):
@@ -265,24 +319,21 @@ def test_no_header(refused):
 def test_one_column(refused):
     table("own.csv", [{"grade": i % 3} for i in range(60)])
     assert "own.csv has no column of texts to read: grade (numbers); --text names one" in refused("own.csv")
-    Path("own.csv").write_text("text;label\n" + "some words here;a\n" * 60)
-    said = refused("own.csv")
-    assert "fields are separated by ';'" in said
-    assert "pandas.read_csv('own.csv', sep=';')" in said
 
 
 def test_labels_that_are_all_different(refused):
     table("own.csv", rows(60, label=lambda i, rng: f"key{i}"))
     said = refused("own.csv", "--label", "label")
+    assert refused("own.csv") == said  # its name says that it is the label
+    assert "--head language-model learns the texts alone" in said
     assert "'label' has 60 different values in 60 rows, such as 'key0'" in said
     assert "a class needs several rows" in said
 
 
 def test_one_class_only(refused):
     table("own.csv", rows(60, label=lambda i, rng: "spam"))
-    assert "'label' is 'spam' in all 60 rows that have a label: with one class" in refused(
-        "own.csv", "--label", "label"
-    )
+    for flags in (["--label", "label"], []):
+        assert "'label' is 'spam' in all 60 rows that have a label: with one class" in refused("own.csv", *flags)
 
 
 def test_hardly_any_labels(refused):
@@ -305,8 +356,9 @@ def test_numbers_with_words_among_them(refused):
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("own.csv", b"%PDF-1.7 \x00\x01", "is no table: it begins with b'%PDF-1.7"),
-        ("own.csv", b"<!DOCTYPE html>\n<html>", "is no table: it begins with b'<!DOCTYPE"),
+        ("own.csv", b"%PDF-1.7 \x00\x01", "is no table but a PDF; it takes a .csv"),
+        ("own.csv", b"<!DOCTYPE html>\n<html>", "is no table but a web page"),
+        ("own.csv", b"PK\x03\x04\x14", "is no table but a ZIP archive, as .xlsx"),
         ("own.csv", b"", "is empty"),
         ("own.csv", b"text,label\n", "has no rows"),
         ("own.csv", b"text,label\na,b\nc\n", "row 2: expected 2 fields"),
