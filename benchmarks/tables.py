@@ -3,7 +3,7 @@
 import json
 from collections.abc import Collection
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from trunkline.training.compare.comparison_page import tables as comparison_tables
@@ -24,8 +24,10 @@ def tables(folder: Path, parts: Collection[str] = ()) -> str:
         "comparison": _comparison,
         "what_helps": _what_helps,
         "from_checkpoint": _from_checkpoint,
+        "answers": _answers,
         "fine_tuning": _fine_tuning,
         "waiting": _waiting,
+        "serving": _serving,
     }
     chosen = [name for name in makers if name in (parts or makers)]
     found = {name: path for name in chosen if (path := folder / f"{name}.json").exists()}
@@ -223,6 +225,51 @@ def _from_checkpoint(found: dict[str, Any]) -> str:
 time; tokens seen: {seen}. Mean ± standard deviation over the seeds.
 
 {_changes(found["changes"], "system")}
+"""
+
+
+def _answers(found: dict[str, Any]) -> str:
+    ours = next(iter(found["changes"].values())).values()
+    before, after = ([of[kind]["sst2"] for of in ours] for kind in ("uncalibrated", "calibration"))
+    return f"""
+**Several labels, and how far probabilities can be believed**, on {_measured_on(found["environment"])}
+(`{found["command"]}`): a run on SST-2 and on STS-B's pairs with four labels each, and the Hugging Face loop on the same
+tokens. Mean ± standard deviation over the seeds.
+
+{_changes(found["changes"], "system")}
+
+Expected calibration error of ours on SST-2's examples that did not fit the temperature, by seed: {_numbers(after)};
+without a temperature {_numbers(before)}.
+"""
+
+
+def _numbers(values: Collection[float]) -> str:
+    return ", ".join(f"{value:.3f}" for value in values)
+
+
+def _serving(found: dict[str, Any]) -> str:
+    where, http, many = found["environment"], found["http"], found["many"]
+    eight = ", ".join(f"{own['faster']:.1f}x ({tokens} tokens)" for tokens, own in found["eight_tasks"].items())
+    loads = [
+        f"| {system} | {clients} | {own['rate']:,.1f} | {1000 * own['p50']:,.0f} | {1000 * own['p99']:,.0f} |"
+        for system, by_clients in found["mixed"].items()
+        for clients, own in by_clients.items()
+    ]
+    rates = http["requests_per_second"], http["texts_per_second_without"]
+    more = 1000 * (http["idle_seconds"] - http["idle_seconds_without"])
+    before, after = (size / 2**20 for size in many["memory"])
+    return f"""
+**Serving** on {_measured_on(where)}, one thread (`{found["command"]}`). Eight tasks on one text in one pass; the eight
+exported models one after the other take {eight} as long.
+
+| server, texts of 8 to 512 tokens | clients | answers a second | median ms | 99th percentile, ms |
+|---|---|---|---|---|
+{chr(10).join(loads)}
+
+Texts of 64 tokens: {rates[0]:,.0f} requests a second over HTTP, {rates[1]:,.0f} texts a second without; a single one
+takes {more:.2f} ms more. From the command to ready {median(found["start"]):.1f} s.
+{many["clients"]} clients: {many["rate"]:,.0f} answers a second, {many["failed"]} failed; memory {before:,.0f} MiB, and
+{after:,.0f} MiB at the end.
 """
 
 

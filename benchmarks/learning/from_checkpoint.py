@@ -15,6 +15,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -127,20 +128,28 @@ def _train(model: Peer, corpus: Corpus, config: Config, seed: int, budget: int) 
         (members, _) = next(stream)
         task, rows = members[0][0], [row for _, row in members]
         split = corpus.train[task]
-        logits = model(split, task, rows)
-        labels = torch.tensor([split.label_of(i)[0] for i in rows])
-        loss = (
-            F.mse_loss(logits[:, 0], labels.float())
-            if split.task.head == "regress"
-            else F.cross_entropy(logits, labels.long())
-        )
-        loss.backward()
+        _loss(split, rows, model(split, task, rows)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad()
         tokens = int(split.lengths[rows].sum())
         seen += tokens
         yield tokens
+
+
+def _loss(split: Encoded, rows: Sequence[int], logits: Tensor) -> Tensor:
+    labels = torch.tensor(np.stack([split.label_of(i) for i in rows]))  # (examples, 1), of several labels (examples, C)
+    if split.task.head == "multi-label":
+        return F.binary_cross_entropy_with_logits(logits, labels.float())
+    if split.task.head == "regress":
+        return F.mse_loss(logits, labels.float())
+    return F.cross_entropy(logits, labels[:, 0].long())
+
+
+def _answers(split: Encoded, logits: Tensor) -> list[Any]:
+    if split.task.head == "multi-label":
+        return [tuple(row.nonzero().flatten().tolist()) for row in logits > 0]
+    return (logits[:, 0] if split.task.head == "regress" else logits.argmax(-1)).tolist()
 
 
 @torch.inference_mode()
@@ -153,9 +162,7 @@ def _scores(model: Peer, corpus: Corpus, examples: int) -> dict[str, float]:
         predicted: dict[int, Any] = {}
         for first in range(0, len(ordered), AT_ONCE):
             rows = ordered[first : first + AT_ONCE]
-            logits = model(split, task, rows)
-            answers = logits[:, 0] if split.task.head == "regress" else logits.argmax(-1)
-            predicted |= zip(rows, answers.tolist(), strict=True)
+            predicted |= zip(rows, _answers(split, model(split, task, rows)), strict=True)
         names = metric_names(split.task)
         scores[split.task.name] = score(names, [predicted[i] for i in chosen], [split.reference(i) for i in chosen])[
             names[0]

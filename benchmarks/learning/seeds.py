@@ -19,6 +19,8 @@ def scores_of(config: Config, seed: int) -> dict[str, Any]:
     return {
         "scores": {name: task["metrics"][task["metric"]] for name, task in tasks},
         "metrics": {name: task["metric"] for name, task in tasks},
+        "calibration": {name: own["error"] for name, task in tasks if (own := task["calibration"])},
+        "uncalibrated": {name: own["error_before"] for name, task in tasks if (own := task["calibration"])},
         "seconds": summary["training_seconds"],
         "real_tokens": summary["real_tokens"],
     }
