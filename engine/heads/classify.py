@@ -45,6 +45,13 @@ class Classify(Head):
     def describe(self, task: "Task", value: int, laid: "Laid") -> str:
         return task.labels[value]
 
+    def scores(self, task: "Task", value: int, logits: "Tensor", laid: "Laid") -> dict[str, Any]:
+        p = logits[0].softmax(-1).tolist()
+        return {"score": p[value], "scores": dict(zip(task.labels, p, strict=True))}
+
+    def choices(self, logits: "Tensor", piece: Piece) -> "tuple[Tensor, Tensor]":
+        return logits, logits.new_tensor(piece.label).long()
+
     def reference(self, piece: Piece) -> int:
         return int(piece.label[0])
 

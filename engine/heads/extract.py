@@ -71,6 +71,14 @@ class Extract(Head):
         sentences = sentences_of(laid.text, laid.offsets, laid.kept)
         return "\n".join(sentences[place][0] for place in value)
 
+    def scores(self, task: "Task", value: Sequence[int], logits: "Tensor", laid: "Laid") -> dict[str, Any]:
+        """'score': of every chosen sentence the probability that it belongs to a summary."""
+        p = logits.softmax(-1)[:, 1].tolist()
+        return {"score": [p[place] for place in value]}
+
+    def choices(self, logits: "Tensor", piece: Piece) -> "tuple[Tensor, Tensor]":
+        return logits, logits.new_tensor([int(chosen) for chosen in piece.label if chosen >= 0]).long()
+
     def reference(self, piece: Piece) -> str | list[str] | None:
         return piece.reference
 

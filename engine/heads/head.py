@@ -114,6 +114,8 @@ class Head(ABC):
     """Whether tokens are hidden, which needs a mask token."""
     pools: ClassVar[bool] = False
     """Whether it has one row, which stands for the whole text."""
+    several: ClassVar[bool] = False
+    """Of the table: every column is a label of its own, which holds or not; a row's target has a bit for each."""
 
     # From a row of a table to a loss
 
@@ -180,6 +182,25 @@ class Head(ABC):
     def describe(self, task: "Task", value: Any, laid: "Laid") -> Any:
         """A prediction in words: class names for ids, the text of a span."""
         return value
+
+    def scores(self, task: "Task", value: Any, logits: "Tensor", laid: "Laid") -> dict[str, Any]:
+        """How sure a prediction is, by name: 'score', its probability, and 'scores', those of all that it might have
+        been; nothing of a head without probabilities.
+
+        Args:
+            value: what `predict` made of the logits.
+            logits: (r, C) of the example's rows, divided by the task's temperature.
+        """
+        return {}
+
+    def choices(self, logits: "Tensor", piece: Piece) -> "tuple[Tensor, Tensor] | None":
+        """What a prediction chooses between: logits (n, A) of the alternatives of n choices, and which of them was
+        right, (n,) int64; None of a head without probabilities. Temperatures are fitted on it, and calibration judged.
+
+        Args:
+            logits: (r, C) of the example's rows.
+        """
+        return None
 
     # Scores and pages
 

@@ -7,12 +7,14 @@ from trunkline.engine.heads.extract import Extract
 from trunkline.engine.heads.generate import Generate
 from trunkline.engine.heads.head import Head
 from trunkline.engine.heads.language_model import LanguageModel, MaskedLanguageModel
+from trunkline.engine.heads.multi_label import MultiLabel
 from trunkline.engine.heads.regress import Regress
 from trunkline.engine.heads.span import Span
 from trunkline.engine.heads.tag import Tag
 
 HEADS: dict[str, Head] = {
     "classify": Classify(),
+    "multi-label": MultiLabel(),
     "regress": Regress(),
     "tag": Tag(),
     "span": Span(),

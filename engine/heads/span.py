@@ -71,6 +71,15 @@ class Span(Head):
     def describe(self, task: "Task", value: tuple[int, int], laid: "Laid") -> str:
         return laid.text[laid.offsets[value[0]][0] : laid.offsets[value[1]][1]].strip()
 
+    def scores(self, task: "Task", value: tuple[int, int], logits: "Tensor", laid: "Laid") -> dict[str, Any]:
+        """'score': the product of the probabilities of both ends."""
+        first, last = logits.softmax(0)[list(value), [0, 1]].tolist()
+        return {"score": first * last}
+
+    def choices(self, logits: "Tensor", piece: Piece) -> "tuple[Tensor, Tensor]":
+        """(tokens of the text, 2) -> (2, tokens of the text): where it starts, and where it ends"""
+        return logits.T, logits.new_tensor(self.reference(piece)).long()
+
     def reference(self, piece: Piece) -> tuple[int, int]:
         first, _, start, last = (int(x) for x in piece.label)
         return start - first, last - first

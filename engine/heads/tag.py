@@ -3,7 +3,7 @@
 from bisect import bisect_left
 from collections.abc import Sequence
 from itertools import chain
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trunkline.engine.heads.head import Head, Labels, Made, Piece, Row, most_common
 from trunkline.engine.text.cells import word_bounds
@@ -68,6 +68,14 @@ class Tag(Head):
         """A tag for every word, or UNREAD."""
         tags = iter(value)
         return [task.labels[next(tags)] if token >= 0 else UNREAD for token in word_rows(laid)]
+
+    def scores(self, task: "Task", value: Sequence[int], logits: "Tensor", laid: "Laid") -> dict[str, Any]:
+        """'score': of every word the probability of its tag; None of a word that is not read."""
+        best = iter(logits.softmax(-1).amax(-1).tolist())
+        return {"score": [next(best) if token >= 0 else None for token in word_rows(laid)]}
+
+    def choices(self, logits: "Tensor", piece: Piece) -> "tuple[Tensor, Tensor]":
+        return logits, logits.new_tensor(self.reference(piece)).long()
 
     def reference(self, piece: Piece) -> list[int]:
         return [int(tag) for tag in piece.label if tag >= 0]

@@ -15,7 +15,7 @@ Sources: additive attention, Bahdanau et al., arXiv:1409.0473; copying, See et a
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -283,6 +283,10 @@ class BiLSTM(nn.Module):
         """As `MultiTaskModel.logits`, for tasks that do not write."""
         return self.heads.logits(x, task)
 
+    def predict(self, logits: Tensor, task: int) -> Any:
+        """As `MultiTaskModel.predict`."""
+        return self.heads.predict(logits, task)
+
     def generate(
         self, prompts: Sequence[np.ndarray], task: int, end: int | Sequence[int], search: Search
     ) -> list[list[int]]:
@@ -309,6 +313,11 @@ class BiLSTM(nn.Module):
 
 
 Model = MultiTaskModel | BiLSTM
+
+
+def heads_of(model: Model) -> MultiTaskModel:
+    """What holds the heads of a model's tasks that answer, and what was fitted for them."""
+    return model.heads if isinstance(model, BiLSTM) else model
 
 
 def _read(batch: PackedBatch, answering: int) -> tuple[Tensor, Tensor]:

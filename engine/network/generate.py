@@ -138,6 +138,18 @@ class Cache:
         self.tokens[self.texts, tokens] = True
         return repeated
 
+    def join(self, other: "Cache") -> None:
+        """Takes in the texts of another cache of the same trunk, behind its own."""
+        S, slots = len(self.lengths), max(self.keys.shape[3], other.keys.shape[3])
+
+        def joined(own: Tensor, others: Tensor) -> Tensor:
+            both = own[:, :S], others[:, : len(other.lengths)]
+            return torch.cat([F.pad(store, (0, 0, 0, slots - store.shape[3])) for store in both], 1)
+
+        self.keys, self.values = joined(self.keys, other.keys), joined(self.values, other.values)
+        self.lengths = np.concatenate([self.lengths, other.lengths])
+        self.tokens = torch.cat([self.tokens[:S], other.tokens])
+
     def keep(self, texts: np.ndarray) -> None:
         """Continues with these texts, in this order; one may occur several times."""
         if self.tokens.numel():
@@ -193,7 +205,7 @@ def generate(
         )
     longest_first = np.argsort(-lengths, kind="stable")
     with torch.inference_mode():
-        x, cache = _prefill(trunk, [prompts[i] for i in longest_first], slots, adapt)
+        x, cache = prefill(trunk, [prompts[i] for i in longest_first], slots, adapt)
         writer = writer_of(len(prompts), search, end, x.device)
         while len(kept := writer.step(logits(x).float())):
             cache.keep(kept)
@@ -234,8 +246,8 @@ def writer_of(prompts: int, search: Search, end: int | Sequence[int], device: to
     return (_Greedy if search.beams == 1 else _Beams)(prompts, search, ends, device)
 
 
-def _prefill(
-    trunk: Trunk, prompts: Sequence[np.ndarray], slots: int, adapt: Callable[[int, int], Adapt] | None
+def prefill(
+    trunk: Trunk, prompts: Sequence[np.ndarray], slots: int, adapt: Callable[[int, int], Adapt] | None = None
 ) -> tuple[Tensor, Cache]:
     """Hidden states of the prompts' last tokens, (B, D), and the cache filled with the prompts."""
     examples = [Example(0, tokens, np.array([len(tokens) - 1])) for tokens in prompts]
@@ -259,7 +271,7 @@ def _prefill(
     return torch.empty_like(x).index_copy_(0, order, x), cache
 
 
-def _forbid(scores: Tensor, texts: Tensor, search: Search, ends: list[int]) -> None:
+def forbid(scores: Tensor, texts: Tensor, search: Search, ends: list[int]) -> None:
     """Sets the scores (S, V) of the tokens that may not follow the texts (S, length so far) to -inf."""
     n = search.no_repeat_ngram
     if texts.shape[1] < search.min_new_tokens:
@@ -271,7 +283,7 @@ def _forbid(scores: Tensor, texts: Tensor, search: Search, ends: list[int]) -> N
         scores[text, ngrams[text, run, -1]] = float("-inf")
 
 
-def _closed_up(going: np.ndarray) -> np.ndarray:
+def closed_up(going: np.ndarray) -> np.ndarray:
     """Ascending places of what goes on, with the last of them moved to where something has ended."""
     places = np.arange(len(going))
     gaps = np.setdiff1d(places, going)
@@ -298,14 +310,14 @@ class _Greedy:
             (S',) which of the S texts go on, in their new order.
         """
         if self.search.min_new_tokens or self.search.no_repeat_ngram:
-            _forbid(logits, self.texts[self.prompts, : self.length], self.search, self.ends)
+            forbid(logits, self.texts[self.prompts, : self.length], self.search, self.ends)
         token = logits.argmax(-1)  # (S,)
         self.texts[self.prompts, self.length] = token
         self.length += 1
         if self.length == self.search.max_new_tokens:
             return np.empty(0, np.int64)
         going = np.flatnonzero((token[:, None] != self.end_tokens).all(1).cpu().numpy())
-        places = _closed_up(going)
+        places = closed_up(going)
         if len(going) < len(token):
             chosen = torch.from_numpy(places).to(token.device)
             self.prompts, token = self.prompts[chosen], token[chosen]
@@ -345,7 +357,7 @@ class _Beams:
         log_p = logits.log_softmax(-1)
         prompts, width = self.scores.shape
         W, V = self.search.beams, log_p.shape[1]
-        _forbid(log_p, self.texts.flatten(0, 1), self.search, self.ends)
+        forbid(log_p, self.texts.flatten(0, 1), self.search, self.ends)
         totals = (self.scores[:, :, None] + log_p.view(prompts, width, V)).flatten(1)
         # at most as many candidates of every text as there are ends are one, so that W of these candidates go on
         scores, places = totals.topk(min((1 + len(self.ends)) * W, totals.shape[1]))
@@ -362,7 +374,7 @@ class _Beams:
                 survivors[row] = going
             for c in ending:
                 self._offer(prompt, float(scores[row, c]), row, int(parents[row, c]), row_tokens[c], length)
-        order = _closed_up(np.array([*survivors], np.int64)).tolist()
+        order = closed_up(np.array([*survivors], np.int64)).tolist()
         rows = torch.tensor(order, dtype=torch.int64, device=log_p.device)
         chosen = torch.tensor([survivors[row] for row in order], dtype=torch.int64, device=log_p.device).view(-1, W)
         parents, tokens = parents[rows].gather(1, chosen), tokens[rows].gather(1, chosen)

@@ -5,8 +5,9 @@
 T tokens, R labelled rows, N tasks, D width, K columns of the table of small heads, V vocabulary
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,12 +21,13 @@ from trunkline.engine.network.adapters import Adapters
 from trunkline.engine.network.generate import Search, generate
 from trunkline.engine.network.packing import PackedBatch
 from trunkline.engine.network.span_loss import span_loss
-from trunkline.engine.network.trunk import Trunk
+from trunkline.engine.network.trunk import Adapt, Trunk
 from trunkline.kernels.tasks.task_loss import LossSums, task_loss
 from trunkline.kernels.tasks.task_projection import task_projection
 from trunkline.kernels.vocabulary.linear_cross_entropy import linear_cross_entropy
 
 COLUMNS = 8  # products of 16-bit numbers want widths in multiples of it
+FITTED = ("center", "spread", "temperature", "threshold")  # buffers that come from data, each with a value before
 
 if TYPE_CHECKING:
     from trunkline.engine.tasks.task import Task
@@ -58,6 +60,9 @@ class MultiTaskModel(nn.Module):
     regression: Tensor  # (tasks of the table,) bool
     center: Tensor  # (tasks of the table,) what a regression's labels are around, and 0
     spread: Tensor  # (tasks of the table,) the unit of a regression's loss, and 1
+    several: Tensor | None  # (tasks of the table,) bool, whether columns are labels of their own; None: no task's are
+    temperature: Tensor  # (tasks of table and spans,) by which logits are divided for probabilities
+    threshold: Tensor  # (K,) the probability above which a label of several holds, and 1/2
     kept: Tensor  # (N,) factor of x beside its projection: 0 where it is a pooler, else 1
 
     def __init__(
@@ -111,8 +116,14 @@ class MultiTaskModel(nn.Module):
         regression = torch.tensor([HEADS[task.head].squared for task in tasks[: self.num_small]], dtype=torch.bool)
         self.register_buffer("class_offsets", offsets, persistent=False)
         self.register_buffer("regression", regression, persistent=False)
+        several = [HEADS[task.head].several for task in tasks[: self.num_small]]
+        self.register_buffer("several", torch.tensor(several) if any(several) else None, persistent=False)
         self.register_buffer("center", torch.zeros(self.num_small))
         self.register_buffer("spread", torch.ones(self.num_small))
+        self.register_buffer("temperature", torch.ones(self.num_small + self.num_spans))
+        thresholds = [0.5 if task.threshold == "fit" else task.threshold for task in tasks[: self.num_small]]
+        of_columns = [[threshold] * count for threshold, count in zip(thresholds, columns, strict=True)]
+        self.register_buffer("threshold", torch.tensor([*chain.from_iterable(of_columns)], dtype=torch.float32))
 
     def set_units(self, labels: Mapping[int, np.ndarray]) -> None:
         """Lets regressions start from the mean of their labels, and measures their errors in standard deviations.
@@ -128,7 +139,7 @@ class MultiTaskModel(nn.Module):
                 self.spread[task] = spread
 
     def _load_from_state_dict(self, state_dict: dict, prefix: str, *others: Any) -> None:
-        for name in ("center", "spread"):  # which earlier versions did not save: they had labels' own units
+        for name in FITTED:  # which earlier versions did not save: they had labels' own units
             state_dict.setdefault(prefix + name, getattr(self, name))
         super()._load_from_state_dict(state_dict, prefix, *others)
 
@@ -204,6 +215,7 @@ class MultiTaskModel(nn.Module):
                     self.regression,
                     width=self.width,
                     label_smoothing=self.label_smoothing,
+                    several=self.several,
                 )
             )
         if self.num_spans:
@@ -242,8 +254,11 @@ class MultiTaskModel(nn.Module):
         self, prompts: Sequence[np.ndarray], task: int, end: int | Sequence[int], search: Search
     ) -> list[list[int]]:
         """Continues prompts as one task's head says: `trunkline.engine.network.generate.generate`."""
-        adapt = None if self.adapters is None else partial(self.adapters.of_one, task)
-        return generate(self.trunk, partial(self.logits, task=task), prompts, end, search, adapt)
+        return generate(self.trunk, partial(self.logits, task=task), prompts, end, search, self.adapts(task))
+
+    def adapts(self, task: int) -> Callable[[int, int], Adapt] | None:
+        """Gives a task's adapter for so many tokens, and rows of them; None: there is none."""
+        return None if self.adapters is None else partial(self.adapters.of_one, task)
 
     def task_parameters(self) -> list[tuple[nn.Parameter, Tensor]]:
         """Parameters of which every row is one task's own, each with the tasks of its rows, int64."""
@@ -290,6 +305,15 @@ class MultiTaskModel(nn.Module):
             return F.linear(x, self.span_weight[task - self.num_small].to(x.dtype))
         y = (self.vocabulary_weight.to(x.dtype) @ x.T).T  # of few rows: on a CPU half the time of x @ weight.T
         return y if self.vocabulary_bias is None else y + self.vocabulary_bias.to(x.dtype)
+
+    def predict(self, logits: Tensor, task: int) -> Any:
+        """A task's prediction for one example, as its head makes it of the `logits` (r, C) of its rows."""
+        head = HEADS[self.tasks[task].head]
+        if head.several:
+            first, last = self.class_offsets[task : task + 2].tolist()
+            cut = self.temperature[task] * self.threshold[first:last].logit()  # (C,) that a logit has to exceed
+            logits = logits - cut.to(logits)
+        return head.predict(logits)
 
     def _with_bias(self, x: Tensor, weights: Sequence[Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
         """(R, D) and matrices (V, D) whose products have the vocabulary's bias: a column more, of which x has 1."""

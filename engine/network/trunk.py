@@ -114,7 +114,7 @@ class Block(nn.Module):
         adapt: Adapt | None,
     ) -> Tensor:
         H, G, E = self.config.num_heads, self.config.kv_heads, self.config.head_width
-        qk, v = self.linear("qkv", x, adapt, on_rows=False).view(len(x), H + 2 * G, E).split([H + G, G], 1)
+        qk, v = self.linear("qkv", x, adapt, on_rows=False).unflatten(1, (H + 2 * G, E)).split([H + G, G], 1)
         if self.config.qk_norm:
             qk = torch.cat([self.query_norm(qk[:, :H]), self.key_norm(qk[:, H:])], 1).to(v.dtype)
         if angles is not None:

@@ -1,8 +1,10 @@
 """A table that is given from Python is kept as a file: so it is read like any other, and a run finds it again."""
 
 import os
+import re
 from collections.abc import Mapping
 from hashlib import sha256
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trunkline.engine.cache_folder import cache_folder
@@ -11,6 +13,7 @@ if TYPE_CHECKING:
     import pyarrow
 
 TABLES = "a pandas or polars frame, a datasets.Dataset, a pyarrow table, a dict of columns or a list of rows"
+FOLDER = "tables"  # in the cache
 
 
 def stored_table(given: Any, what: str) -> str:
@@ -34,13 +37,20 @@ def stored_table(given: Any, what: str) -> str:
         told = " ".join(str(error).split())
         raise ValueError(f"{what}: a column mixes values of several kinds, and cannot be kept: {told:.300}") from error
     data = content.getvalue()
-    path = cache_folder() / "tables" / f"{sha256(data).hexdigest()[:32]}.parquet"
+    path = cache_folder() / FOLDER / f"{sha256(data).hexdigest()[:32]}.parquet"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.partial")
         partial.write_bytes(data)
         partial.replace(path)
     return str(path)
+
+
+def in_words(file: str) -> str:
+    """What messages call a file: of a table that was given from Python, not where it is kept."""
+    path = Path(file)
+    kept = path.parent.name == FOLDER and re.fullmatch(r"[0-9a-f]{32}\.parquet", path.name)
+    return "the table given from Python" if kept else file
 
 
 def _arrow(given: Any, what: str) -> "pyarrow.Table":

@@ -26,14 +26,15 @@ class Task:
 
     Args:
         name: Unique in a run; lower case letters, digits, '-' and '_'.
-        head: What is predicted. classify: a class; regress: a number; tag: a class per word; span: a stretch of the
-            text; generate: a text; extract: the sentences of the text that come nearest to one; language-model: the
-            next token; masked-language-model: the tokens that were masked.
+        head: What is predicted. classify: a class; multi-label: any number of classes; regress: a number; tag: a class
+            per word; span: a stretch of the text; generate: a text; extract: the sentences of the text that come
+            nearest to one; language-model: the next token; masked-language-model: the tokens that were masked.
         text: Columns with the input text, joined by the separator token. 'a|b' takes the first of both that the file
             has.
-        label: Column with the label: a class id or name; a number; the target text; one tag per word; the answer's
-            text.
-        labels: Class names in the order of their ids (classify, tag).
+        label: Column with the label: a class id or name; a list of classes, or a text with '|' between them
+            (multi-label); a number; the target text; one tag per word; the answer's text. A multi-label task without it
+            has a column of 0 and 1 under the name of every class.
+        labels: Class names in the order of their ids (classify, multi-label, tag).
         metrics: Names from `trunkline.training.scoring.metrics.METRICS`; systems are compared by the first. Empty:
             those of the head.
         train: Split name on the hub, or a file: .csv, .tsv, .jsonl, .json, their .gz, or .parquet ('*' for several), or
@@ -45,6 +46,8 @@ class Task:
         hub: Dataset id on the Hugging Face hub, such as 'nyu-mll/glue'.
         subset: Configuration of the hub dataset, such as 'sst2'.
         generated: Rows are made by trunkline.training.data.generated instead of read.
+        threshold: Multi-label only: the probability above which a class is predicted; 'fit': of every class the one
+            with the best F1 on the validation examples that calibration takes.
         start: Span only: column with the place of the answer in the last text column, in characters; empty: its first.
         empty: What happens to a row without any text: dropped and counted, or an error.
         too_long: What happens to a row longer than the sequence limit; dropped and truncated rows are counted.
@@ -69,6 +72,7 @@ class Task:
     hub: str = ""
     subset: str = ""
     generated: bool = False
+    threshold: float | Literal["fit"] = 0.5
     start: str = ""
     empty: Literal["drop", "error"] = "drop"
     too_long: Literal["truncate", "drop", "error"] = "truncate"
@@ -80,6 +84,13 @@ class Task:
     def class_names(self) -> ClassNames:
         """The labels, for cells to be looked up in."""
         return ClassNames(self.labels)
+
+    @property
+    def label_columns(self) -> tuple[str, ...]:
+        """The columns that a label is read from."""
+        if not self.label and head_of(self.head).several:
+            return self.labels
+        return (self.label,) if self.label else ()
 
     def __post_init__(self):
         for split, plain in (("train", str | os.PathLike), ("validation", str | os.PathLike | int | float)):
@@ -102,6 +113,10 @@ class Task:
             head_of(self.head).check(self)
         except ValueError as error:
             raise ValueError(f"task '{self.name}': {error}") from error
+        possible = self.threshold == "fit" or (isinstance(self.threshold, float) and 0 < self.threshold < 1)
+        require(possible, f"threshold must be 'fit' or a probability between 0 and 1, got {self.threshold!r}")
+        own = head_of(self.head).several or self.threshold == 0.5
+        require(own, f"threshold belongs to multi-label, not to '{self.head}'")
         require(len(set(self.labels)) == len(self.labels), f"labels name a class twice: {list(self.labels)}")
         if isinstance(self.validation, str) and re.fullmatch(r"\d*\.\d+", self.validation):
             object.__setattr__(self, "validation", float(self.validation))

@@ -21,6 +21,8 @@ from trunkline.kernels.arguments import can_look, check_offsets
 from trunkline.kernels.dispatch import versions
 
 LARGE, WIDE = 2500, 8
+REGRESSION, SEVERAL = 1, 2  # kinds of tasks; 0: one class a row
+MOST_LABELS = 63  # of several: a bit of an int64 each
 
 
 class _Entries(NamedTuple):
@@ -41,7 +43,7 @@ class Layout:
         self.counts, self.classes = (ends[1:] - ends[:-1] for ends in (self.offsets, self.class_offsets))  # (N,)
         self.is_small = (self.counts * self.classes < LARGE) | (self.classes < WIDE)
 
-    def check(self, rows: int, columns: int) -> None:
+    def check(self, rows: int, columns: int, kinds: Tensor) -> None:
         """Raises ValueError for what only the values tell."""
         check_offsets("task_loss", self.offsets, rows)
         fits = (self.classes >= 1) & (self.classes <= self.width)
@@ -50,22 +52,27 @@ class Layout:
                 f"task_loss: class_offsets must rise from 0 to K = {columns} by 1 to C = {self.width} columns a task, "
                 f"got {self.class_offsets.tolist()}"
             )
-
-    def check_targets(self, target: Tensor, regression: Tensor) -> None:
-        """Raises ValueError for a class that the row's task does not have."""
-        wide = _numpy(regression) & (self.classes != 1)
+        wide = (_numpy(kinds) == REGRESSION) & (self.classes != 1)
         if wide.any():
             task = int(wide.argmax())
             raise ValueError(
                 f"task_loss: a regression has one column, got {self.classes[task]} in class_offsets for task {task}"
             )
-        labels, classes = _numpy(target), self.of_row(np.where(_numpy(regression), 0, self.classes))
-        wrong = ((labels < 0) | (labels >= classes)) & (classes > 0)
+        several = self.classes[_numpy(kinds) == SEVERAL]
+        if (several > MOST_LABELS).any():
+            raise ValueError(f"task_loss: of several labels a task has at most {MOST_LABELS}, got {several.max()}")
+
+    def check_targets(self, target: Tensor, kinds: Tensor) -> None:
+        """Raises ValueError for a class that the row's task does not have."""
+        labels, kind, classes = _numpy(target), self.of_row(_numpy(kinds)), self.of_row(self.classes)
+        beyond = np.where(kind == SEVERAL, labels >> np.minimum(classes, MOST_LABELS) > 0, labels >= classes)
+        wrong = ((labels < 0) | beyond) & (kind != REGRESSION)
         if wrong.any():
             row = int(wrong.argmax())
             task = int(np.searchsorted(self.offsets, row, side="right")) - 1
+            below = f"2**{classes[row]}" if kind[row] == SEVERAL else classes[row]
             raise ValueError(
-                f"task_loss: target must be in [0, {classes[row]}) for task {task}, got {labels[row]} at row {row}"
+                f"task_loss: target must be in [0, {below}) for task {task}, got {labels[row]} at row {row}"
             )
 
     def of_row(self, of_task: np.ndarray) -> np.ndarray:
@@ -150,13 +157,13 @@ def _numpy(x: Tensor) -> np.ndarray:
 
 
 def check(
-    x: Tensor, weight: Tensor, offsets: Tensor, target: Tensor, class_offsets: Tensor, regression: Tensor, width: int
+    x: Tensor, weight: Tensor, offsets: Tensor, target: Tensor, class_offsets: Tensor, kinds: Tensor, width: int
 ) -> None:
     """Raises ValueError for what only the values tell, where they may be looked at."""
     if can_look(offsets):
         layout = _layout(offsets, class_offsets, width)
-        layout.check(len(x), len(weight))
-        layout.check_targets(target, regression)
+        layout.check(len(x), len(weight), kinds)
+        layout.check_targets(target, kinds)
 
 
 @np.errstate(all="ignore")  # what is not finite is for the caller to find
@@ -169,17 +176,18 @@ def forward(
     value: Tensor,
     row_weight: Tensor,
     class_offsets: Tensor,
-    regression: Tensor,
+    kinds: Tensor,
     width: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
-    check(x, weight, offsets, target, class_offsets, regression, width)
+    check(x, weight, offsets, target, class_offsets, kinds, width)
     layout = _layout(offsets, class_offsets, width)
     logits = _logits(x, weight, bias, layout)  # (R, C)
     logarithms = logits.log_softmax(-1)
     z, log_p, p, best = map(_numpy, (logits, logarithms, logarithms.exp(), logits.argmax(-1)))
-    number = layout.of_row(_numpy(regression))  # (R,) rows of regression tasks
-    row, y = np.arange(len(z)), np.where(number, 0, _numpy(target))
+    kind = layout.of_row(_numpy(kinds))  # (R,)
+    number = kind == REGRESSION
+    row, y = np.arange(len(z)), np.where(kind > 0, 0, _numpy(target))
     v, w = (_numpy(tensor.to(logits.dtype)) for tensor in (value, row_weight))
     counted = w > 0
 
@@ -194,9 +202,30 @@ def forward(
     difference = np.where(number, z[:, 0] - v, 0)
     loss += difference * difference
     gradient[:, 0] += 2 * difference
+    correct = (best == y) & ~number
+    own = (kind == SEVERAL).nonzero()[0]
+    if len(own):
+        classes = layout.of_row(layout.classes)[own]
+        loss[own], gradient[own], correct[own] = _several(z[own], _numpy(target)[own], classes, label_smoothing)
     gradient *= w[:, None]
-    sums = layout.sums(w * loss, w, counted, (best == y) & (counted > number))  # true > false
+    sums = layout.sums(w * loss, w, counted, correct & counted)
     return layout.tensor(sums).to(logits.dtype), layout.tensor(gradient)
+
+
+def _several(
+    z: np.ndarray, target: np.ndarray, classes: np.ndarray, smoothing: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Loss (r,), gradient (r, C) and correctness (r,) of rows with several labels, from logits (r, C)."""
+    place, count = np.arange(z.shape[1]), classes[:, None].astype(z.dtype)
+    inside = place < classes[:, None]
+    holds = (target[:, None] >> np.minimum(place, MOST_LABELS - 1) & 1).astype(bool)
+    z = np.where(inside, z, 0)
+    wrong = np.where(holds, -z, z)  # how far on the wrong side
+    # log(1 + exp(wrong)); s / 2 of the target stands on the other side, where the loss is less by `wrong`
+    loss = np.where(inside, np.logaddexp(0, wrong) - smoothing / 2 * wrong, 0)
+    slope = np.exp(-np.logaddexp(0, -wrong)) - smoothing / 2  # sigmoid(wrong), and not what is left of a rounded 1 - p
+    gradient = np.where(inside, np.where(holds, -slope, slope), 0)
+    return (loss / count).sum(-1), gradient / count, (((z > 0) == holds) | ~inside).all(-1)
 
 
 @np.errstate(all="ignore")

@@ -18,6 +18,22 @@ MIN_CHUNK = 1024  # rows of a task that one program of the backward pass takes a
 
 
 @triton.jit
+def _several(logits, holds, in_classes, classes, smoothing):
+    """Losses (r,), gradient of the logits (r, C) and correctness (r,) of rows with several labels."""
+    z = tl.where(in_classes[None, :], logits, 0.0)
+    wrong = tl.where(holds, -z, z)  # how far on the wrong side
+    t = tl.exp(-tl.abs(wrong))
+    u = 1 + t
+    log1p = tl.where(u == 1, t, tl.log(u) * (t / tl.where(u == 1, 1.0, u - 1)))  # Kahan's: exact for small t, too
+    # log(1 + exp(wrong)); s / 2 of the target stands on the other side, where the loss is less by `wrong`
+    loss = tl.maximum(wrong, 0.0) + log1p - smoothing / 2 * wrong
+    slope = tl.where(wrong > 0, 1 / u, t / u) - smoothing / 2
+    gradient = tl.where(in_classes[None, :], tl.where(holds, -slope, slope) / classes, 0.0)
+    agrees = ((z > 0) == holds) | (in_classes == 0)[None, :]
+    return tl.sum(tl.where(in_classes[None, :], loss, 0.0), 1) / classes, gradient, tl.min(agrees.to(tl.int32), 1) > 0
+
+
+@triton.jit
 def _forward_kernel(
     x_ptr,
     weight_ptr,
@@ -27,7 +43,7 @@ def _forward_kernel(
     value_ptr,
     row_weight_ptr,
     class_offsets_ptr,
-    regression_ptr,
+    kinds_ptr,
     out_ptr,
     partial_ptr,
     tiles,
@@ -68,10 +84,11 @@ def _forward_kernel(
     if ONLY_LOGITS:
         tl.store(out_ptrs, logits, mask=inside)
     else:
-        target = tl.load(target_ptr + begin + r, mask=in_rows, other=0).to(tl.int32)
+        target = tl.load(target_ptr + begin + r, mask=in_rows, other=0)  # int64
         row_weight = tl.load(row_weight_ptr + begin + r, mask=in_rows, other=0.0)
         value = tl.load(value_ptr + begin + r, mask=in_rows, other=0.0)
-        is_number = tl.load(regression_ptr + task) != 0
+        kind = tl.load(kinds_ptr + task)
+        is_number, has_several = kind == 1, kind == 2  # REGRESSION, SEVERAL
 
         top, best = tl.max(logits, 1, return_indices=True)  # of equal logits the first
         shifted = logits - top[:, None]
@@ -85,9 +102,13 @@ def _forward_kernel(
         loss = tl.where(is_number, difference * difference, -tl.sum(expected * log_p, 1))
         slope = tl.where(c[None, :] == 0, 2 * difference[:, None], 0.0)
         gradient = tl.where(is_number, slope, p / total[:, None] - expected)
+        right = best == target
+        if has_several:
+            holds = (target[:, None] >> tl.minimum(c, 62).to(tl.int64)[None, :]) & 1 != 0  # at most 63 labels
+            loss, gradient, right = _several(logits, holds, in_classes, classes, smoothing)
         tl.store(out_ptrs, gradient * row_weight[:, None], mask=inside)
         counted = (row_weight > 0).to(tl.float32)
-        correct = tl.where(is_number, 0.0, counted * (best == target).to(tl.float32))
+        correct = tl.where(is_number, 0.0, counted * right.to(tl.float32))
         tl.store(partial_ptr + tile, tl.sum(row_weight * loss, 0))
         tl.store(partial_ptr + tiles + tile, tl.sum(row_weight, 0))
         tl.store(partial_ptr + 2 * tiles + tile, tl.sum(counted, 0))
@@ -218,7 +239,7 @@ def _run_forward(
     """(R, C): the gradient of the logits; without `labels` the logits."""
     (R, D), N = x.shape, len(class_offsets) - 1
     out, block_c = x.new_empty(R, width, dtype=torch.float32), padded_width(width)
-    *rows, regression = labels
+    *rows, kinds = labels
     tiles = R // block_r + N
     _forward_kernel[(tiles,)](
         x.contiguous(),
@@ -227,7 +248,7 @@ def _run_forward(
         offsets,
         *rows,
         class_offsets,
-        regression,
+        kinds,
         out,
         partial,
         tiles,
@@ -266,7 +287,7 @@ def forward(
     value: Tensor,
     row_weight: Tensor,
     class_offsets: Tensor,
-    regression: Tensor,
+    kinds: Tensor,
     width: int,
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
@@ -275,7 +296,7 @@ def forward(
     tiles = R // block_r + N
     partial = x.new_empty(4, tiles, dtype=torch.float32)
     rows = (target.contiguous(), value.float().contiguous(), row_weight.float().contiguous())
-    labels = (*rows, regression.view(torch.uint8))
+    labels = (*rows, kinds)
     gradient = _run_forward(x, weight, bias, offsets, labels, class_offsets, width, label_smoothing, partial, block_r)
     sums = x.new_empty(4, N, dtype=torch.float32)
     _sum_kernel[(N,)](partial, offsets, *sums, tiles, BLOCK_R=block_r, BLOCK_T=256)

@@ -15,12 +15,13 @@ from torch import Tensor
 from trunkline.kernels.dispatch import input_precision, tl, triton
 from trunkline.kernels.tasks.task_tiles import rows_of_tile, search_block
 
-SPILLS = {  # Triton 3.6 alone
+SPILLS = {
     ("_product_kernel", 80): (
         32,
-        "the outputs of a tile of 128 x 256 lie in registers on an A100, and operands with them",
+        "Triton 3.6: the outputs of a tile of 128 x 256 lie in registers on an A100, and operands with them",
     ),
-    ("_gradient_kernel", 100): (2, "erf and its derivative on 128 columns"),
+    ("_product_kernel", 100): (6, "Triton 3.8: the offsets of 100 tasks are searched beside a tile's outputs"),
+    ("_gradient_kernel", 100): (2, "Triton 3.6: erf and its derivative on 128 columns"),
 }
 GROUP = 8  # tiles of rows that sweep the columns together
 NARROW = 64  # inner dimensions and widths up to this, of low-rank adapters, fill no large tile
@@ -226,7 +227,7 @@ def _product_tile(dtype: torch.dtype, rows: int, inner: int, columns: int, plain
     `plain`: without activation.
     """
     if dtype == torch.float32:
-        return {"BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+        return {"BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
     if rows * columns >= 128 * 256 * 132 and inner > NARROW:
         return {"BLOCK_R": 128, "BLOCK_C": 256 if plain else 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
     return {"BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}

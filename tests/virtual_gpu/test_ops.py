@@ -26,6 +26,8 @@ CHOSEN = {
         "task_loss: mixed, smoothed",
         "task_loss: chunks of 1024 rows",
         "task_loss: 256 classes",
+        "task_loss: several labels, smoothed",
+        "task_loss: 62 labels",
         "task_logits: three tasks",
         "linear_cross_entropy: 1008 words",
         "linear_cross_entropy: 7 words, all rows count",

@@ -235,6 +235,9 @@ def test_extraction_is_learnt_and_comes_back_as_text(causal):
             logits = torch.tensor([[4.0, 0.0], [0.0, 4.0], [4.0, 0.0]])
             return model_of_ones(batch), logits
 
+        def predict(self, logits: Tensor, task: int):
+            return HEADS["extract"].predict(logits)
+
     scored = evaluate(Sure(), BYTES, [data], tokens=200, search=Search())["pick"]  # type: ignore[arg-type]
     assert scored.predictions == ["b: the red hen is in the barn"]
     assert scored.metrics["rouge1"] == pytest.approx(2 * 3 / (3 + 8))

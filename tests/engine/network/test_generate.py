@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from trunkline.engine.network.generate import Search, _closed_up, generate
+from trunkline.engine.network.generate import Search, closed_up, generate
 from trunkline.engine.network.packing import Example, pack
 from trunkline.engine.network.trunk import Trunk, TrunkConfig
 
@@ -186,7 +186,7 @@ def test_many_at_once_are_each_alone(shape, beams):
     [([], []), ([0, 1, 2], [0, 1, 2]), ([1, 2, 4, 5], [5, 1, 2, 4]), ([3, 4], [3, 4]), ([0, 4], [0, 4])],
 )
 def test_what_has_ended_leaves_no_gap_and_little_is_moved(going, places):
-    found = _closed_up(np.array(going, np.int64)).tolist()
+    found = closed_up(np.array(going, np.int64)).tolist()
     assert sorted(found) == going
     assert [place for place in going if place < len(going)] == [p for i, p in enumerate(found) if p == i]
     if len(going) < 4:

@@ -37,13 +37,15 @@ def make(
     return tuple(t.to(device) for t in inputs)
 
 
-def assert_matches(inputs: tuple[Tensor, ...], smoothing: float, width: int = max(CLASSES)) -> None:
+def assert_matches(
+    inputs: tuple[Tensor, ...], smoothing: float, width: int = max(CLASSES), several: Tensor | None = None
+) -> None:
     def definition(*inputs: Tensor) -> tuple[Tensor, ...]:
-        loss, *others = task_loss_reference(*inputs, label_smoothing=smoothing)
+        loss, *others = task_loss_reference(*inputs, label_smoothing=smoothing, several=several)
         return loss.to(torch.promote_types(loss.dtype, torch.float32)), *others
 
     def op(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(task_loss(*inputs, width=width, label_smoothing=smoothing))
+        return tuple(task_loss(*inputs, width=width, label_smoothing=smoothing, several=several))
 
     assert_as_accurate(op, definition, inputs, constant=(5, 6))
 
@@ -52,6 +54,25 @@ def assert_matches(inputs: tuple[Tensor, ...], smoothing: float, width: int = ma
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_matches_definition(dtype, smoothing, device):
     assert_matches(make(COUNTS, dtype, device), smoothing)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_several_labels_match_definition(dtype, smoothing, device):
+    """Beside a number and tasks with one class a row."""
+    inputs, several = make(COUNTS, dtype, device), torch.tensor([True, False, False, False, True, True], device=device)
+    own = several.repeat_interleave(torch.tensor(COUNTS, device=device))
+    bits = 2 ** torch.tensor(CLASSES, device=device).repeat_interleave(torch.tensor(COUNTS, device=device))
+    inputs[4][own] = (torch.rand(len(own), device=device) * bits).long()[own]
+    inputs[2][:3] += 12  # sure of the first task's labels, rightly or wrongly
+    assert_matches(inputs, smoothing, several=several)
+
+
+def test_63_labels(device):
+    several = torch.tensor([True, False], device=device)
+    inputs = make([9, 3], torch.float32, device, classes=[63, 1])
+    inputs[4][:3] = torch.tensor([2**63 - 1, 0, 2**62 + 1])
+    assert_matches(inputs, 0.1, width=63, several=several)
 
 
 @pytest.mark.gpu

@@ -12,9 +12,10 @@ from trunkline.kernels.vocabulary import chunks as vocabulary_chunks
 from trunkline.kernels.vocabulary.linear_cross_entropy import linear_cross_entropy, loss_of_logits
 from virtual_gpu.case import Case, bounds, normal, placed
 
-# 9 tasks, two of them regressions; the third has one class; one has a single row
+# 9 tasks, two of them regressions; the fifth has one class; one has a single row
 FEW = [3, 1, 2, 3, 1, 3, 2, 1, 3]
 NUMBERS = [False, True, False, False, False, False, False, True, False]
+LABELS = [True, False, True, False, True, False, False, False, True]  # which may hold several
 ROWS = [0, 1, 2, 4, 5] * 40 + [6] * 17 + [7] * 33 + [8]
 
 
@@ -26,6 +27,7 @@ def heads(
     width: int,
     smoothing: float = 0.0,
     off: int = 0,
+    several: list[bool] | None = None,
     *,
     dtype: torch.dtype,
 ) -> Case:
@@ -33,11 +35,13 @@ def heads(
     numbers, generator = torch.tensor(regression), torch.Generator().manual_seed(R)
     row_weight = torch.rand(R, generator=generator) + 0.5
     row_weight[::5] = 0.0
+    labels = None if several is None else torch.tensor(several)
+    targets = torch.tensor([2**C if holds else C for C, holds in zip(columns, several or [False] * N, strict=True)])
     inputs = (
         *(placed(t.to(dtype), off) for t in (normal(R, width), normal(K, width, seed=1) / width**0.5)),
         placed(normal(K, seed=2).to(dtype), off),
         bounds(torch.bincount(task, minlength=N).tolist()),
-        (torch.rand(R, generator=generator) * torch.tensor(columns)[task]).long(),
+        (torch.rand(R, generator=generator, dtype=torch.float64) * targets[task]).long(),
         torch.where(numbers[task], normal(R, seed=3), 0.0),
         row_weight,
         bounds(columns),
@@ -45,10 +49,10 @@ def heads(
     )
 
     def op(*inputs: Tensor) -> tuple[Tensor, ...]:
-        return tuple(task_loss(*inputs, width=max(columns), label_smoothing=smoothing))
+        return tuple(task_loss(*inputs, width=max(columns), label_smoothing=smoothing, several=labels))
 
     def definition(*inputs: Tensor) -> tuple[Tensor, ...]:
-        loss, *others = task_loss_reference(*inputs, label_smoothing=smoothing)
+        loss, *others = task_loss_reference(*inputs, label_smoothing=smoothing, several=labels)
         return loss.to(torch.promote_types(loss.dtype, torch.float32)), *others
 
     return Case("task_loss", name, op, definition, inputs, constant=(5, 6))
@@ -58,6 +62,9 @@ def small_heads(dtype: torch.dtype) -> Iterator[Case]:
     run = partial(heads, dtype=dtype)
     yield run("mixed", FEW, NUMBERS, ROWS, 96)
     yield run("mixed, smoothed", FEW, NUMBERS, ROWS, 96, 0.1)
+    yield run("several labels", FEW, NUMBERS, ROWS, 96, several=LABELS)
+    yield run("several labels, smoothed", FEW, NUMBERS, ROWS, 96, 0.1, several=LABELS)
+    yield run("62 labels", [62, 3, 20], [False] * 3, [0, 1, 2] * 30, 96, 0.1, several=[True, False, True])
     yield run("one row", FEW, NUMBERS, [2], 96)
     yield run("no row", FEW, NUMBERS, [], 96)
     yield run("one class", FEW, NUMBERS, [4] * 9, 96)
