@@ -10,5 +10,9 @@ from setuptools import find_namespace_packages, setup
 setup(
     packages=find_namespace_packages("src", include=["trunkline*"], exclude=["*.results*", "*.configs*"]),
     package_dir={"": "src"},
-    package_data={"trunkline": ["py.typed"], "trunkline.training": ["configs/*.*", "pages/*.jinja"]},
+    package_data={
+        "trunkline": ["py.typed"],
+        "trunkline.serving": ["*.html"],
+        "trunkline.training": ["configs/*.*", "pages/*.jinja"],
+    },
 )

@@ -68,12 +68,15 @@ def adapters_of(model: torch.nn.Module) -> Adapters:
     return adapters
 
 
-def save_adapters(model: MultiTaskModel, config: Config, folder: Path) -> Path:
-    """Each adapter in a folder of its name, as PEFT writes them."""
+def save_adapters(model: MultiTaskModel, config: Config, folder: Path, tasks: Sequence[int] = ()) -> Path:
+    """Each adapter in a folder of its name, as PEFT writes them; of tasks, by their places, only theirs."""
     adapters = adapters_of(model)
     assert config.adapters is not None
+    wanted = {adapters.places[t] for t in tasks or range(len(model.tasks))}
     for place, name in enumerate(adapters.names):
-        tasks = [task for task, adapter in zip(model.tasks, adapters.places, strict=True) if adapter == place]
+        if place not in wanted:
+            continue
+        own = [task for task, adapter in zip(model.tasks, adapters.places, strict=True) if adapter == place]
         save_adapter(
             folder / name,
             adapters,
@@ -81,7 +84,7 @@ def save_adapters(model: MultiTaskModel, config: Config, folder: Path) -> Path:
             model.trunk,
             base=config.init,
             digest=config.adapters.trunk_digest,
-            writes=any(HEADS[task.head].group == "vocabulary" for task in tasks),
+            writes=any(HEADS[task.head].group == "vocabulary" for task in own),
         )
     return folder
 

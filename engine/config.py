@@ -161,8 +161,9 @@ class Config:
                 yield f"{key} must be {WEIGHTS.broken(next(iter(lost.values())))}, got {lost}"
         for name, factors in self.class_weights.items():
             task = next((task for task in tasks if task.name == name), None)
-            if task is None or not task.labels or len(factors) != len(task.labels) or not min(factors) > 0:
-                expected = f"{len(task.labels)} numbers above 0" if task and task.labels else "tasks with classes only"
+            classes = len(task.labels) if task and not HEADS[task.head].several else 0
+            if not classes or len(factors) != classes or not min(factors) > 0:
+                expected = f"{classes} numbers above 0" if classes else "tasks with one class for a row only"
                 yield f"class_weights of '{name}': expected {expected}, got {short(list(factors))}"
             elif wanted := next(filter(None, map(WEIGHTS.broken, factors)), ""):
                 yield f"class_weights of '{name}' must be {wanted}, got {short(list(factors))}"

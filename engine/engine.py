@@ -4,19 +4,14 @@ The engine ties the rooms together; the arithmetic is in network/, the loop in t
 `load`, of a run that is not finished, are the only calls up into training.
 """
 
-import json
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, replace
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
 from trunkline.engine.adapting import (
     config_with,
@@ -27,22 +22,21 @@ from trunkline.engine.adapting import (
     save_adapters,
     with_digest,
 )
+from trunkline.engine.answers import ask
 from trunkline.engine.config import TRAINED, Config, changed, config_from, with_vocabulary
 from trunkline.engine.console import tell
 from trunkline.engine.device import usable_device
-from trunkline.engine.foreign.pretrained import SETTINGS, WEIGHTS
-from trunkline.engine.heads.registry import HEADS
-from trunkline.engine.network.bilstm import BiLSTM, Model
-from trunkline.engine.network.generate import Search, check_search, prompts_at_once
+from trunkline.engine.foreign.export import Format, export
+from trunkline.engine.foreign.pretrained import SETTINGS
+from trunkline.engine.network.bilstm import BiLSTM, Model, heads_of
+from trunkline.engine.network.generate import Search
 from trunkline.engine.network.kept_heads import keep_heads
 from trunkline.engine.network.model import MultiTaskModel, in_model_order
-from trunkline.engine.network.packing import Example, pack
 from trunkline.engine.network.trunk import Trunk, TrunkConfig
-from trunkline.engine.saved import all_tensors, check_weights, own_tensors, read_saved, summary_beside
+from trunkline.engine.saved import all_tensors, check_weights, read_saved, summary_beside, write_saved
 from trunkline.engine.shown import engine_html, with_metrics
 from trunkline.engine.tasks.task import Task
-from trunkline.engine.text.given import fits, listed, text_rows
-from trunkline.engine.text.layout import Laid, Layout
+from trunkline.engine.text.given import listed
 from trunkline.engine.text.tokenizer import Tokenizer
 from trunkline.kernels.attention import attention_flash
 
@@ -215,7 +209,7 @@ class Engine:
         from trunkline.training.scoring.evaluation import evaluate
 
         config = self.config
-        corpus = load_corpus(config, self._tokenizer)
+        corpus = load_corpus(config, self.known_tokenizer)
         with self.autocast():
             scored = evaluate(
                 self.model,
@@ -229,7 +223,9 @@ class Engine:
         self.summary = with_metrics(self.summary, metrics)
         return metrics
 
-    def predict(self, texts: Iterable[str | Sequence[str]], tasks: Sequence[str] = ()) -> dict[str, list[Any]]:
+    def predict(
+        self, texts: Iterable[str | Sequence[str]], tasks: Sequence[str] = (), scores: bool = False
+    ) -> dict[str, list[Any]]:
         """What the tasks say of each text; all of them share its pass through the trunk.
 
         Passes are of `batch.tokens` tokens, however many texts there are.
@@ -237,95 +233,16 @@ class Engine:
         Args:
             texts: each a text, or a tuple of texts for tasks on several (a premise and a hypothesis).
             tasks: names; none: every task of the engine that predicts classes, numbers, tags or spans.
+            scores: whether predictions come with their probabilities.
 
         Returns:
-            By task, one prediction a text: a class name, a number, a tag for each word, or the words of a span.
+            By task, one prediction a text: a class name, a list of them, a number, a tag for each word, or the words of
+            a span. With `scores` each is an `Answer`.
 
         Raises:
             ValueError: an unknown task, one that generates text, or a text that does not fit the task.
         """
-        parts = text_rows(texts, "predict")
-        asked = [self._index(name) for name in listed(tasks, "predict: tasks")] or [
-            t for t, task in enumerate(self.tasks) if HEADS[task.head].group != "vocabulary"
-        ]
-        for t in asked:
-            task = self.tasks[t]
-            if HEADS[task.head].group == "vocabulary":
-                raise ValueError(f"predict: task '{task.name}' writes text: use generate()")
-            for place, text in enumerate(parts):
-                if not fits(task, text):
-                    raise ValueError(
-                        f"predict: task '{task.name}' takes {len(task.text)} text(s) {list(task.text)}, "
-                        f"got {text!r:.120} at place {place}"
-                    )
-        layout = Layout(self._tokenizer, self.config.batch.max_length, self.config.trunk.causal)
-        # what a trunk makes of a text serves all tasks; a Bi-LSTM's attention is each task's own
-        passes = [[t] for t in asked] if self.config.architecture == "bilstm" else self._of_one_adapter(asked)
-        predictions: dict[str, list[Any]] = {self.tasks[t].name: [] for t in asked}
-        for together in passes:
-            for laid, wanted in self._batches(map(layout.lay, parts), together):
-                for name, answers in self._predict(laid, wanted, together).items():
-                    predictions[name] += answers
-        return predictions
-
-    def _of_one_adapter(self, asked: Sequence[int]) -> list[list[int]]:
-        """Tasks, by their places, that share what a trunk makes of a text: all, where there are no adapters."""
-        model = self.model
-        assert isinstance(model, MultiTaskModel)
-        passes: dict[int, list[int]] = {}
-        for t in asked:
-            passes.setdefault(0 if model.adapters is None else model.adapters.places[t], []).append(t)
-        return list(passes.values())
-
-    def _batches(
-        self, texts: Iterable[Laid], asked: Sequence[int]
-    ) -> Iterator[tuple[list[Laid], list[list[Sequence[int]]]]]:
-        """Texts and the rows of them that every task looks at, in batches with the token budget of both."""
-        laid: list[Laid] = []
-        wanted: list[list[Sequence[int]]] = []
-        room = self.config.batch.tokens
-        for text in texts:
-            rows = [HEADS[self.tasks[t].head].rows(text) for t in asked]
-            size = max(len(text.tokens), sum(map(len, rows)))
-            if laid and size > room:
-                yield laid, wanted
-                laid, wanted, room = [], [], self.config.batch.tokens
-            laid.append(text)
-            wanted.append(rows)
-            room -= size
-        if laid:
-            yield laid, wanted
-
-    def _predict(
-        self, laid: Sequence[Laid], wanted: Sequence[Sequence[Sequence[int]]], asked: Sequence[int]
-    ) -> dict[str, list[Any]]:
-        """What tasks, by their places, say of each text, from one pass.
-
-        `wanted`: of each text, the rows that each of these tasks looks at.
-        """
-        typed = self.config.trunk.token_types > 1
-        examples = [
-            Example(
-                asked[0],
-                text.tokens,
-                np.array([*chain.from_iterable(rows)], np.int64),
-                types=text.types if typed else None,
-            )
-            for text, rows in zip(laid, wanted, strict=True)
-        ]
-        predictions: dict[str, list[Any]] = {self.tasks[t].name: [None] * len(laid) for t in asked}
-        model = self.model.eval()
-        with torch.inference_mode(), self.autocast():
-            batch = pack(examples, len(self.tasks)).to(self.device)
-            x = model.hidden(batch)  # (R, D)
-            sizes = [len(rows) for place in batch.order for rows in wanted[place]]
-            own = iter(x.split(sizes))
-            for place in batch.order:
-                for t in asked:
-                    task, head = self.tasks[t], HEADS[self.tasks[t].head]
-                    value = head.predict(model.logits(next(own), t).float().cpu())
-                    predictions[task.name][place] = head.describe(task, value, laid[place])
-        return predictions
+        return ask.predict(self, texts, listed(tasks, "predict: tasks"), scores)
 
     def generate(self, texts: Iterable[str], task: str, search: Search | None = None) -> list[str]:
         """Writes the text that a task asks for, such as a summary, for each document; so many at a time as are held by
@@ -340,33 +257,20 @@ class Engine:
             ValueError: an unknown task, or one that does not generate; what is no text; a search that cannot be, or
                 whose texts do not fit the trunk's positions.
         """
-        documents = text_rows(texts, "generate")
-        t = self._index(task)
-        if not HEADS[self.tasks[t].head].writes:
-            raise ValueError(f"generate: task '{task}' has head '{self.tasks[t].head}': use predict()")
-        for place, document in enumerate(documents):
-            if len(document) != 1:
-                raise ValueError(f"generate: task '{task}' takes 1 text, got {document!r:.120} at place {place}")
-        search = search or self.config.search
-        check_search(search, self.config.trunk.vocab_size)
-        layout = Layout(self._tokenizer, self.config.batch.max_length, causal=True)
-        prompts = [layout.prompt(text, self.tasks[t].max_target_tokens).tokens for (text,) in documents]
-        model = self.model.eval()
-        written = [""] * len(prompts)
-        for places in prompts_at_once([len(prompt) for prompt in prompts], search, self.config.batch.tokens):
-            with self.autocast():
-                made = model.generate([prompts[place] for place in places], t, layout.tokenizer.ends, search)
-            for place, tokens in zip(places, made, strict=True):
-                written[place] = layout.tokenizer.decode(tokens)
-        return written
+        return ask.generate(self, texts, task, search or self.config.search)
+
+    def temperature(self, task: int) -> float:
+        """By which a task's logits are divided for probabilities."""
+        return float(heads_of(self.model).temperature[task])
 
     @property
-    def _tokenizer(self) -> Tokenizer:
+    def known_tokenizer(self) -> Tokenizer:
+        """As `tokenizer`, but an error before there is one."""
         self.model  # noqa: B018  the error for an engine without weights
         assert self.tokenizer is not None
         return self.tokenizer
 
-    def _index(self, name: str) -> int:
+    def place_of(self, name: str) -> int:
         names = [task.name for task in self.tasks]
         if name not in names:
             raise ValueError(f"engine: no task '{name}'; there are {', '.join(names)}")
@@ -379,29 +283,36 @@ class Engine:
             ValueError: the folder holds the weights of something else.
             OSError: the disk is full, not writable, ...
         """
-        folder = Path(folder)
-        if (folder / WEIGHTS).exists() and not (folder / SETTINGS).exists():
-            raise ValueError(f"engine: {folder} holds a checkpoint that is not ours: name another folder")
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f".{WEIGHTS}.partial"
-        try:
-            save_file(own_tensors(self.model, self.config), partial)
-        except SafetensorError as error:  # how safetensors tells of a full disk
-            partial.unlink(missing_ok=True)
-            raise OSError(f"engine: {folder / WEIGHTS} is not saved: {error}") from error
-        partial.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the owner only, whatever the umask
-        partial.replace(folder / WEIGHTS)  # weights that were loaded may still lie in a file of that name
-        (folder / SETTINGS).write_text(json.dumps(asdict(self.config), indent=1), encoding="utf-8")
-        self._tokenizer.save(folder)
-        return folder
+        write_saved(Path(folder), self.model, self.config, self.known_tokenizer)
+        return Path(folder)
 
-    def save_adapters(self, folder: str | Path) -> Path:
-        """Writes every adapter as PEFT does, each in a folder of its task's or group's name; heads are not in them.
+    def save_adapters(self, folder: str | Path, tasks: Sequence[str] = ()) -> Path:
+        """Writes adapters as PEFT does, each in a folder of its task's or group's name; heads are not in them.
+
+        Args:
+            tasks: whose adapters are written; none: all.
 
         Raises:
-            ValueError: there are no adapters.
+            ValueError: there are no adapters, or no such task.
         """
-        return save_adapters(self._with_trunk, self.config, Path(folder))
+        places = [self.place_of(name) for name in listed(tasks, "save_adapters: tasks")]
+        return save_adapters(self._with_trunk, self.config, Path(folder), places)
+
+    def export(self, folder: str | Path, to: Format, tasks: Sequence[str] = ()) -> list[Path]:
+        """Writes tasks for other programs.
+
+        hugging-face: of each task a folder of its name, with a stock class of transformers that has equal logits.
+        peft: adapters, see `save_adapters`. onnx: one graph with all tasks that answer, checked in onnxruntime.
+
+        Args:
+            folder: a new or empty one.
+            tasks: names; none: all that can be written so.
+
+        Raises:
+            ValueError: the folder is in use, there is no such task, or a task cannot be written so; says why.
+            ImportError: for onnx `trunkline[onnx]` is needed.
+        """
+        return export(self, Path(folder), to, listed(tasks, "export: tasks"))
 
     def load_adapter(self, name: str, source: str | Path) -> None:
         """Puts the adapter in a folder that PEFT or `save_adapters` wrote in the place of that of a task or group.
@@ -438,7 +349,7 @@ class Engine:
         Raises:
             ValueError: an unknown task, no adapters, or outputs that differ from the unmerged ones.
         """
-        return merged(self._with_trunk, self._index(task))
+        return merged(self._with_trunk, self.place_of(task))
 
     @property
     def _with_trunk(self) -> MultiTaskModel:

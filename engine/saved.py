@@ -3,28 +3,28 @@
 Nothing in it is believed before it is checked, and nothing outside of it is read.
 """
 
+import json
 import re
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from trunkline.engine import checkpoint
 from trunkline.engine.config import Config, restore_config
 from trunkline.engine.console import harmless
 from trunkline.engine.foreign.pretrained import SETTINGS, WEIGHTS, read_json
-from trunkline.engine.network.model import MultiTaskModel
+from trunkline.engine.network.model import FITTED, MultiTaskModel
 from trunkline.engine.text.tokenizer import BESIDE, FILE, Tokenizer
 from trunkline.engine.yaml_file import read_yaml
 
 REPO = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")  # user/name
-LATER = ("center", "spread")  # tensors that earlier releases did not save
 
 
 def read_saved(folder: Path) -> tuple[Config, Tokenizer, dict[str, Tensor], Path]:
@@ -89,6 +89,23 @@ def _read_checkpoint(folder: Path) -> tuple[Config, Tokenizer, dict[str, Tensor]
     return config, tokenizer, weights, folder / "model.safetensors"
 
 
+def write_saved(folder: Path, model: nn.Module, config: Config, tokenizer: Tokenizer) -> None:
+    """See `Engine.save`."""
+    if (folder / WEIGHTS).exists() and not (folder / SETTINGS).exists():
+        raise ValueError(f"engine: {folder} holds a checkpoint that is not ours: name another folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{WEIGHTS}.partial"
+    try:
+        save_file(own_tensors(model, config), partial)
+    except SafetensorError as error:  # how safetensors tells of a full disk
+        partial.unlink(missing_ok=True)
+        raise OSError(f"engine: {folder / WEIGHTS} is not saved: {error}") from error
+    partial.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the owner only, whatever the umask
+    partial.replace(folder / WEIGHTS)  # weights that were loaded may still lie in a file of that name
+    (folder / SETTINGS).write_text(json.dumps(asdict(config), indent=1), encoding="utf-8")
+    tokenizer.save(folder)
+
+
 def own_tensors(model: nn.Module, config: Config) -> dict[str, Tensor]:
     """What is saved of a model: all; or of one with adapters all but what is in the checkpoint that `init` names."""
     left_out = _elsewhere(model, config)
@@ -114,7 +131,7 @@ def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor],
     Raises:
         ValueError: a tensor is missing, surplus, of another shape, or holds no numbers with a point.
     """
-    wanted = [name for name in expected if name.rpartition(".")[2] not in LATER]
+    wanted = [name for name in expected if name.rpartition(".")[2] not in FITTED]  # these earlier releases did not save
     faults = [f"{name} is missing" for name in wanted if name not in weights]
     faults += [f"{name} has no place" for name in weights if name not in expected]
     for name, tensor in weights.items():

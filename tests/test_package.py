@@ -15,7 +15,7 @@ import trunkline
 from trunkline._moved import MOVED
 
 ROOT = Path(__file__).resolve().parents[1]
-ROOMS = ["kernels", "engine", "training", "benchmarks"]
+ROOMS = ["kernels", "engine", "serving", "training", "benchmarks"]
 
 
 def python(*arguments: str, folder: Path, packages: Path) -> str:
@@ -98,7 +98,8 @@ def test_room_is_linked_and_never_a_top_level_package(room):
 def test_installation_has_every_source_and_data_file(installed):
     expected = {Path("trunkline", name) for name in ["__init__.py", "__main__.py", "_moved.py", "py.typed"]}
     for room in ROOMS:
-        files = [*(ROOT / room).rglob("*.py"), *(ROOT / room).rglob("*.jinja"), *(ROOT / room).glob("configs/*.*")]
+        kinds = ("**/*.py", "**/*.jinja", "**/*.html", "configs/*.*")
+        files = [file for kind in kinds for file in (ROOT / room).glob(kind)]
         expected |= {Path("trunkline") / file.relative_to(ROOT) for file in files}
     assert {file.relative_to(installed) for file in installed.rglob("*") if file.is_file()} == expected
 

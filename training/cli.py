@@ -11,13 +11,11 @@ import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from trunkline import __version__
 from trunkline.engine.console import harmless, tell
-
-if TYPE_CHECKING:
-    from trunkline.engine.engine import Engine
+from trunkline.training.using import add_commands
 
 USER_ERROR = 2  # exit code for what the user can put right
 INTERRUPTED = 130  # exit code that shells give Ctrl-C
@@ -114,30 +112,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("values", nargs="*", default=[], metavar="key=value")
     compare.add_argument("--help", "-h", action=_SettingsHelp, help="show this and all settings, and stop")
 
-    evaluate = command("eval", _evaluate, "score a finished run or saved engine on the validation splits")
-    _run_and_data(evaluate)
-    evaluate.add_argument("--examples", type=int, default=0, help="of each task; default: all")
-
-    predict = command("predict", _predict, "ask a finished run or saved engine about texts")
-    _run_and_data(predict)
-    predict.add_argument(
-        "--task", action="append", default=[], help="may be given several times; default: all that fit"
-    )
-    predict.add_argument("--file", type=Path, help="with the text columns of the tasks: .csv, .tsv, .jsonl, .parquet")
-    predict.add_argument(
-        "values",
-        nargs="*",
-        default=[],
-        metavar="TEXT",
-        help="default: the lines of standard input; a tab parts two texts of a pair",
-    )
-
-    submit = command("submit", _submit, "predict GLUE's test splits, as a zip for its server")
-    _run_and_data(submit)
-    submit.add_argument("--out", type=Path, default=Path("glue.zip"), help="the zip to write; default: glue.zip")
-    submit.add_argument(
-        "--fill-missing", action="store_true", help="a constant for tasks that the run lacks; default: an error"
-    )
+    add_commands(command)
 
     tasks = command("tasks", _tasks, "list the embedded tasks")
     tasks.add_argument("--data", type=Path, help="folder laid out like the hub, to count examples in")
@@ -166,11 +141,6 @@ def _parser() -> argparse.ArgumentParser:
     report = command("report", _report, "write report.html of a run anew, also while the run goes on")
     report.add_argument("run", type=Path)
     return parser
-
-
-def _run_and_data(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("run", type=Path, help="a run folder, or what Engine.save wrote")
-    parser.add_argument("--data", help="folder laid out like the hub; default: as in training")
 
 
 class _SettingsHelp(argparse.Action):
@@ -254,10 +224,14 @@ def _train(options: argparse.Namespace) -> None:
     config = load_config(options.config, options.values)
 
     from trunkline.engine.engine import Engine
+    from trunkline.engine.heads.registry import HEADS
 
-    summary = Engine.from_config(config).fit(resume=options.resume, overwrite=options.overwrite)
+    engine = Engine.from_config(config)
+    summary = engine.fit(resume=options.resume, overwrite=options.overwrite)
     _print_scores(summary["tasks"])
     print(f"{summary['wall_time_seconds'] / 60:.1f} minutes; report: {Path(config.run) / 'report.html'}")
+    if any(HEADS[task.head].labelled for task in engine.tasks):
+        print(f"ask it: trunkline predict {config.run} --file NEW.csv --out ANSWERS.csv")
 
 
 def _compare(options: argparse.Namespace) -> None:
@@ -280,62 +254,6 @@ def _print_scores(tasks: dict) -> None:
         score, losses = f"{task['metrics'][task['metric']]:.3f}", f"{task['first_loss']:.3f} -> {task['last_loss']:.3f}"
         table.add_row(name, task["metric"], score, trivial, losses)
     Console().print(table)
-
-
-def _load(options: argparse.Namespace) -> "Engine":
-    from dataclasses import replace
-
-    from trunkline.engine.engine import Engine
-
-    engine = Engine.load(options.run)
-    if options.data:
-        engine.config = replace(engine.config, data=options.data)
-    return engine
-
-
-def _evaluate(options: argparse.Namespace) -> None:
-    print(json.dumps(_load(options).evaluate(options.examples), indent=1))
-
-
-def _predict(options: argparse.Namespace) -> None:
-    from trunkline.training.predict import of_file, of_lines
-
-    engine = _load(options)
-    if options.file:
-        if options.values:
-            raise ValueError(f"predict: a text {options.values[0]!r} and --file {options.file}: give one of them")
-        answers = of_file(engine, options.file, options.task)
-    else:
-        if broken := [
-            value for value in options.values if any("\udc80" <= character <= "\udcff" for character in value)
-        ]:
-            raise ValueError(f"predict: a text has bytes that are no characters here: {os.fsencode(broken[0])!r:.60}")
-        lines = options.values or _lines(sys.stdin.buffer.read())
-        if not lines:
-            raise ValueError("predict: no text, neither as an argument nor on standard input")
-        answers = of_lines(engine, lines, options.task, "text" if options.values else "line")
-    shown = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-    for answer in answers:
-        print(harmless(json.dumps(answer, ensure_ascii=not shown)))
-
-
-def _lines(data: bytes) -> list[str]:
-    """The lines of standard input, ended as on Unix or on Windows."""
-    try:
-        text = data.decode().removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise ValueError(
-            f"predict: standard input is not UTF-8: byte 0x{data[error.start]:02x} in line {line}; "
-            f"'iconv -f LATIN1 -t UTF-8' converts what is Latin-1"
-        ) from error
-    return [line.removesuffix("\r") for line in text.removesuffix("\n").split("\n")] if text else []
-
-
-def _submit(options: argparse.Namespace) -> None:
-    from trunkline.training.submit import submit
-
-    print(submit(_load(options), options.out, options.fill_missing, tell=tell))
 
 
 def _tasks(options: argparse.Namespace) -> None:

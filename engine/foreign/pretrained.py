@@ -121,7 +121,11 @@ def to_hugging_face(trunk: Trunk, vocabulary: Tensor | None = None) -> "PreTrain
 
 def save(trunk: Trunk, folder: Path, vocabulary: Tensor | None = None) -> Path:
     """See `Trunk.save_pretrained`."""
-    settings, tensors = _to_hugging_face(trunk, vocabulary)
+    return write(folder, *_to_hugging_face(trunk, vocabulary))
+
+
+def write(folder: Path, settings: dict[str, Any], tensors: dict[str, Tensor]) -> Path:
+    """config.json and model.safetensors."""
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{WEIGHTS}.partial"
     save_file(tensors, partial, {"format": "pt"})
@@ -205,15 +209,22 @@ def _to_hugging_face(trunk: Trunk, vocabulary: Tensor | None) -> tuple[dict[str,
             others[name] = F.pad(others[name], (0, config.vocab_size - len(others[name])))
     settings["torch_dtype" if "torch_dtype" in settings else "dtype"] = str(trunk.tokens.weight.dtype)[len("torch.") :]
     tensors = {name: tensor.clone() for name, tensor in others.items()}
-    for name, weight in trunk.state_dict().items():
-        sources = family.sources(name, settings, prefix)
-        for source, part in zip(sources, parts_of(config, name, weight, len(sources)), strict=True):
-            tensors[source] = (
-                part.T.clone(memory_format=torch.contiguous_format) if family.transposed(name) else part.clone()
-            )
+    tensors |= trunk_tensors(trunk, family, settings, prefix)
     if vocabulary is not None:
         tensors[family.output] = vocabulary.detach().clone()
     return settings, tensors
+
+
+def trunk_tensors(trunk: Trunk, family: Family, settings: dict[str, Any], prefix: str) -> dict[str, Tensor]:
+    """Copies of a trunk's parameters under the names that a model of this family and these settings has for them."""
+    tensors = {}
+    for name, weight in trunk.state_dict().items():
+        sources = family.sources(name, settings, prefix)
+        for source, part in zip(sources, parts_of(trunk.config, name, weight, len(sources)), strict=True):
+            tensors[source] = (
+                part.T.clone(memory_format=torch.contiguous_format) if family.transposed(name) else part.clone()
+            )
+    return tensors
 
 
 def parts_of(config: TrunkConfig, name: str, weight: Tensor, count: int) -> tuple[Tensor, ...]:

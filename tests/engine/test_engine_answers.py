@@ -109,9 +109,13 @@ def test_dropout_is_off_when_an_engine_is_asked(engine):
 QUESTIONS = {  # texts, tasks, words of the error
     "one text for two": (["alone"], ["closeness"], "task 'closeness' takes 2 text.* got \\('alone',\\) at place 0"),
     "two texts for one": ([SHORT, ("a", "b")], ["colour"], "'colour' takes 1 text.* got \\('a', 'b'\\) at place 1"),
-    "blank": ([SHORT, " \n"], ["colour"], "takes 1 text.* at place 1"),
-    "no words to tag": ([""], ["parts"], "task 'parts' takes 1 text.* at place 0"),
-    "no text to find a span in": ([("where ?", " ")], ["where"], "task 'where' takes 2 text.* at place 0"),
+    "blank": ([SHORT, " \n"], ["colour"], "takes no blank text, got .* at place 1"),
+    "no words to tag": ([""], ["parts"], "task 'parts' takes no blank text, got .* at place 0"),
+    "no text to find a span in": (
+        [("where ?", " ")],
+        ["where"],
+        "'where' takes no blank text, got \\('where \\?', ' '\\)",
+    ),
     "unknown task": ([SHORT], ["color"], "no task 'color'; there are colour, closeness, parts, where, retell, prose"),
     "a task that writes": ([SHORT], ["retell"], "task 'retell' writes text: use generate"),
     "a language model": ([SHORT], ["prose"], "task 'prose' writes text: use generate"),
@@ -131,7 +135,11 @@ NO_LISTS = {  # what is no list of texts or of tasks, words of the error
     "bytes": (b"Superb!", "texts must be a list, got bytes"),
     "nothing": (None, "texts must be a list, got NoneType"),
     "a mapping": ({"text": [SHORT]}, "texts must be a list, got dict"),
-    "a table": (SimpleNamespace(columns=["text"], __iter__=None), "texts must be a list, got SimpleNamespace"),
+    "a table": (
+        SimpleNamespace(columns=["text"], __iter__=None),
+        "texts must be a list, got SimpleNamespace.*; of a table take",
+    ),
+    "rows": ([{"text": SHORT}], "expected a text at place 0, got dict .*; of a row take its text, as row"),
     "a missing text": ([SHORT, None], "expected a text at place 1, got NoneType None"),
     "not a number": ([SHORT, float("nan")], "expected a text at place 1, got float nan"),
     "bytes in the list": ([b"a"], "expected a text at place 0, got bytes b'a'"),
@@ -173,7 +181,7 @@ def test_texts_may_come_from_an_iterator(engine):
 
 
 def test_passes_have_the_token_budget_however_many_texts_there_are(engine):
-    texts = [" ".join([SHORT] * (1 + i % 5)) for i in range(40)]
+    texts = [f"{i} {' '.join([SHORT] * (1 + i % 5))}" for i in range(40)]  # equal ones would be read once
     alone = [engine.predict([text], ["parts"])["parts"][0] for text in texts]
     budget = engine.config.batch.tokens
     with counted_passes(engine.model.trunk) as passes:

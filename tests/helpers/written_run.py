@@ -35,6 +35,21 @@ TALK = """#Person1#: Hello, how are you doing today?
 #Person1#: I am going to send you to a pulmonary specialist who can run tests on you for asthma."""
 
 
+CALIBRATION = {
+    "temperature": 1.62,
+    "fitted_on": 436,
+    "judged_on": 436,
+    "error": 0.018,
+    "error_before": 0.071,
+    "bins": [
+        {"count": 36, "confidence": 0.56, "accuracy": 0.5},
+        {"count": 100, "confidence": 0.76, "accuracy": 0.81},
+        {"count": 300, "confidence": 0.97, "accuracy": 0.95},
+    ],
+    "thresholds": {},
+}
+
+
 def sample(text: str, reference: object, prediction: object) -> dict[str, object]:
     return {"input": text, "reference": reference, "prediction": prediction}
 
@@ -109,6 +124,7 @@ def write_run(folder: Path, tasks: int = 9, steps: int = 2000, every: int = 10) 
             "examples_seen": sum(event["examples"][name] for event in events if event["event"] == "step"),
             "dropped": {"empty": 2 if name == "sst2" else 0, "too_long": 0, "unlabelled": 0},
             "truncated": 1403 if head == "generate" else 0,
+            "calibration": CALIBRATION if head in ("classify", "tag") else None,
         }
     summary = {
         "name": folder.name,

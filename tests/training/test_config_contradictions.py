@@ -73,7 +73,7 @@ def error_of(settings: dict) -> str:
         ),
         (
             {"class_weights": {"rte": [1.0, 2.0]}},
-            "config: class_weights of 'rte': expected tasks with classes only, got [1.0, 2.0]",
+            "config: class_weights of 'rte': expected tasks with one class for a row only, got [1.0, 2.0]",
         ),
         ({"batch": {"accumulate": 0}}, "config: batch.accumulate must be at least 1, got 0"),
         ({"evaluation": {"every": 0}}, "config: evaluation.every must be at least 1, got 0"),

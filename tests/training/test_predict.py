@@ -1,5 +1,6 @@
 """Answers to the rows of a file: of every head, in the order of the rows, and a bad row is named."""
 
+import csv
 import json
 from pathlib import Path
 
@@ -94,7 +95,8 @@ def test_a_row_without_text_is_found_before_any_answer(lively, tmp_path, capsys)
     said = capsys.readouterr()
     assert (said.out, said.err) == (
         "",
-        "trunkline: predict: task 'colour': column 'text' is empty (new.csv, row 601)\n",
+        "trunkline: predict: task 'colour': column 'text' is empty: leave out rows that have no text "
+        "(new.csv, row 601)\n",
     )
 
 
@@ -108,13 +110,68 @@ def test_lines_are_answered_a_few_at_a_time(engine, monkeypatch):
 
 
 def test_some_tasks_can_be_asked(engine, file):
-    assert {tuple(answer) for answer in predict.of_file(engine, file, ["parts"])} == {("text", "parts")}
+    assert {tuple(answer) for answer in predict.of_file(engine, file, ["parts"])} == {
+        ("text", "question", "context", "document", "parts")
+    }
+
+
+def test_other_columns_come_along_and_none_is_lost_to_an_answer(engine, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"id": 7, "text": "a cow", "colour": "red"}, {"text": "a dog", "more": None}])
+    first, second = predict.of_file(engine, tmp_path / "a.jsonl", ["colour"])
+    answers = engine.predict(["a cow", "a dog"], ["colour"])["colour"]
+    assert first == {"id": 7, "text": "a cow", "colour (given)": "red", "colour": answers[0]}
+    assert second == {"text": "a dog", "more": None, "colour": answers[1]}
+    write_jsonl(tmp_path / "b.jsonl", [{"text": "a cow"}, {"id": 8}])
+    with pytest.raises(ValueError, match=r"predict: b.jsonl, row 2: no key 'text', found \['id'\]"):
+        list(predict.of_file(engine, tmp_path / "b.jsonl", ["colour"]))
+
+
+def test_answers_are_written_as_a_table(lively, engine, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("new.csv").write_text('id;text\n7;"a ""big"" cow,\nbrün"\n8;a dog\n', encoding="windows-1252")
+    given = ["predict", str(lively), "--task", "colour", "--task", "parts", "--file", "new.csv"]
+    assert main([*given, "--encoding", "windows-1252", "--out", "said.csv"]) == 0
+    with open("said.csv", encoding="utf-8", newline="") as file:
+        said = list(csv.DictReader(file))
+    answers = engine.predict([row["text"] for row in said], ["colour", "parts"])
+    assert [(row["id"], row["text"]) for row in said] == [("7", 'a "big" cow,\nbrün'), ("8", "a dog")]
+    assert [row["colour"] for row in said] == answers["colour"]
+    assert [json.loads(row["parts"]) for row in said] == answers["parts"]
+    assert main([*given, "--encoding", "windows-1252", "--out", "said.jsonl"]) == 0
+    lines = [json.loads(line) for line in Path("said.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert [line | {"parts": json.dumps(line["parts"])} for line in lines] == said
+    assert main([*given, "--encoding", "windows-1252", "--scores", "--out", "sure.csv"]) == 0
+    with open("sure.csv", encoding="utf-8", newline="") as file:
+        sure = list(csv.DictReader(file))
+    scored = engine.predict([row["text"] for row in said], ["colour"], scores=True)["colour"]
+    assert [row["colour"] for row in sure] == answers["colour"]
+    assert [float(row["colour (score)"]) for row in sure] == pytest.approx([one["score"] for one in scored], abs=1e-6)
+    Path("sure.csv").unlink()
+    capsys.readouterr()
+    for arguments, message in (
+        (["--out", "said.txt"], "--out said.txt: answers are written as .csv or .jsonl"),
+        (["--out", "new.csv"], "--out new.csv is the file that is read"),
+        (["--encoding", "base64"], "--encoding 'base64' is unknown"),
+        (["--out", "said.csv"], "or --encoding windows-1252 in a command"),
+    ):
+        assert main([*given, *arguments]) == 2
+        assert message in capsys.readouterr().err
+    with open("said.csv", encoding="utf-8", newline="") as file:
+        assert list(csv.DictReader(file)) == said  # as it was
+    assert sorted(path.name for path in Path().iterdir()) == ["new.csv", "said.csv", "said.jsonl"]
+
+
+def test_a_table_has_the_columns_of_its_first_row(engine, tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", [{"text": "a cow"}, {"text": "a dog", "id": 8}])
+    with pytest.raises(ValueError, match="row 2 has other keys than the first: --out FILE.jsonl takes them"):
+        predict.write_answers(predict.of_file(engine, tmp_path / "a.jsonl", ["colour"]), tmp_path / "a.csv")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.jsonl"]
 
 
 @pytest.mark.parametrize(
     ("content", "arguments", "message"),
     [
-        ("text\na cow\n \n", ["--task", "colour"], "predict: task 'colour': column 'text' is empty (new.csv, row 2)"),
+        ("text\na cow\n \n", ["--task", "colour"], "predict: task 'colour': column 'text' is empty: leave"),
         ("text\na cow\n", ["--task", "where"], "predict: new.csv has no column 'question'"),
         ("txt\na cow\n", [], "predict: new.csv has no column 'text'"),
         ("text\na cow\n", ["--task", "color"], "predict: no task 'color'; there are colour, "),

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from trunkline.engine import checkpoint
 from trunkline.engine.console import tell
 from trunkline.engine.heads.registry import HEADS
-from trunkline.engine.network.bilstm import BiLSTM, Model
+from trunkline.engine.network.bilstm import Model, heads_of
 from trunkline.engine.network.memory import keep_freed_memory
 from trunkline.engine.network.packing import PackedBatch
 from trunkline.engine.saved import all_tensors, own_tensors
@@ -42,6 +42,7 @@ from trunkline.training.run.introduction import introduction
 from trunkline.training.run.optimizer import freeze, make_optimizer, share_of_rate, untouched
 from trunkline.training.run.profiling import Profile
 from trunkline.training.run.progress import Interval, Log, Progress
+from trunkline.training.scoring.calibration import calibrate
 from trunkline.training.scoring.evaluation import Scored, evaluate, mean_score
 from trunkline.training.scoring.metrics import metric_names
 from trunkline.training.self_test import self_test
@@ -114,10 +115,9 @@ class Run:
         self.starts = engine._trunk is not None or not is_new  # from weights that there were
         model = engine.build(self.corpus.tokenizer)
         if is_new or engine.added:
-            heads = model.heads if isinstance(model, BiLSTM) else model
             regressions = {t: s for t, s in enumerate(self.corpus.train) if HEADS[s.task.head].squared}
             names = [name for name in self.names if name not in engine.kept] if is_new else engine.added
-            heads.set_units({t: s.labels for t, s in regressions.items() if s.task.name in names})
+            heads_of(model).set_units({t: s.labels for t, s in regressions.items() if s.task.name in names})
             engine.added = []
         on_gpu = engine.device.type == "cuda" and torch.cuda.is_bf16_supported()
         freeze(model, config.optimizer.freeze, torch.bfloat16 if on_gpu else None)
@@ -384,9 +384,10 @@ class Run:
         most = self.config.evaluation.last_examples
         self.display.tell(f"scoring on {most or 'all'} validation examples" + " of each task" * (most > 0))
         final = self._scores(most, texts=None)
+        final, calibration = calibrate(heads_of(self.model), self.corpus.validation, final)
         self.engine.save(self.folder / "model")
         self.progress.wall_seconds = time.perf_counter() - self.began
-        summary = summarise(self.engine, self.corpus, self.progress, final)
+        summary = summarise(self.engine, self.corpus, self.progress, final, calibration)
         write_report(self.folder)
         self.audience.tell("finished", summary)
         return summary

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import Model
@@ -27,6 +28,7 @@ class Scored:
     predictions: list[Any]
     intervals: dict[str, tuple[float, float]] = field(default_factory=dict)  # of ROUGE: 95 %, over the documents
     counted: int = 0  # examples that the loss is of; the scores of texts may be of fewer
+    logits: list[Tensor] = field(default_factory=list)  # (r, C) of the examples, where heads choose
 
 
 def evaluate(
@@ -73,6 +75,7 @@ def _evaluate_task(
     chosen, head = spaced(len(split), examples), HEADS[split.task.head]
     loss, weight = 0.0, 0.0
     predicted: dict[int, Any] = {}
+    logits_of: dict[int, Tensor] = {}
     for places in batches_of([split.lengths[i] for i in chosen], tokens):
         members = [chosen[place] for place in places]
         batch = pack([split.example(i, task) for i in members], len(model.tasks)).to(model.device)
@@ -83,7 +86,8 @@ def _evaluate_task(
             ordered = [members[place] for place in batch.order]
             rows = [len(split.example(i, task).rows) for i in ordered]
             for i, own in zip(ordered, logits.float().cpu().split(rows), strict=True):
-                predicted[i] = head.answer(head.predict(own), split.piece(i), tokenizer)
+                predicted[i] = head.answer(model.predict(own, task), split.piece(i), tokenizer)
+                logits_of[i] = own
     mean, counted = loss / weight, len(chosen)
     if not head.labelled:
         return Scored({"loss": mean, **score(metric_names(split.task), [mean], [int(weight)])}, [], [], counted=counted)
@@ -95,7 +99,8 @@ def _evaluate_task(
     if not chosen:
         return Scored({"loss": mean}, [], [], counted=counted)
     metrics, intervals = score_task(split.task, predictions, [split.reference(i) for i in chosen])
-    return Scored({"loss": mean, **metrics}, chosen, predictions, intervals, counted)
+    of_chosen = [logits_of[i] for i in chosen if i in logits_of]
+    return Scored({"loss": mean, **metrics}, chosen, predictions, intervals, counted, of_chosen)
 
 
 def _texts(

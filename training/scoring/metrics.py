@@ -18,21 +18,41 @@ from trunkline.engine.text.sentences import sentences
 RESAMPLES = 1000  # of the documents, for a confidence interval
 
 
-def classification(predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
-    """Scores of class ids.
+def classification(
+    predictions: Sequence[int] | Sequence[tuple[int, ...]], references: Sequence[int] | Sequence[tuple[int, ...]]
+) -> dict[str, float]:
+    """Scores of class ids, one an example or any number.
 
     f1 takes class 1 as the positive one; macro_f1 is the mean over the classes that occur; matthews is 0.0 where all
-    predictions or all references are the same.
+    predictions or all references are the same. Of any number of classes an example, accuracy is the share of examples
+    all of whose classes are right, and there is neither f1 nor matthews.
     """
     from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+    if isinstance(references[0], tuple):
+        from sklearn.preprocessing import MultiLabelBinarizer
+
+        binarizer = MultiLabelBinarizer().fit([*predictions, *references])
+        tables = binarizer.transform(references), binarizer.transform(predictions)  # (examples, classes that occur)
+        return {
+            "accuracy": float((tables[0] == tables[1]).all(1).mean()),
+            **{f"{kind}_f1": _mean_f1(*tables, kind) for kind in ("micro", "macro")},
+        }
     constant = len(set(references)) == 1 or len(set(predictions)) == 1  # scikit-learn warns when both are
     return {
         "accuracy": float(accuracy_score(references, predictions)),
         "f1": float(f1_score(references, predictions, labels=[1], average="macro", zero_division=0.0)),
+        "micro_f1": float(f1_score(references, predictions, average="micro", zero_division=0.0)),
         "macro_f1": float(f1_score(references, predictions, average="macro", zero_division=0.0)),
         "matthews": 0.0 if constant else float(matthews_corrcoef(references, predictions)),
     }
+
+
+def _mean_f1(references: Any, predictions: Any, kind: str) -> float:
+    """F1 of tables of 0 and 1; where no class occurs at all, every example is right."""
+    from sklearn.metrics import f1_score
+
+    return float(f1_score(references, predictions, average=kind, zero_division=0.0)) if references.size else 1.0
 
 
 def regression(predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
@@ -171,6 +191,7 @@ class Metric(NamedTuple):
 METRICS: dict[str, Metric] = {
     "accuracy": Metric(classification),
     "f1": Metric(classification),
+    "micro_f1": Metric(classification),
     "macro_f1": Metric(classification),
     "matthews": Metric(classification),
     "pearson": Metric(regression),

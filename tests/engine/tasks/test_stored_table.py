@@ -1,5 +1,6 @@
 """Tables from Python: every kind is read as a file with the same rows is, and a run finds it again."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow
@@ -113,3 +114,13 @@ def test_of_several_splits_one_is_to_be_given():
 def test_a_stream_is_refused():
     with pytest.raises(ValueError, match="a streamed dataset has no order to be repeated"):
         task(dataset().to_iterable_dataset())
+
+
+def test_a_fault_names_the_table_and_not_where_it_is_kept():
+    given = task({"text": ["a", "b"], "label": ["no", None]})
+    rows = read_rows(given, "train")
+    assert rows.where(1) == "the table given from Python, row 2"
+    message = "train split: the table given from Python has no column 'words': wanted"
+    with pytest.raises(ValueError, match=message) as error:
+        read_rows(replace(given, text=("words",)), "train")
+    assert ".parquet" not in str(error.value)

@@ -47,7 +47,17 @@ def page(run) -> str:
 
 
 def test_sections_come_in_order(page):
-    sections = ["summary", "loss", "scores", "mix", "throughput", "samples", "configuration", "environment"]
+    sections = [
+        "summary",
+        "loss",
+        "scores",
+        "reliability",
+        "mix",
+        "throughput",
+        "samples",
+        "configuration",
+        "environment",
+    ]
     assert re.findall(r'<h2 id="(.*?)">', page) == sections
     assert "<h1>demo</h1>" in page
 
@@ -125,7 +135,7 @@ def test_one_point_is_no_chart(tmp_path):
     kept = [next(event for event in events_of(run) if event["event"] == kind) for kind in ("step", "evaluation")]
     (run / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in kept))
     page = page_of(run)
-    assert page.count("<svg") == 1  # the mix, which is a share
+    assert page.count("<svg") == 1 + 5  # the mix, which is a share, and the reliability of five tasks
     for words in ("one loss was logged", "one evaluation", "one value was logged"):
         assert words in page
 
@@ -152,6 +162,21 @@ def test_every_task_has_its_charts(page):
 def test_baseline_is_drawn_where_there_is_one(page):
     dashed = [name for name in HEADS if "stroke-dasharray: 4" in chart(page, f"score-{name}")]
     assert dashed == [name for name in HEADS if name != "books"]
+
+
+def test_reliability_of_tasks_with_probabilities(page):
+    assert cards(page, "reliability") == [name for name, (head, *_) in HEADS.items() if head in ("classify", "tag")]
+    assert "calibration error 0.018, 0.071 before; temperature 1.62" in page
+    assert chart(page, "reliability-sst2").count("<use") >= 3  # a mark for each bin
+
+
+def test_run_without_calibration_has_no_such_section(tmp_path):
+    run = write_run(tmp_path / "demo", steps=20)
+    summary = json.loads((run / "summary.json").read_text())
+    for task in summary["tasks"].values():
+        del task["calibration"]  # as runs of earlier releases
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert 'id="reliability"' not in page_of(run)
 
 
 def chart(page: str, name: str) -> str:

@@ -43,6 +43,16 @@ def test_classification_by_hand():
     )
 
 
+def test_several_labels_by_hand():
+    # label 0: 1 true positive, 1 false negative; label 2: 1 true and 1 false positive; label 1 never occurs
+    references, predictions = [(0,), (0, 2), (), ()], [(0,), (2,), (2,), ()]
+    assert score(["micro_f1", "macro_f1", "accuracy"], predictions, references) == pytest.approx(
+        {"micro_f1": 4 / 6, "macro_f1": 2 / 3, "accuracy": 0.5}
+    )
+    assert score(["micro_f1", "macro_f1"], [(), ()], [(), ()]) == {"micro_f1": 1.0, "macro_f1": 1.0}
+    assert score(["macro_f1"], [(1,), ()], [(), (0,)]) == {"macro_f1": 0.0}
+
+
 @pytest.mark.parametrize(
     ("predictions", "references"), [([1, 1], [0, 1]), ([0, 1], [1, 1]), ([0, 0], [0, 0]), ([2], [1])], ids=str
 )

@@ -4,8 +4,8 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from hub_stand_in import TOKEN, Hub, hub_stand_in
+
 from trunkline import Engine
 from trunkline.training.cli import main
 
