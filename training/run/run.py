@@ -128,9 +128,11 @@ class Run:
         if not (compiled := self.compiled):
             return
 
+        known = torch.ones_like(self.weights) if self.balancer.knows_factors else None
+
         def work(batches: Sequence[PackedBatch]) -> None:
             with self.engine.autocast():
-                compiled.warm_up(batches[0].to(self.engine.device))
+                compiled.warm_up(batches[0].to(self.engine.device), known)
 
         self.parts.run(work, [self.packer.pack(members, self.config.batch.tokens)], [members])
         self.progress.compile_seconds += compiled.seconds
