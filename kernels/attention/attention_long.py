@@ -234,7 +234,10 @@ def tile_options(kernel: str, dtype: torch.dtype, D: int, plain: bool) -> dict[s
         M, N, warps, stages = 64, 64, 4, 1
     else:
         M, N, warps, stages = 128, 64, 8, 1 if kernel == "query gradient" and capability >= 100 else 2
-    return {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
+    tile = {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
+    if kernel == "query gradient" and capability == 90 and D == 64 and plain and dtype != torch.float32:
+        tile["maxnreg"] = 128  # of the 166 that it would take: two blocks then share a multiprocessor, and none spills
+    return tile
 
 
 def _settings(
