@@ -333,10 +333,10 @@ def example(
     **settings: Any,
 ) -> dict[str, Any]:
     """Arguments of `attention` for sequences of these lengths, random and always the same."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)  # a host would draw the largest for a minute
 
     def random(heads: int) -> Tensor:
-        return torch.randn(sum(lengths), heads, head_dim, generator=generator).to(device, dtype)
+        return torch.randn(sum(lengths), heads, head_dim, generator=generator, device=device).to(dtype)
 
     q, k, v = random(heads), random(kv_heads or heads), random(kv_heads or heads)
     bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)
