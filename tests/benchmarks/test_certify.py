@@ -42,7 +42,7 @@ def test_every_kernel_is_certified():
     for kernel in shipped_kernels():
         assert f"\n{kernel.name}: " in result.stdout  # also where it launches nothing
     _, of_kernel = result.stdout.split("attention: _query_gradient_kernel")
-    (registers, *_) = re.findall(r"sm_90 +(\d+) .* D=64 ", of_kernel.split("\n\n")[0])
+    (registers, *_) = re.findall(r"sm_90 +(\d+) .* bfloat16: D=64 ", of_kernel.split("\n\n")[0])
     assert int(registers) <= 128  # of 65,536 for 8 warps: two blocks share a multiprocessor
 
 
