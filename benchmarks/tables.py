@@ -53,6 +53,7 @@ def _speed(step: dict[str, Any]) -> str:
             rows.append(
                 f"| {system} | {rate:,.0f} | {rate / step['best_peer']:.2f}x | {waste[system]:.1%} | {measured} |"
             )
+    rows += [f"| {system} | left out: {reason} | | | | | |" for system, reason in step.get("missing", {}).items()]
     heads = (
         f"\n300 classification heads take {step['time_300_heads_over_9']:.2f}x the time of 9 on the same tokens.\n"
         if "time_300_heads_over_9" in step

@@ -25,7 +25,7 @@ from trunkline.engine.engine import make_model
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import PackedBatch
 from trunkline.kernels.attention.pack_plan import TILE_SIZES
-from trunkline.kernels.vocabulary.chunks import CHUNKS
+from trunkline.kernels.vocabulary.chunks import chunk_rows
 from trunkline.training.data.batches import Packer, make_mixer
 from trunkline.training.data.corpus import load_corpus
 from trunkline.training.flops import training_flops
@@ -148,9 +148,8 @@ def _products(device: str) -> AbstractContextManager:
 def _inside_kernels(model: MultiTaskModel, batch: PackedBatch, device: str) -> dict[str, int]:
     """Bytes by op: logits of a chunk of rows; and on a CPU attention's tiles, which a GPU never has in memory."""
     rows = sum(batch.rows.counts[model.num_small + model.num_spans :])
-    at_least, most_bytes = CHUNKS[device]
-    row = model.trunk.config.vocab_size * (2 if device == "cuda" else 4)
-    inside = {"trunkline::linear_cross_entropy": min(rows, max(at_least, most_bytes // row)) * row}
+    V, itemsize = model.trunk.config.vocab_size, 2 if device == "cuda" else 4
+    inside = {"trunkline::linear_cross_entropy": chunk_rows(rows, V, itemsize, device) * V * itemsize}
     if device == "cpu":
         inside["trunkline::attention_backward"] = _attention_on_cpu(model, batch)
     return inside

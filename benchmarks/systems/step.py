@@ -5,10 +5,11 @@
 
 DATA is laid out like the hub: eight GLUE tasks and DialogSum, at most 2,000 examples of each, mixed alike. All systems
 (training_systems.py) train the same shape with the same optimizer on batches of about as many tokens. Each runs in a
-process of its own, which waits while the others are timed; they take turns, round after round, and in every round the
-machine's matrix rate is measured, too. Turns are short and many, because batches differ, most of all those of one task,
-and so does a machine's speed; a system's turns count together. A token is real if it is no padding. The shape llama-1b
-is trained on random texts, without DATA, one system after the other: together they do not fit a GPU.
+process of its own, which waits while the others are timed; one that fails is left out, and its row says why. They take
+turns, round after round, and in every round the machine's matrix rate is measured, too. Turns are short and many,
+because batches differ, most of all those of one task, and so does a machine's speed; a system's turns count together.
+A token is real if it is no padding. The shape llama-1b is trained on random texts, without DATA, one system after the
+other: together they do not fit a GPU.
 
 Utilisation: the operations of the products that forward and backward cannot do without, from the last block's attention
 on at the labelled tokens only, over what the machine does in that time in its best product.
@@ -16,8 +17,11 @@ on at the labelled tokens only, over what the machine does in that time in its b
 
 import argparse
 import multiprocessing
+import signal
 import time
+import traceback
 from collections.abc import Callable
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from statistics import median
@@ -25,7 +29,6 @@ from typing import Any
 
 import torch
 
-from trunkline.benchmarks.plots import plot_step
 from trunkline.benchmarks.record import record
 from trunkline.benchmarks.systems.training_systems import SHAPES, Amount, Shape, System, autocast, make
 from trunkline.training.run.profiling import between, moment
@@ -54,9 +57,16 @@ def main() -> None:
     names = options.systems or systems_of(options.shape, torch.device(options.device))
     data = None if large else options.data
     turns: dict[str, list[dict[str, Any]]] = {}
+    missing: dict[str, str] = {}
     for group in [[name] for name in names] if large else [names]:
-        turns |= in_turn(group, options, data)
-    report(turns, options)
+        try:
+            in_turns_of_processes(group, options, data, turns, missing, lambda: write(turns, missing, options))
+        except KeyboardInterrupt:  # the clock's: what there is by now counts
+            break
+    if turns:
+        show(turns)
+    for name, reason in missing.items():
+        print(f"{name:22} left out: {reason}")
 
 
 def systems_of(shape: str, device: torch.device) -> list[str]:
@@ -67,44 +77,79 @@ def systems_of(shape: str, device: torch.device) -> list[str]:
     return [*ours, *PEERS, *(["packed, Liger"] if gpu else []), *(["9 heads", "300 heads"] if shape == "tiny" else [])]
 
 
-def in_turn(names: list[str], options: argparse.Namespace, data: Path | None) -> dict[str, list[dict[str, Any]]]:
-    """What every turn of every system measured."""
+@dataclass(frozen=True)
+class Failure:
+    """What a process says instead of a result, and the last that it says."""
+
+    reason: str
+
+
+def in_turns_of_processes(
+    names: list[str],
+    options: argparse.Namespace,
+    data: Path | None,
+    turns: dict[str, list[dict[str, Any]]],
+    missing: dict[str, str],
+    after_round: Callable[[], None],
+) -> None:
+    """Adds to `turns` what every turn of every system measured, and to `missing` why one has no more of them.
+
+    Processes get ready one after the other: it takes all cores, and on a GPU memory that the next would miss.
+    """
     context = multiprocessing.get_context("spawn")
-    started: dict[str, Connection] = {}
     workers: dict[str, Connection] = {}
 
-    def wait_for(name: str) -> None:
+    def heard(name: str) -> Any:
+        """What a process says; None where it failed, and then nobody asks it again."""
         try:
-            print(f"{name}: ready after {started[name].recv():.0f} s", flush=True)
-            workers[name] = started[name]
+            said = workers[name].recv()
         except EOFError:
-            print(f"{name}: left out, its process failed", flush=True)
+            said = Failure("its process ended without a word")
+        if not isinstance(said, Failure):
+            return said
+        missing[name] = said.reason
+        del workers[name]
+        print(f"{name}: left out: {said.reason}", flush=True)
+        return None
 
     for name in ["matrix", *names]:
-        started[name], theirs = context.Pipe()
+        workers[name], theirs = context.Pipe()
         arguments = (name, SHAPES[options.shape], data, options.device, theirs)
-        context.Process(target=work, args=arguments).start()
+        context.Process(target=work, args=arguments, daemon=True).start()
         theirs.close()  # only its process has it now: when that ends, we hear of it
-        if options.device == "cpu":  # one after the other: getting ready takes all cores
-            wait_for(name)
-    for name in [name for name in started if options.device != "cpu"]:
-        wait_for(name)
-    matrix = workers.pop("matrix")
-    turns: dict[str, list[dict[str, Any]]] = {name: [] for name in workers}
+        if (seconds := heard(name)) is not None:
+            print(f"{name}: ready after {seconds:.0f} s", flush=True)
+    if "matrix" not in workers:
+        raise SystemExit(f"the machine's matrix rate is not to be had: {missing['matrix']}")
     for _ in range(options.rounds):
-        matrix.send(0.2)
-        rate = matrix.recv()
-        for name, worker in workers.items():
-            worker.send(options.seconds)
-            turns[name].append(worker.recv() | {"matrix": rate})
-    for connection in (matrix, *workers.values()):
+        workers["matrix"].send(0.2)
+        if (rate := heard("matrix")) is None:
+            raise SystemExit(f"the machine's matrix rate is not to be had: {missing['matrix']}")
+        for name in [name for name in names if name in workers]:
+            workers[name].send(options.seconds)
+            if (turn := heard(name)) is not None:
+                turns.setdefault(name, []).append(turn | {"matrix": rate})
+        after_round()
+    for connection in workers.values():
         connection.send(0.0)
-    return turns
 
 
 def work(name: str, shape: Shape, data: Path | None, device_name: str, connection: Connection) -> None:
     """Gets a system ready, then trains it for as many seconds as it is told to, again and again."""
-    device, began = torch.device(device_name), time.perf_counter()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # goes to all processes; the first one says what was measured
+    try:
+        _work(name, shape, data, torch.device(device_name), connection)
+    except EOFError:
+        pass  # nobody is there to ask for more
+    except torch.OutOfMemoryError as error:
+        connection.send(Failure(f"out of memory: {str(error).splitlines()[0]}"))
+    except Exception as error:  # whatever it is, the others are measured all the same
+        traceback.print_exc()
+        connection.send(Failure(f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"))
+
+
+def _work(name: str, shape: Shape, data: Path | None, device: torch.device, connection: Connection) -> None:
+    began = time.perf_counter()
     if name == "matrix":
         turn: Callable[[float], Any] = lambda seconds: matrix_rate(device, seconds)  # noqa: E731
     else:
@@ -114,11 +159,13 @@ def work(name: str, shape: Shape, data: Path | None, device_name: str, connectio
         system.model.train()
         steps(system, optimizer, shape, device, WARM_UP, float("inf"), before)
         turn = lambda seconds: steps(system, optimizer, shape, device, 1, seconds, before)  # noqa: E731
-    connection.send(time.perf_counter() - began)
-    while seconds := connection.recv():
-        connection.send(turn(seconds))
+    seconds, answer = 1.0, time.perf_counter() - began
+    while seconds:
         if device.type == "cuda":
             torch.cuda.empty_cache()  # the others need it
+        connection.send(answer)
+        if seconds := connection.recv():
+            answer = turn(seconds)
 
 
 def steps(
@@ -188,14 +235,11 @@ def matrix_rate(device: torch.device, seconds: float) -> float:
     return 2 * size**3 / best
 
 
-def report(turns: dict[str, list[dict[str, Any]]], options: argparse.Namespace) -> None:
-    """Prints the table, writes it as JSON and plots it."""
-    from trunkline.training.environment import environment
-
+def show(turns: dict[str, list[dict[str, Any]]]) -> None:
+    """Prints the table."""
     systems = {name: _together(of_system) for name, of_system in turns.items()}
     rates = {name: system["tokens_per_second"] for name, system in systems.items()}
-    peers = [rate for name, rate in rates.items() if "heads" not in name and not name.startswith("trunkline")]
-    best = max(peers, default=max(rates.values()))
+    best = _best_peer(rates)
     print(f"\n{'system':22} {'real tokens/s':>14} {'of best peer':>13} {'padding':>8} {'ms a step':>10}", end="")
     print("".join(f"{part:>11}" for part in PARTS), f"{'MiB':>8} {'utilisation':>12}")
     for name, system in systems.items():
@@ -204,6 +248,18 @@ def report(turns: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
         print(f" {1000 * system['seconds_per_step']:10,.1f}", end="")
         print("".join(f"{1000 * system['parts'][part]:11,.1f}" for part in PARTS), end="")
         print(f" {system['memory'] / 2**20:8,.0f} {system['utilisation']:12.1%}")
+    if {"9 heads", "300 heads"} <= rates.keys():
+        print(f"300 heads take {rates['9 heads'] / rates['300 heads']:.3f}x the time of 9 heads")
+
+
+def write(turns: dict[str, list[dict[str, Any]]], missing: dict[str, str], options: argparse.Namespace) -> None:
+    """Writes all that was measured so far as JSON."""
+    from trunkline.training.environment import environment
+
+    if options.no_record or not turns:
+        return
+    systems = {name: _together(of_system) for name, of_system in turns.items()}
+    rates = {name: system["tokens_per_second"] for name, system in systems.items()}
     content: dict[str, Any] = {
         "command": " ".join(
             ["python benchmarks/systems/step.py", *(["DATA"] if options.data else []), f"--shape {options.shape}"]
@@ -216,16 +272,18 @@ def report(turns: dict[str, list[dict[str, Any]]], options: argparse.Namespace) 
         "tokens_per_second": rates,
         "turns": {name: [turn["tokens"] / turn["seconds"] for turn in of_system] for name, of_system in turns.items()},
         "padding": {name: system["padding"] for name, system in systems.items()},
-        "best_peer": best,
+        "best_peer": _best_peer(rates),
         "systems": systems,
+        "missing": missing,
     }
     if {"9 heads", "300 heads"} <= rates.keys():
         content["time_300_heads_over_9"] = rates["9 heads"] / rates["300 heads"]
-        print(f"300 heads take {content['time_300_heads_over_9']:.3f}x the time of 9 heads")
-    if options.no_record:
-        return
-    path = record("step" if options.shape == "tiny" else f"step-{options.shape}", content, environment())
-    plot_step(content, path.with_suffix(".png"))
+    record("step" if options.shape == "tiny" else f"step-{options.shape}", content, environment())
+
+
+def _best_peer(rates: dict[str, float]) -> float:
+    peers = [rate for name, rate in rates.items() if "heads" not in name and not name.startswith("trunkline")]
+    return max(peers, default=max(rates.values()))
 
 
 def _together(turns: list[dict[str, Any]]) -> dict[str, Any]:

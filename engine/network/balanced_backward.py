@@ -190,7 +190,7 @@ class BalancedBackward:
         """What went into a layer, what arrives at its output, and offsets: rows of all batches, sorted by task."""
         calls = [(step, call) for step in self.passes for call in step.calls if call.module is layer]
         x, dy = torch.cat([call.x for _, call in calls]), torch.cat([call.dy for _, call in calls])
-        x = x.to(dy.dtype)  # under autocast norms leave float32
+        x = x.to(dy.dtype)  # under autocast activations leave float32
         if len(calls) == 1:
             return x, dy, calls[0][0].offsets(len(x))
         task, order = torch.cat([step.task_of(len(call.y)) for step, call in calls]).sort(stable=True)

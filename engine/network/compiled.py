@@ -168,8 +168,8 @@ class CompiledModel:
     def _compile(self, shapes: FixedShapes) -> None:
         self.shapes, model, ends = shapes, self.model, shapes.ends
 
-        def losses(batch: PackedBatch) -> LossSums:
-            return model.losses(model.hidden(batch), batch, ends=ends)
+        def losses(batch: PackedBatch, dloss: Tensor | None) -> LossSums:
+            return model.losses(model.hidden(batch), batch, ends=ends, dloss=dloss)
 
         mode = "reduce-overhead" if self.cuda_graphs else None
         self.compiled = torch.compile(losses, fullgraph=True, dynamic=False, backend=self.backend, mode=mode)
@@ -179,23 +179,25 @@ class CompiledModel:
         torch.compiler.reset()
         self._compile(shapes)
 
-    def __call__(self, batch: PackedBatch) -> LossSums:
+    def __call__(self, batch: PackedBatch, dloss: Tensor | None = None) -> LossSums:
+        """As the model. With and without `dloss` are two graphs: a run has one of them."""
         if not self.shapes.has(batch):
             self.uncompiled += 1
-            return self.model(batch)
+            return self.model(batch, dloss)
         if self.cuda_graphs:
             torch.compiler.cudagraph_mark_step_begin()  # nobody looks at what the last batch left
-        return self.compiled(batch)
+        return self.compiled(batch, dloss)
 
-    def warm_up(self, batch: PackedBatch) -> None:
-        """Compiles, with a batch on the model's device. No gradient is left."""
+    def warm_up(self, batch: PackedBatch, dloss: Tensor | None = None) -> None:
+        """Compiles, with a batch on the model's device, and `dloss` where it will be known. No gradient is left."""
         began = time.perf_counter()
         self.model.zero_grad(set_to_none=True)  # of an attempt that ran out of memory
         if self.cuda_graphs:  # a graph's output is overwritten by the next step: gradients are added to memory of ours
             for parameter in self.model.parameters():
                 parameter.grad = torch.zeros_like(parameter)
         for _ in range(3 if self.cuda_graphs else 1):  # compile, record, replay
-            self(self.shapes.pad(batch)).loss.sum().backward()
+            losses = self(self.shapes.pad(batch), dloss).loss
+            (losses.sum() if dloss is None else losses @ dloss).backward()
         self.model.zero_grad(set_to_none=not self.cuda_graphs)
         if self.model.device.type == "cuda":
             torch.cuda.synchronize(self.model.device)

@@ -173,10 +173,7 @@ class MultiTaskModel(nn.Module):
     def hidden(self, batch: PackedBatch) -> Tensor:
         """(R, D) the trunk's output at the labelled rows."""
         adapt = None if self.adapters is None else self.adapters.of_batch(batch)
-        x = self.trunk(batch.tokens, batch.positions, batch.plan, batch.rows.token, types=batch.types, adapt=adapt)
-        if torch.is_autocast_enabled(x.device.type):  # norms leave float32; the heads' products need not
-            x = x.to(torch.get_autocast_dtype(x.device.type))
-        return x
+        return self.trunk(batch.tokens, batch.positions, batch.plan, batch.rows.token, types=batch.types, adapt=adapt)
 
     def losses(
         self,

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trunkline.kernels.attention.pack_plan import SHORT, TILE_SIZES, OnDevice
+from trunkline.kernels.attention.on_device import OnDevice
+from trunkline.kernels.attention.pack_plan import SHORT, TILE_SIZES
 from trunkline.kernels.attention.pack_plan import PackPlan as PackPlan
 
 

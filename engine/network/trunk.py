@@ -37,7 +37,7 @@ Checkpointing = Literal["none", "block", "selective"]
 
 
 class Norm(nn.Module):
-    """LayerNorm or RMSNorm over the last dimension, as the config says."""
+    """LayerNorm or RMSNorm over the last dimension, as the config says: in float32, and out as it came in."""
 
     def __init__(self, config: TrunkConfig, width: int | None = None, kind: str | None = None):
         super().__init__()
@@ -49,9 +49,10 @@ class Norm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.is_layer:
-            return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
-        # under autocast queries and keys are narrower than the weight
-        return F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+            y = F.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)  # autocast makes it float32
+        else:
+            y = F.rms_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.eps)
+        return y.to(x.dtype)
 
 
 def occurred_before(tokens: Tensor, positions: Tensor) -> Tensor:
@@ -209,6 +210,8 @@ class Trunk(nn.Module):
             x = x + repeated[:, None] * self.match
         if self.config.embedding_norm:
             x = self.embedding_norm(x)
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream: in float32 it would be most of the traffic
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         return self.dropout(x)
 
     def angles(self, positions: Tensor, theta: float | None = None) -> tuple[Tensor, Tensor] | None:

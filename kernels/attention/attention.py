@@ -23,12 +23,13 @@ from torch import Tensor
 from trunkline.kernels.arguments import check_tensors
 from trunkline.kernels.attention import attention_flash, attention_long, attention_short, attention_torch
 from trunkline.kernels.attention.attention_scores import kept_reference
-from trunkline.kernels.attention.pack_plan import Layout, PackPlan
-from trunkline.kernels.dispatch import INTERPRET, input_precision, register
+from trunkline.kernels.attention.pack_plan import SHORT, Layout, PackPlan
+from trunkline.kernels.dispatch import INTERPRET, register
 from trunkline.kernels.once_differentiable import once_differentiable
 
-KERNEL_DTYPES = (torch.bfloat16, torch.float16)  # and float32 where tf32 is allowed
+KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_WIDTH = 256  # of a head: what the kernels hold in one piece
+BEYOND = 1 << 20  # a block after the last of any sequence
 
 
 def attention_reference(
@@ -91,10 +92,10 @@ def _forward_triton(
     seed: Tensor | None,
     rows: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    if not _has_kernel(q, layout, rows):
+    if not _has_kernel(q, rows):
         return attention_torch.forward(q, k, v, layout, narrow_tiles, scale, left, right, softcap, dropout, seed, rows)
     q, k, v = map(_with_dense_heads, (q, k, v))
-    spans, tiles, blocks, cu_seqlens, _, cu_seqlens_k = Layout.of(layout)
+    spans, tiles, blocks, cu_seqlens, _, cu_seqlens_k = _fitting(q, layout)
     out, lse = _forward_fake(q)  # every token is in a tile or a block; for those in tiles nothing is kept
     settings = (scale, left, right, softcap, dropout, 0 if seed is None else int(seed))
     if len(tiles):
@@ -122,11 +123,11 @@ def _backward_triton(
     rows: Tensor | None,
     deterministic: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if not _has_kernel(q, layout, rows):
+    if not _has_kernel(q, rows):
         given = (scale, left, right, softcap, dropout, seed, rows, deterministic)
         return attention_torch.backward(dout, q, k, v, out, lse, layout, narrow_tiles, *given)
     dout, (q, k, v) = dout.contiguous(), map(_with_dense_heads, (q, k, v))
-    spans, tiles, blocks, cu_seqlens, key_blocks, cu_seqlens_k = Layout.of(layout)
+    spans, tiles, blocks, cu_seqlens, key_blocks, cu_seqlens_k = _fitting(q, layout)
     dq, dk, dv = _backward_fake(dout, q, k, v)
     settings = (scale, left, right, softcap, dropout, 0 if seed is None else int(seed))
     if len(tiles):
@@ -137,15 +138,25 @@ def _backward_triton(
     return dq, dk, dv
 
 
-def _has_kernel(q: Tensor, layout: list[Tensor], rows: Tensor | None) -> bool:
-    """The reference takes what a tile has no room for in shared memory, float32 in its own precision, for which there
-    are no matrix units, and queries of some tokens alone."""
-    if rows is not None:
-        return False
-    width, has_tiles = q.shape[2], len(Layout.of(layout).tiles) > 0
-    if q.dtype in KERNEL_DTYPES:
-        return width <= (128 if has_tiles else MAX_WIDTH)
-    return width <= 64 and (input_precision(q.dtype) == "tf32" or (INTERPRET and q.dtype == torch.float32))
+def _has_kernel(q: Tensor, rows: Tensor | None) -> bool:
+    """The reference takes float64, which is for checks, heads of exact float32 wider than 128, for which there are not
+    registers enough, and queries of some tokens alone."""
+    return rows is None and q.dtype in KERNEL_DTYPES and q.shape[2] <= attention_long.widest(q.dtype)
+
+
+def _fitting(q: Tensor, layout: list[Tensor]) -> Layout:
+    """The layout; where heads are too wide for tiles, with a block for each of the sequences in them instead.
+
+    Nobody has to know on the host which these are: every sequence gets a first block, and those that have one already
+    get one beyond their end, where there is nothing to do.
+    """
+    given = Layout.of(layout)
+    if q.shape[2] <= attention_short.widest(q.dtype) or not len(given.tiles):
+        return given
+    lengths = given.cu_seqlens.diff()
+    first = torch.stack([torch.arange(len(lengths), dtype=torch.int32, device=q.device), BEYOND * (lengths > SHORT)], 1)
+    blocks = torch.cat([given.blocks, first.int()])
+    return given._replace(tiles=given.tiles[:0], blocks=blocks, key_blocks=blocks)
 
 
 def _with_dense_heads(x: Tensor) -> Tensor:
@@ -333,10 +344,10 @@ def example(
     **settings: Any,
 ) -> dict[str, Any]:
     """Arguments of `attention` for sequences of these lengths, random and always the same."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)  # a host would draw the largest for a minute
 
     def random(heads: int) -> Tensor:
-        return torch.randn(sum(lengths), heads, head_dim, generator=generator).to(device, dtype)
+        return torch.randn(sum(lengths), heads, head_dim, generator=generator, device=device).to(dtype)
 
     q, k, v = random(heads), random(kv_heads or heads), random(kv_heads or heads)
     bounds = torch.tensor([0, *lengths]).cumsum(0, dtype=torch.int32)

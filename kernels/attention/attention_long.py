@@ -21,7 +21,7 @@ from torch import Tensor
 from trunkline.kernels.attention.attention_blocks import at_head, cut, load_rows, store_rows, tile_of
 from trunkline.kernels.attention.attention_scores import dropout_threshold, kept, tanh
 from trunkline.kernels.attention.pack_plan import KEY_BLOCK, QUERY_BLOCK
-from trunkline.kernels.dispatch import compute_capability, input_precision, padded_width, tl, triton
+from trunkline.kernels.dispatch import INTERPRET, compute_capability, input_precision, padded_width, tl, triton
 
 UNLIMITED = 2**30  # a window wider than any sequence
 # one compilation for all batches and settings: whatever the values of these, and however the lists of a plan lie
@@ -211,6 +211,16 @@ def _key_gradient_kernel(
     store_rows(at_head(dv_ptr, k_start + n, key_head, G * D, D), dv, keys - n, G * D, BLOCK_N, D, BLOCK_D)
 
 
+def is_exact(dtype: torch.dtype) -> bool:
+    """Whether products are of no matrix unit: float32 where TF32 is not allowed. The interpreter has tiles as TF32."""
+    return dtype == torch.float32 and input_precision(dtype) == "ieee" and not INTERPRET
+
+
+def widest(dtype: torch.dtype) -> int:
+    """Of the heads that the kernels hold in one piece."""
+    return 128 if is_exact(dtype) else 256
+
+
 def tile_options(kernel: str, dtype: torch.dtype, D: int, plain: bool) -> dict[str, int]:
     """Tiles, warps and stages of the loads' pipeline: the largest whose sums stay in registers, on every architecture.
 
@@ -218,7 +228,9 @@ def tile_options(kernel: str, dtype: torch.dtype, D: int, plain: bool) -> dict[s
     their own. Found by `make certify`, which says what spills: nothing here does, in Triton 3.6.0 and in 3.9.0.
     """
     capability = compute_capability()
-    if dtype == torch.float32:
+    if is_exact(dtype):  # each thread holds whole rows of what it multiplies
+        M, N, warps, stages = (32, 32, 8, 1) if D <= 64 else (16, 16, 8, 1)
+    elif dtype == torch.float32:
         M, N, warps, stages = (64, 32, 8, 1) if D <= 64 else (32, 32, 8, 1)
     elif kernel == "key gradient" and D > 128:
         M, N, warps, stages = 64, 32, 8, 1  # 64 keys would be wgmma's, by 4 warps: dK and dV fill all their registers
@@ -234,7 +246,10 @@ def tile_options(kernel: str, dtype: torch.dtype, D: int, plain: bool) -> dict[s
         M, N, warps, stages = 64, 64, 4, 1
     else:
         M, N, warps, stages = 128, 64, 8, 1 if kernel == "query gradient" and capability >= 100 else 2
-    return {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
+    tile = {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
+    if kernel == "query gradient" and capability == 90 and D == 64 and plain and dtype != torch.float32:
+        tile["maxnreg"] = 128  # of the 166 that it would take: two blocks then share a multiprocessor, and none spills
+    return tile
 
 
 def _settings(

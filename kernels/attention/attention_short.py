@@ -18,11 +18,12 @@ T tokens, H query heads, G key/value heads, D head width
 Source: block-diagonal tiles as in Krell et al., arXiv:2107.02027.
 """
 
+import torch
 from torch import Tensor
 
 from trunkline.kernels.attention.attention_scores import dropout_threshold, kept, tanh
 from trunkline.kernels.attention.pack_plan import SHORT, TILE_SIZES
-from trunkline.kernels.dispatch import compute_capability, input_precision, padded_width, tl, triton
+from trunkline.kernels.dispatch import INTERPRET, compute_capability, input_precision, padded_width, tl, triton
 
 _WHY = "operands lie in registers on an A100: too much of 128 tokens beside heads wider than 64, or dropout"
 SPILLS = {("_forward_kernel", 80): (180, _WHY), ("_backward_in_steps_kernel", 80): (40, _WHY)}
@@ -191,6 +192,14 @@ def _backward_in_steps_kernel(
     tl.store(dk_at, (dk * scale).to(dk_ptr.dtype.element_ty), has_key)
     dv_at = _pointers(dv_ptr, start, key_head, G * D, D, BLOCK, BLOCK_D)
     tl.store(dv_at, dv.to(dv_ptr.dtype.element_ty), has_key)
+
+
+def widest(dtype: torch.dtype) -> int:
+    """Of the heads that a tile holds: more would not fit into shared memory. 0: exact products of float32 are for no
+    matrix unit, and what they need of a tile in registers is more than there is."""
+    if dtype != torch.float32:
+        return 128
+    return 64 if INTERPRET or input_precision(dtype) == "tf32" else 0
 
 
 def forward(

@@ -6,39 +6,19 @@
 T tokens (queries), K keys (T for self-attention), S sequences
 """
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from trunkline.kernels.attention.on_device import OnDevice
+
 SHORT = 128  # longest sequence that fits a tile
 TILE_SIZES = (64, 128)  # powers of two that keep the matrix units busy; sequences up to 64 share the smaller tile
 QUERY_BLOCK = KEY_BLOCK = 128  # queries, and in the backward pass keys, of a long sequence that are worked on together
-
-
-@dataclass(frozen=True)
-class OnDevice:
-    """A dataclass of tensors that moves to a device as one; a tensor that is in two fields is moved once."""
-
-    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
-        return self._each(lambda value: value.to(device, non_blocking=non_blocking))
-
-    def pin_memory(self) -> Self:
-        """In memory that a GPU copies from while the host goes on."""
-        return self._each(lambda value: value.pin_memory())
-
-    def _each(self, change: Callable[[Any], Any]) -> Self:
-        changed: dict[int, Any] = {}
-
-        def once(value: Any) -> Any:
-            if hasattr(value, "pin_memory") and id(value) not in changed:
-                changed[id(value)] = change(value)
-            return changed.get(id(value), value)
-
-        return replace(self, **{field.name: once(getattr(self, field.name)) for field in fields(self)})
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 # Rows whose logits exist at a time: so many, or more while they have no more than these bytes. The CPU's stay cached.
-CHUNKS = {"cpu": (256, 8 << 20), "cuda": (960, 96 << 20)}
+# A GPU's are large: every chunk moves all of dW, 8 V D bytes, and few rows leave processors without a tile of dX.
+CHUNKS = {"cpu": (256, 8 << 20), "cuda": (960, 512 << 20)}
+MULTIPLE = 64  # of the rows of a chunk that is not the only one: a tile of a product has so many
 
 
 def rows_reference(
@@ -62,6 +64,16 @@ def rows_reference(
         logits.copy_(z)
 
 
+def chunk_rows(R: int, V: int, itemsize: int, device: str) -> int:
+    """How many rows a chunk has: chunks are equal, but for the last, which may have some rows fewer."""
+    at_least, most_bytes = CHUNKS.get(device, CHUNKS["cuda"])
+    most = max(at_least, most_bytes // (V * itemsize))
+    if most >= R:
+        return max(1, R)
+    equal = -(-R // -(-R // most))
+    return min(most, -(-equal // MULTIPLE) * MULTIPLE)
+
+
 def in_chunks(
     rows_of_chunk: Callable[..., None],
     x: Tensor,
@@ -80,8 +92,7 @@ def in_chunks(
     dweight = loss.new_zeros((V, D) if with_gradient else (0, D))
     dbias = loss.new_zeros(V if with_gradient and bias is not None else 0)
     weight = weight.to(x.dtype)
-    at_least, most_bytes = CHUNKS.get(x.device.type, CHUNKS["cuda"])
-    size = max(1, min(R, max(at_least, most_bytes // (V * x.itemsize))))
+    size = chunk_rows(R, V, x.itemsize, x.device.type)
     buffer = x.new_empty(size, -(-V // 64) * 64)[:, :V]  # cuBLAS wants every row to start at a multiple of 16 bytes
     for start in range(0, R, size):
         rows = slice(start, min(start + size, R))

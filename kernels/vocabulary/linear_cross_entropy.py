@@ -335,15 +335,15 @@ def example(
     **options: float,
 ) -> dict[str, Any]:
     """Arguments of `linear_cross_entropy`: rows sorted by task, logits of about the size of a trained model's."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)  # a host would draw the largest for a minute
 
     def normal(*shape: int, std: float) -> Tensor:
-        return torch.empty(shape, dtype=dtype).normal_(std=std, generator=generator).to(device)
+        return torch.empty(shape, dtype=dtype, device=device).normal_(std=std, generator=generator)
 
     return {
         "x": normal(rows, width, std=1.0),
         "weight": normal(vocabulary, width, std=2 / width**0.5),
-        "target": torch.randint(vocabulary, (rows,), generator=generator).to(device),
+        "target": torch.randint(vocabulary, (rows,), generator=generator, device=device),
         "task": (torch.arange(rows) * tasks // rows).to(device),
         "row_weight": torch.ones(rows).to(device),
         "num_tasks": tasks,

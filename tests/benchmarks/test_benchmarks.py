@@ -1,12 +1,17 @@
 """The benchmarks run, refuse what is wrong, and their results become tables and plots."""
 
 import importlib.util
+import multiprocessing
 import os
+import shlex
 import subprocess
 import sys
 import tarfile
+import threading
 import time
+from contextlib import suppress
 from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import pytest_collection_modifyitems
 from trunkline import Task, Trunk
-from trunkline.benchmarks import gpu, record
+from trunkline.benchmarks import gpu, record, tables
 from trunkline.benchmarks.microbenchmarks.examples import Kernel, map_tensors, scaled, shipped_kernels
 from trunkline.benchmarks.microbenchmarks.floors import RATES, Work, floor, work_of
 from trunkline.benchmarks.microbenchmarks.measure import SMOKE, contest
@@ -177,6 +182,7 @@ def test_gpu_parts_fit_into_nine_minutes_and_go_on_after_a_failure(capfd):
     for dry in (False, True):
         benchmarks = [command for part in gpu.parts(None, dry) for command in part.commands if "benchmarks" in command]
         assert ["--record" in command for command in benchmarks] == [not dry] * 3
+        assert ["not loop" in shlex.join(command) for command in benchmarks] == [True, False, False]
     endings = [f"print('{said}'); raise SystemExit({code})" for said, code in (("one", 0), ("two", 3))]
     failing = gpu.Part("failing", [[sys.executable, "-c", ending] for ending in endings], 60)
     outcome, _ = gpu.run(failing)
@@ -235,6 +241,67 @@ def test_a_training_step_is_measured_in_parts():
     assert turn["tokens"] + turn["padding"] == 3 * 400
     assert turn["memory"] > 0
     assert any((parameter != before[name]).any() for name, parameter in system.model.named_parameters())
+
+
+def test_a_system_without_enough_memory_is_a_row_that_says_so(monkeypatch, tmp_path, capsys):
+    """Its process, and one that dies without a word, leave what the others measure alone, in the results, too. The
+    processes are threads here; after the second round the clock ends it."""
+    turn = {"steps": 2, "seconds": 1.0, "host_seconds": 0.5, "tokens": 300, "padding": 100, "operations": 2e9}
+    turn |= {"parts": dict.fromkeys(step.PARTS, 0.25), "memory": 7}
+    written: list[dict] = []
+
+    def made(name: str, *rest: object) -> SimpleNamespace:
+        if name == "grouped":
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 108 GiB.\nMore.")
+        return SimpleNamespace(model=torch.nn.Identity(), optimizer=lambda: None, name=name, turns=0)
+
+    def steps(system: SimpleNamespace, *rest: object) -> dict:
+        system.turns += 1
+        if system.name == "packed" and system.turns == 3:  # after the warm-up and a turn
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        if system.name == "padded":
+            sys.exit(3)  # as a process that is killed
+        return turn
+
+    class Process(threading.Thread):
+        def __init__(self, target, args, daemon):
+            self.connection = Connection(os.dup(args[-1].fileno()))
+            super().__init__(target=target, args=(*args[:-1], self.connection), daemon=daemon)
+
+        def run(self):
+            with suppress(SystemExit):
+                super().run()
+            self.connection.close()
+
+    def record(name: str, content: dict, around: dict) -> None:
+        written.append(content)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+
+    context = SimpleNamespace(Pipe=multiprocessing.Pipe, Process=Process)
+    monkeypatch.setattr(step, "multiprocessing", SimpleNamespace(get_context=lambda way: context))
+    monkeypatch.setattr(step, "make", made)
+    monkeypatch.setattr(step, "steps", steps)
+    monkeypatch.setattr(step, "matrix_rate", lambda device, seconds: 4e9)
+    monkeypatch.setattr(step.signal, "signal", lambda *of: None)  # which threads may not
+    monkeypatch.setattr(step, "record", record)
+    systems = ["trunkline", "grouped", "padded", "packed"]
+    monkeypatch.setattr(step, "systems_of", lambda shape, device: systems)
+    monkeypatch.setattr(sys, "argv", ["step.py", str(tmp_path), "--rounds", "3", "--device", "cpu"])
+    step.main()
+    assert len(written) == 2
+    assert {name: len(turns) for name, turns in written[-1]["turns"].items()} == {"trunkline": 2, "packed": 1}
+    missing = {
+        "grouped": "out of memory: CUDA out of memory. Tried to allocate 108 GiB.",
+        "padded": "its process ended without a word",
+        "packed": "out of memory: CUDA out of memory.",
+    }
+    assert written[-1]["missing"] == missing
+    printed = capsys.readouterr().out
+    for name, reason in missing.items():
+        assert f"{name:22} left out: {reason}" in printed
+    content = {**written[-1], "environment": {"gpu": "NVIDIA H100", "python": "3.12", "torch": "2.14"}}
+    assert f"| grouped | left out: {missing['grouped']} |" in tables._speed(content)
 
 
 def test_turns_count_together():

@@ -4,6 +4,7 @@ import importlib.util
 import inspect
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,6 +41,9 @@ def test_every_kernel_is_certified():
     assert result.returncode == 0, result.stdout + result.stderr
     for kernel in shipped_kernels():
         assert f"\n{kernel.name}: " in result.stdout  # also where it launches nothing
+    _, of_kernel = result.stdout.split("attention: _query_gradient_kernel")
+    (registers, *_) = re.findall(r"sm_90 +(\d+) .* bfloat16: D=64 ", of_kernel.split("\n\n")[0])
+    assert int(registers) <= 128  # of 65,536 for 8 warps: two blocks share a multiprocessor
 
 
 def test_presets_are_among_what_is_certified():

@@ -11,7 +11,7 @@ WIDTH = 16
 
 
 def kernel_dtype(device: str) -> torch.dtype:
-    """What a test of kernels draws its inputs in: on a GPU none of attention's takes float32 in full precision."""
+    """What a test of kernels draws its inputs in: on a GPU those for matrix units."""
     on_gpu = device == "cuda" or "TRUNKLINE_VIRTUAL_GPU" in os.environ
     return torch.bfloat16 if on_gpu else torch.float32
 

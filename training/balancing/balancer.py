@@ -24,8 +24,8 @@ class Balancer:
         settings: the method.
         model: trunk and heads, with N tasks.
         seed: of the methods that draw lots.
-        forward: what makes the losses of a batch, where that is not the model itself but, say, its compiled form. Steps
-            in which the tasks' own gradients are looked at do without it.
+        forward: what makes the losses of a batch, with the arguments of `MultiTaskModel.forward`, where that is not the
+            model itself but, say, its compiled form. Steps in which the tasks' own gradients are looked at do without.
 
     Raises:
         ValueError: `settings.layers` names something that is no linear layer.
@@ -36,7 +36,7 @@ class Balancer:
         settings: Balancing,
         model: Model,
         seed: int,
-        forward: Callable[[PackedBatch], LossSums] | None = None,
+        forward: Callable[[PackedBatch, Tensor | None], LossSums] | None = None,
     ):
         self.settings, self.model, self.seed = settings, model, seed
         self.losses_of = forward or model
@@ -56,6 +56,11 @@ class Balancer:
         """Whether the graphs of all batches of a step are held until `finish`."""
         return self.settings.method != "fixed" or self.looks(step)
 
+    @property
+    def knows_factors(self) -> bool:
+        """Whether the losses' gradients are known before the backward pass: the factors that `forward` is given."""
+        return self.settings.method == "fixed"
+
     def start(self, step: int) -> None:
         """Begins a step, also where an attempt at it was broken off."""
         self.losses.clear()
@@ -72,9 +77,7 @@ class Balancer:
         """
         if self.looks(step):
             return self.parts.forward(batch)
-        if self.losses_of is self.model and self.settings.method == "fixed":
-            return self.model(batch, factor)
-        return self.losses_of(batch)
+        return self.losses_of(batch, factor if self.knows_factors else None)
 
     def backward(self, losses: Tensor, step: int) -> None:
         """As much of a batch's backward pass as does not depend on the weights.

@@ -10,7 +10,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from trunkline.engine.config import Config
+from trunkline.engine.network.compiled import FixedShapes
 from trunkline.engine.network.packing import PackedBatch, pack
+from trunkline.kernels.attention.on_device import Flat
 from trunkline.training.data.corpus import Corpus
 from trunkline.training.data.encoded import Encoded
 from trunkline.training.data.mixing import Mixer
@@ -44,25 +46,36 @@ class Packer:
 class _Packed(Dataset):
     """What a worker does: members in, batch out. It has no state, so the order is the planner's alone."""
 
-    def __init__(self, packer: Packer):
-        self.packer = packer
+    def __init__(self, packer: Packer, shapes: FixedShapes | None):
+        self.packer, self.shapes = packer, shapes
 
-    def __getitem__(self, members: Members) -> PackedBatch:
-        return self.packer.pack(members, self.packer.config.batch.tokens)
+    def batch(self, members: Members) -> PackedBatch:
+        batch = self.packer.pack(members, self.packer.config.batch.tokens)
+        return self.shapes.pad(batch) if self.shapes else batch
+
+    def __getitem__(self, members: Members) -> Flat[PackedBatch]:
+        return Flat.of(self.batch(members))
 
 
 def planned_and_packed(
-    packer: Packer, mixer: Mixer, numbers: Iterable[int], device: torch.device, workers: int | None = None
+    packer: Packer,
+    mixer: Mixer,
+    numbers: Iterable[int],
+    device: torch.device,
+    workers: int | None = None,
+    shapes: FixedShapes | None = None,
 ) -> Iterator[tuple[Members, PackedBatch]]:
     """Batches by number, each with what is in it.
 
-    On a GPU the host launches kernels while worker processes pack, into pinned memory. A CPU computes on all of its
-    cores: there a batch is packed when it is wanted, which takes about a hundredth of the step.
+    On a GPU the host launches kernels while worker processes pack and pad: one buffer of pinned memory a batch. A CPU
+    computes on all of its cores: there a batch is packed when it is wanted, which takes about a hundredth of the step.
 
     Args:
+        shapes: that a compiled graph wants; None: batches are as they come.
         workers: processes; None: as many as the device is worth; 0: this one.
     """
     workers = (WORKERS if device.type == "cuda" else 0) if workers is None else workers
+    dataset = _Packed(packer, shapes)
     waiting: deque[Members] = deque()
 
     def plan() -> Iterator[Members]:
@@ -73,7 +86,7 @@ def planned_and_packed(
     packed: Iterator[PackedBatch]
     if workers:
         loader = DataLoader(
-            _Packed(packer),
+            dataset,
             batch_size=None,
             sampler=plan(),
             num_workers=workers,
@@ -83,9 +96,9 @@ def planned_and_packed(
         )
         with warnings.catch_warnings():  # of threads in a process that forks; a worker needs none of them
             warnings.simplefilter("ignore", DeprecationWarning)
-            packed = iter(loader)
+            packed = (flat.content() for flat in iter(loader))
     else:
-        packed = map(_Packed(packer).__getitem__, plan())
+        packed = map(dataset.batch, plan())
     for batch in packed:
         yield waiting.popleft(), batch
 

@@ -128,9 +128,11 @@ class Run:
         if not (compiled := self.compiled):
             return
 
+        known = torch.ones_like(self.weights) if self.balancer.knows_factors else None
+
         def work(batches: Sequence[PackedBatch]) -> None:
             with self.engine.autocast():
-                compiled.warm_up(batches[0].to(self.engine.device))
+                compiled.warm_up(batches[0].to(self.engine.device), known)
 
         self.parts.run(work, [self.packer.pack(members, self.config.batch.tokens)], [members])
         self.progress.compile_seconds += compiled.seconds
@@ -182,8 +184,6 @@ class Run:
     def next_batches(self) -> tuple[tuple[Members, ...], tuple[PackedBatch, ...]]:
         with self.profile.part("batching"):
             members, batches = zip(*islice(self.ready, self.config.batch.accumulate), strict=True)
-            if self.compiled:
-                batches = tuple(self.compiled.shapes.pad(batch) for batch in batches)
         return members, batches
 
     def gradients(self, members: Sequence[Members], batches: Sequence[PackedBatch]) -> tuple[Tensor, Tensor]:
@@ -246,7 +246,8 @@ class Run:
     def _batches_from(self, step: int) -> Iterator[tuple[Members, PackedBatch]]:
         accumulate = self.config.batch.accumulate
         numbers = range(step * accumulate, self.config.steps * accumulate)
-        return planned_and_packed(self.packer, self.mixer, numbers, self.engine.device)
+        shapes = self.compiled.shapes if self.compiled and not self.progress.part_tokens else None
+        return planned_and_packed(self.packer, self.mixer, numbers, self.engine.device, shapes=shapes)
 
     def _name_left_out(self) -> None:
         for step, tasks in self.guard.look():

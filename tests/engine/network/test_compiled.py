@@ -211,6 +211,21 @@ def test_a_run_compiles(finished, tmp_path, monkeypatch, capsys):
     assert not counters["graph_break"]
 
 
+def test_a_compiled_step_makes_each_vocabulary_product_once(monkeypatch):
+    """Two tasks predict tokens. Where their gradients are known before the backward pass, as with fixed weights, the
+    logits are made once; the op is called a second time where they are not."""
+    called, rows = [], linear_cross_entropy.in_chunks
+    monkeypatch.setattr(linear_cross_entropy, "in_chunks", lambda *args: called.append(1) or rows(*args))
+    model = make_model(CAUSAL)
+    assert model.num_vocabulary == 2
+    compiled = CompiledModel(model, shapes_for(model), backend="eager")
+    for balancing, calls in ((Balancing(), 1), (Balancing("uncertainty"), 2)):
+        torch._dynamo.reset()
+        called.clear()
+        train(model, balancing, compiled, [BATCHES["texts"]])
+        assert len(called) == calls + 1  # one more of the scoring after the step
+
+
 class Looks(TorchDispatchMode):
     """Notes the operations that bring a value, or a size that depends on values, to the host. Those inside an op of
     ours are its own business: each has an implementation for the CPU."""

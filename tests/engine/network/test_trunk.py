@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from trunkline.engine.network.packing import Example, PackedBatch, pack
-from trunkline.engine.network.trunk import Trunk, TrunkConfig, gelu_tanh, occurred_before, preset
+from trunkline.engine.network.packing import Example, PackedBatch, PackPlan, pack
+from trunkline.engine.network.trunk import Block, Norm, Trunk, TrunkConfig, gelu_tanh, occurred_before, preset
 from trunkline.kernels.attention.attention import attention
 
 _SMALL = {"hidden_size": 32, "num_layers": 2, "num_heads": 4, "intermediate_size": 48, "max_positions": 256}
@@ -326,3 +326,25 @@ def test_contradicting_fields_are_named(fields, message):
 def test_unknown_preset_is_named():
     with pytest.raises(ValueError, match="trunk: unknown preset 'large'; there are tiny, small, medium, bert-base"):
         Trunk("large")
+
+
+@pytest.mark.parametrize("norm_position", ["pre", "post"])
+def test_under_autocast_the_residual_stream_has_16_bits(norm_position):
+    """Between blocks and into every linear layer; in float32 it would be a quarter of a step's traffic. Norms are
+    taken in float32 all the same."""
+    torch.manual_seed(0)
+    trunk = Trunk(TrunkConfig(vocab_size=50, hidden_size=64, num_layers=2, num_heads=2, norm_position=norm_position))
+    seen: dict[str, torch.dtype] = {}
+    for name, module in trunk.named_modules():
+        if isinstance(module, Block | torch.nn.Linear | Norm):
+            module.register_forward_hook(lambda module, inputs, y, name=name: seen.update({name: y.dtype}))
+    tokens = torch.randint(50, (30,))
+    with torch.autocast("cpu", torch.bfloat16):
+        x = trunk(tokens, torch.arange(30), PackPlan.of_runs([[30]]))
+    assert set(seen.values()) == {x.dtype} == {torch.bfloat16}
+    assert trunk(tokens, torch.arange(30), PackPlan.of_runs([[30]])).dtype == torch.float32
+    wide = (100 + torch.randn(30, 64)).bfloat16()  # whose variance 16 bits would lose
+    norm = Norm(trunk.config)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = norm(wide)
+    torch.testing.assert_close(y.double(), torch.nn.functional.layer_norm(wide.double(), (64,)), rtol=2**-8, atol=1e-5)

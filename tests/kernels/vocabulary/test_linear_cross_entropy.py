@@ -191,13 +191,23 @@ def test_a_quarter_of_the_memory_of_all_logits():
     assert ours <= eager / 4
 
 
-def test_chunks_fit_their_bytes(monkeypatch):
-    """At 8192 rows and V = 50257 in 16 bits the logits must take less than 0.1 GB of a GPU."""
+def test_chunks_are_equal_and_fit_their_bytes(monkeypatch):
+    """On a GPU every chunk moves the whole gradient of the weight once more, and a small last one keeps few busy."""
     monkeypatch.undo()
-    rows, most_bytes = chunks.CHUNKS["cuda"]
-    assert max(rows, most_bytes // (50257 * 2)) * 50304 * 2 <= 1.01e8
-    rows, most_bytes = chunks.CHUNKS["cpu"]
-    assert max(rows, most_bytes // (8192 * 4)) == 256
+    for R, V, device, expected in (
+        (8192, 50257, "cuda", [4096, 4096]),
+        (16384, 128256, "cuda", [2048] * 8),
+        (2528, 50304, "cuda", [2528]),
+        (900, 1 << 20, "cuda", [900]),
+        (1024, 8192, "cpu", [256] * 4),
+        (300, 8192, "cpu", [192, 108]),
+        (0, 8192, "cpu", []),
+    ):
+        itemsize = 2 if device == "cuda" else 4
+        size = chunks.chunk_rows(R, V, itemsize, device)
+        assert [min(size, R - start) for start in range(0, R, size)] == expected
+        at_least, most_bytes = chunks.CHUNKS[device]
+        assert size <= at_least or size * V * itemsize <= most_bytes
 
 
 @pytest.mark.parametrize("device", DEVICES)

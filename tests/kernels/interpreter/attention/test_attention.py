@@ -11,6 +11,7 @@ from torch import Tensor
 from parity import assert_as_accurate
 from streams import kernel_dtype
 from trunkline.engine.foreign.plans import _most_narrow_tiles, _stream_plan
+from trunkline.kernels.attention import attention_torch
 from trunkline.kernels.attention.attention import attention, attention_reference
 from trunkline.kernels.attention.pack_plan import PackPlan
 
@@ -42,6 +43,41 @@ def test_mixed_lengths_match_the_definition(keys, settings, device):
         lambda q, k, v: attention(q, k, v, plan, **settings),
         lambda q, k, v: attention_reference(q, k, v, plan, **settings),
         (q, k, v),
+        floor=1e-5,
+    )
+
+
+@pytest.mark.parametrize(
+    "settings", [{"causal": True}, {"causal": False, "window": (40, 10)}], ids=["causal", "window"]
+)
+def test_short_sequences_with_heads_too_wide_for_tiles_are_blocks(settings, device, monkeypatch):
+    """The reference would look at the plan on the host, and launch a dozen kernels for each of its blocks."""
+    D, dtype = (160, torch.bfloat16) if kernel_dtype(device) == torch.bfloat16 else (72, torch.float32)
+    lengths = [5, 64, 0, 40, 131]
+    plan = PackPlan.of(bounds(lengths)).to(device)
+    assert len(plan.tiles)
+    monkeypatch.delattr(attention_torch, "forward")
+    monkeypatch.delattr(attention_torch, "backward")
+    q = torch.randn(sum(lengths), 2, D, dtype=dtype, device=device)
+    k, v = torch.randn(2, sum(lengths), 1, D, dtype=dtype, device=device)
+    assert_as_accurate(
+        lambda q, k, v: attention(q, k, v, plan, **settings),
+        lambda q, k, v: attention_reference(q, k, v, plan, **settings),
+        (q, k, v),
+        floor=1e-5,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("D", [64, 128])
+def test_float32_in_full_precision_runs_on_kernels(D, monkeypatch):
+    plan = PackPlan.of(bounds(MIXED)).to("cuda")
+    monkeypatch.delattr(attention_torch, "forward")
+    monkeypatch.delattr(attention_torch, "backward")
+    assert_as_accurate(
+        lambda q, k, v: attention(q, k, v, plan, causal=True),
+        lambda q, k, v: attention_reference(q, k, v, plan, causal=True),
+        tuple(torch.randn(sum(MIXED), n, D, device="cuda") for n in (4, 2, 2)),
         floor=1e-5,
     )
 

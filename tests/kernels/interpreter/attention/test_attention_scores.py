@@ -33,4 +33,5 @@ def test_tanh(device):
     x = torch.cat([torch.linspace(-1, 1, 256), torch.logspace(-30, 4, 256)]).to(device)
     y = torch.empty_like(x)
     _tanh_kernel[(1,)](x, y, N=512)
-    torch.testing.assert_close(y.double(), x.double().tanh(), rtol=4e-7, atol=0)
+    # a GPU's ex2.approx and div.full err by 2 units in the last place each (PTX ISA), of which four are 4.8e-7
+    torch.testing.assert_close(y.double(), x.double().tanh(), rtol=4e-7 if device == "cpu" else 1e-6, atol=0)
