@@ -253,9 +253,16 @@ def _train(options: argparse.Namespace) -> None:
 
     config = load_config(options.config, options.values)
 
+    from trunkline.training.distributed.launch import is_first, is_rank, launch, number_of_ranks
+
+    if not is_rank() and (ranks := number_of_ranks(config)) > 1:
+        raise SystemExit(launch(ranks, options.typed))
+
     from trunkline.engine.engine import Engine
 
     summary = Engine.from_config(config).fit(resume=options.resume, overwrite=options.overwrite)
+    if not is_first():
+        return
     _print_scores(summary["tasks"])
     print(f"{summary['wall_time_seconds'] / 60:.1f} minutes; report: {Path(config.run) / 'report.html'}")
 
