@@ -136,9 +136,7 @@ def _check(x: Tensor, dy: Tensor, offsets: Tensor) -> None:
             raise ValueError(f"task_gradients: offsets must rise from 0 to at most R = {len(x)}, got {bounds}")
 
 
-def task_gram(
-    x: Tensor, dy: Tensor, offsets: Tensor, total: Callable[[Tensor], Tensor] | None = None
-) -> TaskGradients:
+def task_gram(x: Tensor, dy: Tensor, offsets: Tensor, total: Callable[[Tensor], Tensor] | None = None) -> TaskGradients:
     """The inner products of every two tasks' gradients of a linear layer's weight.
 
     Args:

@@ -86,7 +86,9 @@ class GradientExchange:
         bucket = self.buckets[self.sent]
         self.sent += 1
         bucket.had = [p.grad is not None for p in bucket.parameters]
-        bucket.flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket.parameters])
+        bucket.flat = torch.cat(
+            [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket.parameters]
+        )
         for parameter in bucket.parameters:
             parameter.grad = None
         bucket.wait = self.ranks.begin_sum(bucket.flat)

@@ -27,16 +27,24 @@ def number_of_ranks(config: Config) -> int:
     """How many processes a config asks for, each with a device of its own.
 
     Raises:
-        ValueError: more than there are GPUs.
+        ValueError: more than there are GPUs, or than batches in a step.
     """
     import torch
 
     gpus = 0 if config.device == "cpu" else torch.cuda.device_count()
-    if config.devices == "all":
-        return max(1, gpus)
-    if 0 < gpus < config.devices:
-        raise ValueError(f"devices={config.devices}: this machine has {gpus} GPUs; devices=all takes them all")
-    return config.devices
+    ranks = max(1, gpus) if config.devices == "all" else config.devices
+    if 0 < gpus < ranks:
+        raise ValueError(f"devices={ranks}: this machine has {gpus} GPUs; devices=all takes them all")
+    if ranks > config.batch.accumulate:
+        raise ValueError(too_few_batches(config.batch.accumulate, ranks))
+    return ranks
+
+
+def too_few_batches(batches: int, ranks: int) -> str:
+    return (
+        f"batch.accumulate {batches} is how many batches make a step, and {ranks} ranks need one each: set "
+        f"batch.accumulate to {ranks} or more; the step is then the same on any number of ranks up to that"
+    )
 
 
 def launch(ranks: int, arguments: Sequence[str]) -> int:
@@ -47,7 +55,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # it is told below, in our words
+    logging.disable(logging.CRITICAL)  # what the launcher logs is told below, in our words
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
     agent = LaunchConfig(
         min_nodes=1,

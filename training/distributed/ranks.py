@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from trunkline.engine import checkpoint
 from trunkline.engine.config import Config
-from trunkline.training.distributed.launch import is_rank
+from trunkline.training.distributed.launch import is_rank, too_few_batches
+from trunkline.training.environment import versions
+from trunkline.training.run.folder import settings_that_count
 
 ALONE = timedelta(days=1)  # that a rank may work by itself while the others wait: encoding, the last evaluation
 ROLL_CALL = 5.0  # seconds within which every rank that is still there hears of one that is not
@@ -64,14 +66,10 @@ class Ranks:
                 f"devices={config.devices}' starts them, or 'torchrun --nproc-per-node={config.devices}' a script of "
                 "yours; from a notebook use devices=1"
             )
-        self.rank, self.size = (int(os.environ[name]) if self.active else n for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+        self.rank, self.size = (
+            int(os.environ[name]) if self.active else n for name, n in (("RANK", 0), ("WORLD_SIZE", 1))
+        )
         self.first = self.rank == 0
-        if self.size > config.batch.accumulate:
-            raise ValueError(
-                f"batch.accumulate {config.batch.accumulate} is how many batches make a step, and {self.size} ranks "
-                f"need one each: set batch.accumulate to {self.size} or more; the step is then the same on any number "
-                "of ranks up to that"
-            )
         self.open = ExitStack()
 
     @property
@@ -89,7 +87,9 @@ class Ranks:
         self.host = dist.new_group(backend="gloo", timeout=timeout)
         self.waiting = dist.new_group(backend="gloo", timeout=ALONE)
         self.device = dist.new_group(backend=_backend(), timeout=timeout)
-        store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout)
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
+        )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         self.store = dist.PrefixStore(f"trunkline/{attempt}/{next(runs)}", store)
         self.hosts = self.gather(socket.gethostname())
@@ -101,12 +101,24 @@ class Ranks:
         self.open.close()
         if not self.active:
             return
-        if isinstance(error, Exception) and not isinstance(error, RankLost):
-            self.store.set(f"left/{self.rank}", str(error))
-            if not self.first and self._said_by_first(str(error)):
-                raise SystemExit(USER_ERROR) from error
-        if self.begins and error is None:  # with a rank lost it would wait for it
+        leaves = isinstance(error, Exception) and not isinstance(error, RankLost)
+        said = leaves and self._leave(str(error))
+        for group in () if self.begins else (self.host, self.waiting, self.device):
+            dist.destroy_process_group(group)
+        if self.begins:
             dist.destroy_process_group()
+            if leaves and self.first:  # without torchrun the store that the others look into is this process's
+                self._wait_for(lambda rank: self._noted("here", rank) or self._noted("left", rank), ROLL_CALL)
+        if said:
+            raise SystemExit(USER_ERROR) from error
+
+    def _leave(self, why: str) -> bool:
+        """Notes why this rank leaves before the others; whether the first one leaves, too, and says the same."""
+        self.store.set(f"left/{self.rank}", why)
+        if self.first:
+            return False
+        self._wait_for(lambda rank: rank > 0 or self._noted("left", rank), AGREED)
+        return self._noted("left", 0) and self.store.get("left/0") == why.encode()
 
     # Exchanges
 
@@ -189,6 +201,15 @@ class Ranks:
                 for tensor in model.state_dict().values():
                     dist.broadcast(tensor, src=0, group=self.device)
 
+    def check_settings(self) -> None:
+        """
+        Raises:
+            ValueError: a step has fewer batches than there are ranks, or the ranks do not agree on what they are to do.
+        """
+        if self.size > (batches := self.config.batch.accumulate):
+            raise ValueError(too_few_batches(batches, self.size))
+        self.check_same("versions or settings", versions() | settings_that_count(self.config))
+
     def check_same(self, what: str, values: dict[str, Any]) -> None:
         """
         Args:
@@ -228,17 +249,22 @@ class Ranks:
 
     def _roll_call(self) -> tuple[list[int], list[int]]:
         """The ranks that do not answer, and those that left with an error, which they say themselves."""
-        lost, told = list(range(self.size)), []
         try:
             self.store.set(f"here/{self.rank}", "")
-            end = time.monotonic() + ROLL_CALL
-            while lost and time.monotonic() < end:
-                told = [rank for rank in range(self.size) if self.store.check([f"left/{rank}"])]
-                lost = [rank for rank in lost if rank not in told and not self.store.check([f"here/{rank}"])]
-                time.sleep(0.05)
+            lost = self._wait_for(lambda rank: self._noted("here", rank) or self._noted("left", rank), ROLL_CALL)
+            return lost, [rank for rank in range(self.size) if self._noted("left", rank)]
         except RuntimeError:  # without torchrun the store is the first rank's, and gone with it
-            lost = [0]
-        return lost, told
+            return [0], []
+
+    def _noted(self, what: str, rank: int) -> bool:
+        return self.store.check([f"{what}/{rank}"])
+
+    def _wait_for(self, answers: Callable[[int], bool], seconds: float) -> list[int]:
+        """The ranks that do not answer within so many seconds."""
+        end, silent = time.monotonic() + seconds, list(range(self.size))
+        while (silent := [rank for rank in silent if not answers(rank)]) and time.monotonic() < end:
+            time.sleep(0.05)
+        return silent
 
     def _in_words(self, lost: list[int], error: Exception) -> str:
         who = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in lost)
@@ -247,15 +273,6 @@ class Ranks:
         saved = f"the last checkpoint is {found[0]}" if found else "there is no checkpoint yet"
         go_on = "go on with --resume, on any number of ranks" if found else "start it again"
         return f"{what} in step {self.step + 1}; {saved}: {go_on}"
-
-    def _said_by_first(self, text: str) -> bool:
-        """Whether the first rank leaves with the same error."""
-        end = time.monotonic() + AGREED
-        while time.monotonic() < end:
-            if self.store.check(["left/0"]):
-                return self.store.get("left/0") == text.encode()
-            time.sleep(0.05)
-        return False
 
 
 def _backend() -> str:

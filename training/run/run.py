@@ -32,14 +32,13 @@ from trunkline.training.data.batches import Members, Packer, make_mixer, planned
 from trunkline.training.data.corpus import load_corpus
 from trunkline.training.distributed.gradient_exchange import GradientExchange
 from trunkline.training.distributed.ranks import Ranks
-from trunkline.training.environment import versions
 from trunkline.training.flops import training_flops
 from trunkline.training.pages.report import write_report
 from trunkline.training.pages.summary import summarise
 from trunkline.training.run.compiling import sample_of, to_be_compiled
 from trunkline.training.run.faults import Guard, Parts, named_culprits
 from trunkline.training.run.faults import in_words as left_out_in_words
-from trunkline.training.run.folder import RunFolder, check_goes_on, fingerprint, settings_that_count
+from trunkline.training.run.folder import RunFolder, check_goes_on, fingerprint
 from trunkline.training.run.interruption import Interruption
 from trunkline.training.run.introduction import introduction
 from trunkline.training.run.optimizer import freeze, make_optimizer, share_of_rate, untouched
@@ -66,7 +65,7 @@ class Run:
     def __init__(self, engine: "Engine", folder: RunFolder, audience: Audience, ranks: Ranks):
         self.began = time.perf_counter()
         self.engine, self.folder, self.audience, self.ranks = engine, folder.path, audience, ranks
-        ranks.check_same("versions or settings", versions() | settings_that_count(engine.config))
+        ranks.check_settings()
         keep_freed_memory()
         if engine.device.type == "cuda":
             self_test(engine.device, tell, [torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32])
