@@ -105,6 +105,7 @@ class Ranks:
         said = leaves and self._leave(str(error))
         for group in () if self.begins else (self.host, self.waiting, self.device):
             dist.destroy_process_group(group)
+        del self.host, self.waiting, self.device  # which closes their connections: the others hear of it
         if self.begins:
             dist.destroy_process_group()
             if leaves and self.first:  # without torchrun the store that the others look into is this process's
