@@ -106,8 +106,8 @@ class Config:
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
     devices: int | Literal["all"] = 1
-    """GPUs of this machine, or processes on a CPU, that work on the run together, each on some of a step's batches; all:
-    every GPU there is. The run is the same with any number of them, up to `batch.accumulate`. Under torchrun it is
+    """GPUs of this machine, or processes on a CPU, that work on the run together, each on some of a step's batches;
+    all: every GPU there is. The run is the same with any number of them, up to `batch.accumulate`. Under torchrun it is
     torchrun that says how many there are."""
     rank_timeout: float = 600.0
     """Seconds after which a process that does not answer the others ends the run."""

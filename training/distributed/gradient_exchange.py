@@ -2,8 +2,8 @@
 
     the last backward pass --> gradients of a bucket are complete --> one flat tensor --> all-reduce, SUM
                                                                       the next bucket meanwhile
-Sums and never means: what every loss is divided by is the weight of the whole step, on all ranks. A bucket's flat tensor
-takes the place of the gradients in it, so that what is held besides them is one bucket.
+Sums and never means: what every loss is divided by is the weight of the whole step, on all ranks. A bucket's flat
+tensor takes the place of the gradients in it, so that what is held besides them is one bucket.
 
 Every rank sends the same buckets in the same order, whatever is in its batches: a parameter without a gradient sends
 zeros, and one that has none on any rank has none after the exchange, as in a run with one rank.
@@ -103,7 +103,8 @@ class GradientExchange:
         had = torch.tensor([of_one for bucket in self.buckets for of_one in bucket.had], dtype=torch.uint8)
         there = iter(self.ranks.largest(had).tolist())
         for bucket in self.buckets:
-            assert bucket.wait is not None and bucket.flat is not None
+            assert bucket.wait is not None
+            assert bucket.flat is not None
             bucket.wait()
             sizes = [parameter.numel() for parameter in bucket.parameters]
             for parameter, gradient in zip(bucket.parameters, bucket.flat.split(sizes), strict=True):

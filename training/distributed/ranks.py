@@ -121,6 +121,13 @@ class Ranks:
         self._wait_for(lambda rank: rank > 0 or self._noted("left", rank), AGREED)
         return self._noted("left", 0) and self.store.get("left/0") == why.encode()
 
+    def in_words(self) -> str:
+        hosts = sorted(set(self.hosts))
+        where = hosts[0] if len(hosts) == 1 else f"{len(hosts)} machines, {', '.join(hosts)}"
+        least, rest = divmod(self.config.batch.accumulate, self.size)
+        share = f"{least} to {least + 1}" if rest else f"{least}"
+        return f"{self.size} ranks on {where}, {share} of a step's {self.config.batch.accumulate} batches each"
+
     # Exchanges
 
     def sum(self, values: Tensor) -> Tensor:

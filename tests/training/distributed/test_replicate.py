@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import ranked_runs
-from run_folders import lines, without_clock
+from run_folders import lines
 from trunkline import Engine
 from trunkline.engine import checkpoint
 from trunkline.training.config_file import load_config
@@ -25,7 +25,7 @@ REACTS = "steps=12 evaluation.every=2 mixing.method=progress mixing.patience=1"
 RUNS = {
     "fixed": "",
     "pcgrad": "balancing=pcgrad",
-    "famo": "balancing=famo",
+    "famo": "balancing=famo steps=8",
     "watched": "steps=6 balancing.watch=2",
     "adaptive": f"{REACTS} optimizer.learning_rate=0.01",
     "bilstm": "architecture=bilstm projection= steps=8",
@@ -128,7 +128,9 @@ def test_all_ranks_have_equal_bits_after_every_step(name, two):
     first, second = two.outcomes[name]
     assert len(first["bits"]) > 2
     assert first["bits"] == second["bits"]
-    assert len(set(first["bits"])) == len(first["bits"]) - (name == "not finite")  # every step changes them, or is left out
+    assert len(set(first["bits"])) == len(first["bits"]) - (
+        name == "not finite"
+    )  # every step changes them, or is left out
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -140,7 +142,8 @@ def test_what_is_written_is_that_of_one_rank(name, two, one):
         for key in ("step", "event", "tokens", "real_tokens", "padding_waste", "examples", "stopped", "counts"):
             assert mine.get(key) == other.get(key)
         for key in ("loss", "task_weights", "shares", "gradient_norm"):
-            assert mine.get(key) == pytest.approx(other.get(key), rel=1e-3)
+            if key in other:
+                assert mine[key] == pytest.approx(other[key], rel=1e-3)
 
 
 def test_tasks_stop_on_all_ranks(two):
