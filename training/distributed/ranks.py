@@ -87,11 +87,13 @@ class Ranks:
         self.host = dist.new_group(backend="gloo", timeout=timeout)
         self.waiting = dist.new_group(backend="gloo", timeout=ALONE)
         self.device = dist.new_group(backend=_backend(), timeout=timeout)
-        store = dist.TCPStore(
+        # both are documented, and only not among the names that the module exports
+        store = dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        self.store = dist.PrefixStore(f"trunkline/{attempt}/{next(runs)}", store)
+        names = f"trunkline/{attempt}/{next(runs)}"
+        self.store = dist.PrefixStore(names, store)  # type: ignore[attr-defined]
         self.hosts = self.gather(socket.gethostname())
         if not self.first:
             self.open.enter_context(redirect_stdout(self.open.enter_context(open(os.devnull, "w"))))
@@ -205,9 +207,11 @@ class Ranks:
     def copy_of_first(self, model: nn.Module) -> None:
         """Gives the model of every rank the weights that the first one's has."""
         if self.active:
-            with self._heard():
+            with self._heard(), torch.no_grad():
                 for tensor in model.state_dict().values():
-                    dist.broadcast(tensor, src=0, group=self.device)
+                    whole = tensor.contiguous()
+                    dist.broadcast(whole, src=0, group=self.device)
+                    tensor.copy_(whole)
 
     def check_settings(self) -> None:
         """

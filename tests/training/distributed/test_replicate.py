@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+import ranked_runs
 from torch import Tensor
 
-import ranked_runs
 from run_folders import lines
 from trunkline import Engine
 from trunkline.engine import checkpoint
