@@ -66,9 +66,8 @@ class Ranks:
                 f"devices={config.devices}' starts them, or 'torchrun --nproc-per-node={config.devices}' a script of "
                 "yours; from a notebook use devices=1"
             )
-        self.rank, self.size = (
-            int(os.environ[name]) if self.active else n for name, n in (("RANK", 0), ("WORLD_SIZE", 1))
-        )
+        self.rank = int(os.environ["RANK"]) if self.active else 0
+        self.size = int(os.environ["WORLD_SIZE"]) if self.active else 1
         self.first = self.rank == 0
         self.open = ExitStack()
 
@@ -80,7 +79,17 @@ class Ranks:
     def __enter__(self) -> "Ranks":
         if not self.active:
             return self
-        timeout = timedelta(seconds=self.config.rank_timeout)
+        try:
+            self._meet(timedelta(seconds=self.config.rank_timeout))
+        except RuntimeError as error:
+            where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise RankLost(f"the {self.size} ranks did not meet at {where}: {str(error).splitlines()[0]}") from error
+        self.hosts = self.gather(socket.gethostname())
+        if not self.first:
+            self.open.enter_context(redirect_stdout(self.open.enter_context(open(os.devnull, "w"))))
+        return self
+
+    def _meet(self, timeout: timedelta) -> None:
         self.begins = not dist.is_initialized()
         if self.begins:
             dist.init_process_group("gloo", timeout=timeout)
@@ -94,10 +103,6 @@ class Ranks:
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
         names = f"trunkline/{attempt}/{next(runs)}"
         self.store = dist.PrefixStore(names, store)  # type: ignore[attr-defined]
-        self.hosts = self.gather(socket.gethostname())
-        if not self.first:
-            self.open.enter_context(redirect_stdout(self.open.enter_context(open(os.devnull, "w"))))
-        return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         self.open.close()

@@ -8,7 +8,6 @@ N tasks
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from signal import Signals
@@ -24,7 +23,7 @@ from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import BiLSTM, Model
 from trunkline.engine.network.memory import keep_freed_memory
 from trunkline.engine.network.packing import PackedBatch
-from trunkline.engine.saved import all_tensors, own_tensors
+from trunkline.engine.saved import own_tensors
 from trunkline.training.balancing.adaptive import Adaptive
 from trunkline.training.balancing.balancer import Balancer
 from trunkline.training.config_file import save_config
@@ -38,12 +37,13 @@ from trunkline.training.pages.summary import summarise
 from trunkline.training.run.compiling import sample_of, to_be_compiled
 from trunkline.training.run.faults import Guard, Parts, named_culprits
 from trunkline.training.run.faults import in_words as left_out_in_words
-from trunkline.training.run.folder import RunFolder, check_goes_on, fingerprint
+from trunkline.training.run.folder import RunFolder, fingerprint
 from trunkline.training.run.interruption import Interruption
 from trunkline.training.run.introduction import introduction
 from trunkline.training.run.optimizer import freeze, make_optimizer, share_of_rate, untouched
 from trunkline.training.run.profiling import Profile
 from trunkline.training.run.progress import Interval, Log, NoLog, Progress
+from trunkline.training.run.run_checkpoint import resume_run, save_run
 from trunkline.training.scoring.evaluation import Scored, evaluate, mean_score
 from trunkline.training.scoring.metrics import metric_names
 from trunkline.training.self_test import self_test
@@ -55,7 +55,6 @@ if TYPE_CHECKING:
 
 MANY = 10  # one in so many batches that do not fit it is told
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
-CHECKPOINTS = 2  # of the newest that are kept: one to fall back to
 FIRST_LOOK = 32  # validation examples of each task before the first step: their loss is near that of a uniform guess
 
 
@@ -89,7 +88,7 @@ class Run:
         self.adaptive = Adaptive(config.mixing, self.corpus.tasks, self.model, self.mixer, config.batch.accumulate)
         self.fingerprint = fingerprint(config, self.corpus)
         ranks.check_same("data", self.fingerprint)
-        self.progress = self._resume() if folder.resume else Progress()
+        self.progress = resume_run(self) if folder.resume else Progress()
         ranks.copy_of_first(self.model)
         self.exchange = GradientExchange(self.model, ranks)
         self.began -= self.progress.wall_seconds
@@ -190,10 +189,9 @@ class Run:
 
     def _asked(self) -> Signals | None:
         """By which signal some rank was asked to stop; all do, after the same step."""
-        asked = int(self.ranks.largest(torch.tensor(self.interruption.asked or 0)))
-        if asked:
+        if asked := int(self.ranks.largest(torch.tensor(self.interruption.asked or 0))):
             self.interruption.asked = Signals(asked)
-        return self.interruption.asked if asked else None
+        return Signals(asked) if asked else None
 
     def next_batches(self) -> tuple[tuple[Members, ...], tuple[PackedBatch, ...]]:
         """This rank's share of a step's batches."""
@@ -204,10 +202,8 @@ class Run:
         return members, batches
 
     def gradients(self, members: Sequence[Members], batches: Sequence[PackedBatch]) -> tuple[Tensor, Tensor]:
-        """Gives every parameter the gradient of a step; the tasks' loss sums and row weights, (N,), come back.
-
-        All of them are sums over the step's batches, whichever rank they are on.
-        """
+        """Gives every parameter the gradient of a step, of all ranks; so are the tasks' loss sums and row weights, (N,),
+        that come back."""
         step, device = self.progress.step, self.engine.device
         own = torch.tensor([batch.examples for batch in batches]).sum(0)
         weight, examples = self.ranks.sum(torch.stack([weight_sums(batches, len(self.names)), own]).double())  # (N,)
@@ -216,8 +212,9 @@ class Run:
         share = self._shares(examples.float()).to(device, non_blocking=True)
         work = partial(self._gradients, total_weight, share)
         sums = torch.stack(self.parts.run(work, batches, members, self.balancer.holds(step)))  # (2, N)
-        self.exchange.finish()
-        loss, weight = self.ranks.sum(sums)
+        with self.profile.part("exchange"):
+            self.exchange.finish()
+            loss, weight = self.ranks.sum(sums)
         return loss, weight
 
     def _shares(self, examples: Tensor) -> Tensor:
@@ -375,42 +372,10 @@ class Run:
 
     def save(self) -> None:
         self.saved = self.folder / "checkpoints" / f"step-{self.progress.step}"
-        if not self.ranks.first:
-            return
-        self.progress.wall_seconds = time.perf_counter() - self.began
-        tensors = {
-            "model": own_tensors(self.model, self.config),
-            "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.model.named_parameters()),
-        }
-        state = {
-            "progress": asdict(self.progress),
-            "balancing": self.balancer.state_dict(),
-            "mixing": self.adaptive.state_dict(),
-            "settings": self.fingerprint,
-        }
-        checkpoint.save(self.folder / "checkpoints", self.saved.name, tensors, state)
-        checkpoint.prune(self.folder / "checkpoints", CHECKPOINTS)
-        self.audience.tell("saved", self.progress.step, self.saved)
-
-    def _resume(self) -> Progress:
-        """Puts the newest valid checkpoint into model, optimizer, balancer and mix.
-
-        Raises:
-            ValueError: there is none, or it belongs to a run with other settings or data.
-        """
-        path = checkpoint.newest(self.folder / "checkpoints", warn=tell)
-        if path is None:
-            raise ValueError(f"run folder {self.folder} has no checkpoint to resume from")
-        tensors, state = checkpoint.load(path)
-        self.ranks.check_same("checkpoints", {"newest": path.name, "digest": checkpoint.digest(path)})
-        progress = Progress(**state["progress"])
-        check_goes_on(state["settings"], self.fingerprint, progress.step)
-        self.model.load_state_dict(all_tensors(tensors["model"], self.model, self.config))
-        checkpoint.load_optimizer_tensors(self.optimizer, self.model.named_parameters(), tensors.get("optimizer", {}))
-        self.balancer.load_state_dict(state["balancing"])
-        self.adaptive.load_state_dict(state["mixing"])
-        tell(f"resuming at step {progress.step}")
-        return progress
+        if self.ranks.first:
+            self.progress.wall_seconds = time.perf_counter() - self.began
+            save_run(self, self.saved)
+            self.audience.tell("saved", self.progress.step, self.saved)
 
     def stop_if_asked(self) -> None:
         if self.stop:
