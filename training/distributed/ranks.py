@@ -91,18 +91,23 @@ class Ranks:
 
     def _meet(self, timeout: timedelta) -> None:
         self.begins = not dist.is_initialized()
+        hosts = self.begins and self.first and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+        # both stores are documented, and only not among the names that the module exports
+        store = dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=hosts,
+            timeout=timeout,
+            multi_tenant=True,
+        )
+        # with names of its own for every attempt: torchrun keeps the store, and in it where the ranks were before
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        self.store = dist.PrefixStore(f"trunkline/{attempt}/{next(runs)}", store)  # type: ignore[attr-defined]
         if self.begins:
-            dist.init_process_group("gloo", timeout=timeout)
+            dist.init_process_group("gloo", store=self.store, rank=self.rank, world_size=self.size, timeout=timeout)
         self.host = dist.new_group(backend="gloo", timeout=timeout)
         self.waiting = dist.new_group(backend="gloo", timeout=ALONE)
         self.device = dist.new_group(backend=_backend(), timeout=timeout)
-        # both are documented, and only not among the names that the module exports
-        store = dist.TCPStore(  # type: ignore[attr-defined]
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timeout
-        )
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)
-        names = f"trunkline/{attempt}/{next(runs)}"
-        self.store = dist.PrefixStore(names, store)  # type: ignore[attr-defined]
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         self.open.close()

@@ -202,8 +202,8 @@ class Run:
         return members, batches
 
     def gradients(self, members: Sequence[Members], batches: Sequence[PackedBatch]) -> tuple[Tensor, Tensor]:
-        """Gives every parameter the gradient of a step, of all ranks; so are the tasks' loss sums and row weights, (N,),
-        that come back."""
+        """Gives every parameter the gradient of a step, of all ranks; so are the loss sums and row weights, (N,), that
+        come back."""
         step, device = self.progress.step, self.engine.device
         own = torch.tensor([batch.examples for batch in batches]).sum(0)
         weight, examples = self.ranks.sum(torch.stack([weight_sums(batches, len(self.names)), own]).double())  # (N,)
