@@ -37,10 +37,9 @@ class GradientExchange:
     Args:
         model: its parameters that learn have their gradients summed.
         ranks: with one alone there is nothing to do.
-        bucket_bytes: of gradients that travel together.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks, bucket_bytes: int = BUCKET):
+    def __init__(self, model: nn.Module, ranks: Ranks):
         self.ranks, self.watches, self.sent = ranks, False, 0
         self.buckets: list[_Bucket] = []
         self.hooks: list[Any] = []
@@ -50,7 +49,7 @@ class GradientExchange:
         for parameter in reversed([p for p in model.parameters() if p.requires_grad]):  # as the backward pass goes
             if parameter.nbytes > room or parameter.dtype != dtype:
                 self.buckets.append(_Bucket([]))
-                room, dtype = bucket_bytes, parameter.dtype
+                room, dtype = BUCKET, parameter.dtype
             self.buckets[-1].parameters.append(parameter)
             room -= parameter.nbytes
 
@@ -84,14 +83,14 @@ class GradientExchange:
 
     def _send(self) -> None:
         bucket = self.buckets[self.sent]
-        self.sent += 1
         bucket.had = [p.grad is not None for p in bucket.parameters]
         bucket.flat = torch.cat(
             [(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in bucket.parameters]
         )
+        bucket.wait = self.ranks.begin_sum(bucket.flat)
+        self.sent += 1
         for parameter in bucket.parameters:
             parameter.grad = None
-        bucket.wait = self.ranks.begin_sum(bucket.flat)
 
     def finish(self) -> None:
         """Gives every parameter the sum of the ranks' gradients."""

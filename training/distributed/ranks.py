@@ -263,6 +263,8 @@ class Ranks:
         """Around an exchange: says who is lost where it fails."""
         try:
             yield
+        except torch.OutOfMemoryError:  # a RuntimeError as well
+            raise
         except RuntimeError as error:
             lost, told = self._roll_call()
             if told or (lost and self.rank != min(set(range(self.size)) - set(lost))):

@@ -91,6 +91,7 @@ def outcome(run: dict[str, Any], rank: int) -> dict[str, Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Run, "update", updated)
+        patch.setattr("trunkline.training.distributed.gradient_exchange.BUCKET", 20_000)  # several of a tiny trunk
         patch.setattr("trunkline.training.run.run.write_report", lambda folder: None)  # which takes longer than the run
         with FAULTS[run.get("fault", "none")](rank, patch):
             try:
@@ -139,6 +140,7 @@ def _out_of_memory(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
     def fail(self: Run, *arguments: Any) -> Any:
         sums = gradients(self, *arguments)
         if rank and self.progress.step == 2 and not failed:
+            assert len(self.exchange.buckets) > 5
             assert self.exchange.sent > 0
             failed.append(True)
             raise torch.OutOfMemoryError
