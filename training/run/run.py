@@ -206,15 +206,16 @@ class Run:
         come back."""
         step, device = self.progress.step, self.engine.device
         own = torch.tensor([batch.examples for batch in batches]).sum(0)
-        weight, examples = self.ranks.sum(torch.stack([weight_sums(batches, len(self.names)), own]).double())  # (N,)
+        weights, examples = self.ranks.sum(torch.stack([weight_sums(batches, len(self.names)), own]).double())  # (N,)
         self.examples = examples.int().tolist()
-        total_weight = weight.float().to(device, non_blocking=True)
+        total_weight = weights.float().to(device, non_blocking=True)
         share = self._shares(examples.float()).to(device, non_blocking=True)
         work = partial(self._gradients, total_weight, share)
-        sums = torch.stack(self.parts.run(work, batches, members, self.balancer.holds(step)))  # (2, N)
-        with self.profile.part("exchange"):
-            self.exchange.finish()
-            loss, weight = self.ranks.sum(sums)
+        loss, weight = self.parts.run(work, batches, members, self.balancer.holds(step))
+        if self.ranks.active:
+            with self.profile.part("exchange"):
+                self.exchange.finish()
+                loss, weight = self.ranks.sum(torch.stack([loss, weight]))
         return loss, weight
 
     def _shares(self, examples: Tensor) -> Tensor:
