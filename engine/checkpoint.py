@@ -79,6 +79,11 @@ def load(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, dict
     return tensors, state
 
 
+def digest(path: Path) -> str:
+    """SHA-256 of a checkpoint: of its manifest, which has those of all its files."""
+    return str(_fingerprint(_manifest(path))["sha256"])
+
+
 def newest(folder: Path, warn: Callable[[str], None]) -> Path | None:
     """The valid 'step-<n>' of the largest n, with a warning for each one passed over; None if there is none at all.
 
@@ -192,8 +197,8 @@ def steps(folder: Path) -> list[Path]:
 
 def _verified(path: Path) -> list[Path]:
     """The files that the manifest of a checkpoint lists, each found to be as it was written."""
-    path = complete if (complete := path.with_name(f".{path.name}.complete")).exists() else path
-    file = path / "manifest.json"
+    file = _manifest(path)
+    path = file.parent
     try:
         match json.loads(file.read_bytes()):
             case {"format": version, "files": {"state.json": _} as files} if version == FORMAT:
@@ -206,6 +211,12 @@ def _verified(path: Path) -> list[Path]:
                 raise ValueError(f"expected format {FORMAT} with its files, got {other}")
     except (OSError, ValueError) as error:  # the latter too where it is not JSON, or not UTF-8
         raise CheckpointError(f"{file} is missing or damaged: {error}") from error
+
+
+def _manifest(path: Path) -> Path:
+    """That of a checkpoint, which may not have come to its place yet."""
+    complete = path.with_name(f".{path.name}.complete")
+    return (complete if complete.exists() else path) / "manifest.json"
 
 
 def _fingerprint(file: Path) -> dict[str, Any]:

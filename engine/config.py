@@ -35,6 +35,8 @@ RANGES = {
     "seed": at_least(0, 2**42),
     "prompt_weight": at_least(0, 1e20),
     "label_smoothing": from_to_below(0, 1),
+    "devices": at_least(1, 1024),
+    "rank_timeout": at_least(1, 10**6),
 }
 
 
@@ -103,6 +105,12 @@ class Config:
     """Of weights, order, dropout and generated data."""
     device: str = "auto"
     """cpu, cuda, cuda:1 ...; auto: a GPU if there is one."""
+    devices: int | Literal["all"] = 1
+    """GPUs of this machine, or processes on a CPU, that work on the run together, each on some of a step's batches;
+    all: every GPU there is. The run is the same with any number of them, up to `batch.accumulate`. Under torchrun it is
+    torchrun that says how many there are."""
+    rank_timeout: float = 600.0
+    """Seconds after which a process that does not answer the others ends the run."""
     compile: bool | Literal["auto"] = "auto"
     """Whether forward and backward pass are compiled into one graph for batches of fixed shapes; auto: on a GPU. A CPU
     spends its time in products, which are what they are: it gains a twentieth there, and takes half a minute first."""

@@ -1,16 +1,21 @@
 """Where an engine computes."""
 
+import os
+
 import torch
 
 
 def usable_device(name: str) -> torch.device:
-    """The device of that name; auto: a GPU if there is one.
+    """The device of that name; auto: a GPU if there is one; of several processes, which torchrun numbers, each its own.
 
     Raises:
         ValueError: there is none, or it cannot be used here.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and "LOCAL_RANK" in os.environ and (gpus := torch.cuda.device_count()):
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % gpus)
+        return torch.device("cuda", torch.cuda.current_device())
     try:
         device = torch.device(name)
         torch.empty(0, device=device)

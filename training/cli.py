@@ -223,11 +223,18 @@ def _train(options: argparse.Namespace) -> None:
 
     config = load_config(options.config, options.values)
 
+    from trunkline.training.distributed.launch import is_first, is_rank, launch, number_of_ranks
+
+    if not is_rank() and (ranks := number_of_ranks(config)) > 1:
+        raise SystemExit(launch(ranks, options.typed))
+
     from trunkline.engine.engine import Engine
     from trunkline.engine.heads.registry import HEADS
 
     engine = Engine.from_config(config)
     summary = engine.fit(resume=options.resume, overwrite=options.overwrite)
+    if not is_first():
+        return
     _print_scores(summary["tasks"])
     print(f"{summary['wall_time_seconds'] / 60:.1f} minutes; report: {Path(config.run) / 'report.html'}")
     if any(HEADS[task.head].labelled for task in engine.tasks):

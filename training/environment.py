@@ -18,18 +18,22 @@ def command() -> str:
     return shlex.join(["trunkline" if is_cli else program.name, *sys.argv[1:]])
 
 
-def environment() -> dict[str, Any]:
-    """What a run's numbers depend on besides its settings."""
-    versions = {}
+def versions() -> dict[str, str]:
+    """Of what a run computes with."""
+    found = {}
     for package in ("trunkline", "triton", "transformers", "tokenizers", "numpy"):
         try:
-            versions[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:  # run from its source folder
-            versions[package] = "not installed"
+            found[package] = "not installed"
+    # torch's own says what it was built for, which its package's metadata may not
+    return {**found, "torch": str(torch.__version__), "python": platform.python_version()}
+
+
+def environment() -> dict[str, Any]:
+    """What a run's numbers depend on besides its settings."""
     return {
-        **versions,
-        "torch": str(torch.__version__),  # says what it was built for, which its package's metadata may not
-        "python": platform.python_version(),
+        **versions(),
         "platform": platform.platform(),
         "processor": _processor(),
         "cores": os.cpu_count(),

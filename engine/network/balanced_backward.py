@@ -14,7 +14,7 @@ Nothing is computed twice, and the gradient of every parameter is that of sum ov
 T tokens, R labelled rows, N tasks, V vocabulary, D width
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -142,20 +142,24 @@ class BalancedBackward:
         step.dtask = [next(gradients) for _ in own]
         step.dvocabulary = list(gradients)
 
-    def gram(self) -> Tensor:
-        """(N, N) inner products of what the tasks' losses give the chosen weights, over all batches of the step."""
+    def gram(self, total: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """(N, N) inner products of what the tasks' losses give the chosen weights, over all batches of the step.
+
+        `total`: as of `task_gram`, where processes have some of the batches each.
+        """
         if self.model.adapters is not None:
-            return self._gram_of_adapters(self.model.adapters)
-        self.gradients = {layer: task_gram(*self._by_task(layer)) for layer in self.chosen.values()}
+            return self._gram_of_adapters(self.model.adapters, total)
+        self.gradients = {layer: task_gram(*self._by_task(layer), total) for layer in self.chosen.values()}
         return torch.stack([of_layer.gram for of_layer in self.gradients.values()]).sum(0)
 
-    def _gram_of_adapters(self, adapters: Adapters) -> Tensor:
+    def _gram_of_adapters(self, adapters: Adapters, total: Callable[[Tensor], Tensor] | None) -> Tensor:
         """(N, N): tasks of different adapters have no weight in common, and their products are 0."""
         grams = []
         for layer in self.chosen.values():
             assert isinstance(layer, AdaptedLayer)
             x, dy, offsets = self._by_task(layer)
-            grams += [task_gram(*factors, offsets).gram for factors in layer.factors(x, dy, offsets, adapters.of_task)]
+            pairs = layer.factors(x, dy, offsets, adapters.of_task)
+            grams += [task_gram(*factors, offsets, total).gram for factors in pairs]
         together = adapters.of_task[:, None] == adapters.of_task
         return torch.stack(grams).sum(0) * together
 

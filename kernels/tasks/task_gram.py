@@ -11,6 +11,7 @@ Source: G is the matrix that MGDA, PCGrad, CAGrad and others need, usually had b
 the Gram matrix of gradients of Goodfellow, arXiv:1510.01799, beyond its diagonal.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -135,11 +136,13 @@ def _check(x: Tensor, dy: Tensor, offsets: Tensor) -> None:
             raise ValueError(f"task_gradients: offsets must rise from 0 to at most R = {len(x)}, got {bounds}")
 
 
-def task_gram(x: Tensor, dy: Tensor, offsets: Tensor) -> TaskGradients:
+def task_gram(x: Tensor, dy: Tensor, offsets: Tensor, total: Callable[[Tensor], Tensor] | None = None) -> TaskGradients:
     """The inner products of every two tasks' gradients of a linear layer's weight.
 
     Args:
-        As `task_gradients`.
+        x, dy, offsets: as of `task_gradients`.
+        total: sums a tensor over all processes, in place, where each has some of the tokens: the products are of the
+            summed gradients, which have to be made for it. None: all tokens are here.
 
     Returns:
         `TaskGradients`; their `gradients` only where the Gram matrix was cheapest to have from them.
@@ -150,9 +153,9 @@ def task_gram(x: Tensor, dy: Tensor, offsets: Tensor) -> TaskGradients:
     """
     _check(x, dy, offsets)
     (R, D), C, N = x.shape, dy.shape[1], len(offsets) - 1
-    if R * R * (C + D) < PRODUCTS_PER_ELEMENT * N * C * D:
+    if total is None and R * R * (C + D) < PRODUCTS_PER_ELEMENT * N * C * D:
         return TaskGradients(_pairwise(x, dy, offsets), None)
-    if N * C * D <= KEPT:
+    if total is None and N * C * D <= KEPT:
         gradients = task_gradients(x, dy, offsets)
         flat = gradients.flatten(1)
         return TaskGradients(flat @ flat.T, gradients)
@@ -160,6 +163,8 @@ def task_gram(x: Tensor, dy: Tensor, offsets: Tensor) -> TaskGradients:
     gram = x.new_zeros(N, N, dtype=torch.promote_types(x.dtype, torch.float32))
     for part in dy.split(columns, 1):
         flat = task_gradients(x, part.contiguous(), offsets).flatten(1)
+        if total is not None:
+            total(flat)
         gram += flat @ flat.T
     return TaskGradients(gram, None)
 

@@ -42,6 +42,8 @@ FULL = Config(
     search=Search(max_new_tokens=32, beams=4, length_penalty=0.8, min_new_tokens=2, no_repeat_ngram=3),
     seed=11,
     device="cpu",
+    devices=2,
+    rank_timeout=60.0,
     track=("tensorboard", "trackio"),
     profile=True,
     compile=True,

@@ -26,6 +26,8 @@ class Balancer:
         seed: of the methods that draw lots.
         forward: what makes the losses of a batch, with the arguments of `MultiTaskModel.forward`, where that is not the
             model itself but, say, its compiled form. Steps in which the tasks' own gradients are looked at do without.
+        total: sums a tensor over all processes, in place, where a step's batches are spread over several: what the
+            weights are made from is the same on all of them. None: all batches are here.
 
     Raises:
         ValueError: `settings.layers` names something that is no linear layer.
@@ -37,9 +39,10 @@ class Balancer:
         model: Model,
         seed: int,
         forward: Callable[[PackedBatch, Tensor | None], LossSums] | None = None,
+        total: Callable[[Tensor], Tensor] | None = None,
     ):
         self.settings, self.model, self.seed = settings, model, seed
-        self.losses_of = forward or model
+        self.losses_of, self.total = forward or model, total
         self.function = (FROM_LOSSES | FROM_GRADIENTS)[settings.method]
         if not isinstance(model, BiLSTM):  # whose config looks at no gradients
             self.parts = BalancedBackward(model, settings.layers)
@@ -105,7 +108,7 @@ class Balancer:
         losses = torch.stack(self.losses).sum(0)
         self.losses.clear()
         if self.looks(step):
-            weights = self._weigh(losses, counts, self.parts.gram(), step)
+            weights = self._weigh(losses, counts, self.parts.gram(self.total), step)
             self.parts.lower(weights)
         elif self.settings.method != "fixed":
             weights = self._weigh(losses.detach(), counts, losses.new_zeros(0), step)
@@ -114,6 +117,7 @@ class Balancer:
     def _weigh(self, losses: Tensor, counts: Tensor, gram: Tensor, step: int) -> Tensor:
         """(N,) weights; 1 for the tasks that no weight would make a difference for."""
         N = len(losses)
+        losses = losses if self.total is None else self.total(losses.clone())
         numbers = torch.cat([losses, counts.to(losses.dtype), gram.flatten().to(losses.dtype)])
         host = numbers.cpu().double().numpy()  # waits for the device
         loss, count, products = host[:N], host[N : 2 * N], host[2 * N :].reshape(-1, N)

@@ -125,5 +125,6 @@ def weight_sums(batches: Sequence[PackedBatch], num_tasks: int) -> Tensor:
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Ctrl-C goes to all processes; when the workers end is for the run to say."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """Ctrl-C, and what torchrun stops a rank with, go to all processes; when the workers end is for the run to say."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -60,8 +60,9 @@ class RunFolder:
         OSError: on leaving it, that the disk is full, not writable, ...
     """
 
-    def __init__(self, config: Config, resume: bool, overwrite: bool):
-        self.config, self.resume, self.overwrite = config, resume, overwrite
+    def __init__(self, config: Config, resume: bool, overwrite: bool, writes: bool = True):
+        """`writes`: False on the ranks that leave the folder to the first one."""
+        self.config, self.resume, self.overwrite, self.writes = config, resume, overwrite, writes
         self.path = Path(config.run)
         self.checkpoints = self.path / "checkpoints"
         self.begun = False
@@ -69,6 +70,8 @@ class RunFolder:
         self.earlier: tuple[str, ...] = ()  # names that are an earlier run's
 
     def __enter__(self) -> "RunFolder":
+        if not self.writes:
+            return self
         if self.path.exists() and not self.path.is_dir():
             raise ValueError(f"run folder {self.path} is a file")
         if self.resume and not self.checkpoints.is_dir():
@@ -92,7 +95,8 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
-        self._leave()
+        if self.writes:
+            self._leave()
         if self.begun and isinstance(error, OSError) and error.errno in NO_ROOM:
             raise OSError(
                 f"run folder {self.path}: {error}; its checkpoints stay: once it can be written, go on with --resume"
@@ -218,12 +222,25 @@ def _remove(run: Path, name: str) -> None:
             folder.rmdir()
 
 
-def fingerprint(config: Config, corpus: Corpus) -> dict[str, Any]:
-    """What must be the same for a run to go on; where it lies and what it runs on may change."""
+def settings_that_count(config: Config) -> dict[str, Any]:
+    """Without those of the place where a run lies and of the machine that it runs on."""
     settings = asdict(config)
     elsewhere = ("run", "base", "data", "tokenizer")  # of the tokenizer the digest counts
-    for name in (*elsewhere, "device", "compile", "checkpointing", "profile", "track"):
+    machine = ("device", "devices", "rank_timeout", "compile", "checkpointing")
+    for name in (*elsewhere, *machine, "profile", "track"):
         del settings[name]
+    settings["tasks"] = [task.name for task in config.all_tasks]
+    return settings
+
+
+def after_restart(config: Config, resume: bool, overwrite: bool) -> tuple[bool, bool]:
+    """`resume` and `overwrite` of a run whose ranks were started again: it goes on from its newest checkpoint."""
+    return (True, False) if checkpoint.steps(Path(config.run) / "checkpoints") else (resume, overwrite)
+
+
+def fingerprint(config: Config, corpus: Corpus) -> dict[str, Any]:
+    """What must be the same for a run to go on; where it lies and what it runs on may change."""
+    settings = settings_that_count(config)
     settings["layout"] = 1 if corpus.tokenizer.is_plain else config.layout
     settings["init"] = pretrained.digest(config.init) if config.init else ""
     settings["tasks"] = [task.name for task in corpus.tasks]  # in the order of the heads

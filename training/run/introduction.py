@@ -29,6 +29,8 @@ def introduction(run: "Run") -> Iterator[str]:
     for train, validation in zip(run.corpus.train, run.corpus.validation, strict=True):
         yield _task(train, validation)
     yield _length(run)
+    if run.ranks.active:
+        yield run.ranks.in_words()
     every = run.config.evaluation.every
     yield f"writes {run.folder}, a checkpoint every {every} steps; Ctrl-C stops it, --resume goes on from there"
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trunkline.engine.network.packing import PackedBatch
+from trunkline.training.distributed.ranks import Ranks
 
 
 @dataclass
@@ -63,6 +64,17 @@ class Interval:
         self.loss += torch.where(finite, loss.detach(), 0.0)
         self.weight += torch.where(finite, weight, 0.0)
 
+    def sum_over(self, ranks: Ranks, uncompiled: int) -> int:
+        """Counts what all ranks did; the losses are of all of them already.
+
+        `uncompiled`: batches of this rank that went without the graph; those of all come back.
+        """
+        counts = [self.tokens, self.real_tokens, self.flops, uncompiled, *self.examples.values()]
+        tokens, real_tokens, self.flops, uncompiled, *examples = ranks.sum(torch.tensor(counts).double()).tolist()
+        self.tokens, self.real_tokens = int(tokens), int(real_tokens)
+        self.examples = {name: int(number) for name, number in zip(self.names, examples, strict=True)}
+        return int(uncompiled)
+
     def losses(self) -> dict[str, float]:
         """Mean loss of every task that was seen, over the steps in which it was finite."""
         sums = zip(self.names, self.loss.tolist(), self.weight.tolist(), strict=True)
@@ -113,6 +125,19 @@ class Log:
         self.file.write(json.dumps({"step": step, **values}) + "\n")
         self.file.flush()
         self.heard(step, values)
+
+
+class NoLog:
+    """In its place on the ranks that write nothing."""
+
+    def __enter__(self) -> "NoLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def write(self, *, step: int, **values: Any) -> None:
+        pass
 
 
 def _step_of(line: bytes) -> int | None:

@@ -8,7 +8,6 @@ N tasks
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from signal import Signals
@@ -24,24 +23,27 @@ from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import Model, heads_of
 from trunkline.engine.network.memory import keep_freed_memory
 from trunkline.engine.network.packing import PackedBatch
-from trunkline.engine.saved import all_tensors, own_tensors
+from trunkline.engine.saved import own_tensors
 from trunkline.training.balancing.adaptive import Adaptive
 from trunkline.training.balancing.balancer import Balancer
 from trunkline.training.config_file import save_config
 from trunkline.training.data.batches import Members, Packer, make_mixer, planned_and_packed, weight_sums
 from trunkline.training.data.corpus import load_corpus
+from trunkline.training.distributed.gradient_exchange import GradientExchange
+from trunkline.training.distributed.ranks import Ranks
 from trunkline.training.flops import training_flops
 from trunkline.training.pages.report import write_report
 from trunkline.training.pages.summary import summarise
 from trunkline.training.run.compiling import sample_of, to_be_compiled
 from trunkline.training.run.faults import Guard, Parts, named_culprits
 from trunkline.training.run.faults import in_words as left_out_in_words
-from trunkline.training.run.folder import RunFolder, check_goes_on, fingerprint
+from trunkline.training.run.folder import RunFolder, fingerprint
 from trunkline.training.run.interruption import Interruption
 from trunkline.training.run.introduction import introduction
 from trunkline.training.run.optimizer import freeze, make_optimizer, share_of_rate, untouched
 from trunkline.training.run.profiling import Profile
-from trunkline.training.run.progress import Interval, Log, Progress
+from trunkline.training.run.progress import Interval, Log, NoLog, Progress
+from trunkline.training.run.run_checkpoint import resume_run, save_run
 from trunkline.training.scoring.calibration import calibrate
 from trunkline.training.scoring.evaluation import Scored, evaluate, mean_score
 from trunkline.training.scoring.metrics import metric_names
@@ -54,20 +56,21 @@ if TYPE_CHECKING:
 
 MANY = 10  # one in so many batches that do not fit it is told
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
-CHECKPOINTS = 2  # of the newest that are kept: one to fall back to
 FIRST_LOOK = 32  # validation examples of each task before the first step: their loss is near that of a uniform guess
 
 
 class Run:
     """A context; what `Engine.fit` says of its arguments, results and errors goes for this."""
 
-    def __init__(self, engine: "Engine", folder: RunFolder, audience: Audience):
+    def __init__(self, engine: "Engine", folder: RunFolder, audience: Audience, ranks: Ranks):
         self.began = time.perf_counter()
-        self.engine, self.folder, self.audience = engine, folder.path, audience
+        self.engine, self.folder, self.audience, self.ranks = engine, folder.path, audience, ranks
+        ranks.check_settings()
         keep_freed_memory()
         if engine.device.type == "cuda":
             self_test(engine.device, tell, [torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32])
-        self.corpus = load_corpus(engine.config, engine.tokenizer, tell=tell)
+        with ranks.first_of_host_goes_before():  # the others find it in the cache
+            self.corpus = load_corpus(engine.config, engine.tokenizer, tell=tell)
         self.names = [task.name for task in self.corpus.tasks]
         self.model = self._build()
         self.config = config = engine.config
@@ -82,10 +85,13 @@ class Run:
         self.packer = Packer(self.corpus.train, config)
         sample = sample_of(config, self.mixer)
         self.compiled = to_be_compiled(engine, self.packer, sample)
-        self.balancer = Balancer(config.balancing, self.model, config.seed, self.compiled)
+        self.balancer = Balancer(config.balancing, self.model, config.seed, self.compiled, ranks.total)
         self.adaptive = Adaptive(config.mixing, self.corpus.tasks, self.model, self.mixer, config.batch.accumulate)
         self.fingerprint = fingerprint(config, self.corpus)
-        self.progress = self._resume() if folder.resume else Progress()
+        ranks.check_same("data", self.fingerprint)
+        self.progress = resume_run(self) if folder.resume else Progress()
+        ranks.copy_of_first(self.model)
+        self.exchange = GradientExchange(self.model, ranks)
         self.began -= self.progress.wall_seconds
         shown = {task.name: metric_names(task)[0] for task in self.corpus.tasks}
         self.display = make_display(shown, config.steps, self.progress.step)
@@ -95,12 +101,13 @@ class Run:
         self._warm_up(sample[0])
 
         audience.start(config, self.folder)
-        folder.begin()
-        save_config(config, self.folder / "config.yaml")
-        self.corpus.tokenizer.save(self.folder)
-        self.log = Log(self.folder, self.progress.step, tell=tell, heard=audience.hear)
+        if ranks.first:
+            folder.begin()
+            save_config(config, self.folder / "config.yaml")
+            self.corpus.tokenizer.save(self.folder)
+        self.log = Log(self.folder, self.progress.step, tell, audience.hear) if ranks.first else NoLog()
         self.interruption = Interruption()
-        self.profile = Profile(config.profile, self.folder, engine.device, self.display.tell)
+        self.profile = Profile(config.profile and ranks.first, self.folder, engine.device, self.display.tell)
         self.guard = Guard(self.optimizer, self.names, config.optimizer.give_up_after, self.progress)
         self.interval = Interval(self.names, engine.device)
         self.ready = self._batches_from(self.progress.step)
@@ -140,9 +147,9 @@ class Run:
         self.display.tell(f"compiled the model in {compiled.seconds:.0f} s")
 
     def __enter__(self) -> "Run":
-        for line in introduction(self):
+        for line in introduction(self) if self.ranks.first else ():
             self.display.tell(line)
-        for part in (self.display, self.log, self.profile, self.interruption):
+        for part in (self.display, self.log, self.profile, self.exchange, self.interruption):
             self.open.enter_context(part)
         return self
 
@@ -174,47 +181,68 @@ class Run:
             group["lr"] = share * group["rate"]
         yield
         self.progress.step += 1
-        self.stop = self.interruption.asked  # once a step, so that all of what follows agrees
+        self.ranks.step = self.progress.step
+        self.stop = self._asked()  # once a step, so that all of what follows agrees
         if self.logs_now or self.engine.device.type == "cpu":
             self._name_left_out()  # waits for the device
         self.profile.step()
         self.progress.seconds += time.perf_counter() - started
         self.interval.seconds += time.perf_counter() - started
 
+    def _asked(self) -> Signals | None:
+        """By which signal some rank was asked to stop; all do, after the same step."""
+        if asked := int(self.ranks.largest(torch.tensor(self.interruption.asked or 0))):
+            self.interruption.asked = Signals(asked)
+        return Signals(asked) if asked else None
+
     def next_batches(self) -> tuple[tuple[Members, ...], tuple[PackedBatch, ...]]:
+        """This rank's share of a step's batches."""
         with self.profile.part("batching"):
-            members, batches = zip(*islice(self.ready, self.config.batch.accumulate), strict=True)
+            members, batches = zip(*islice(self.ready, len(self.numbers(self.progress.step))), strict=True)
         return members, batches
 
     def gradients(self, members: Sequence[Members], batches: Sequence[PackedBatch]) -> tuple[Tensor, Tensor]:
-        """Gives every parameter the gradient of a step; the tasks' loss sums and row weights, (N,), come back."""
-        step = self.progress.step
-        device = self.engine.device
-        self.examples = [sum(counts) for counts in zip(*(batch.examples for batch in batches), strict=True)]
-        total_weight = weight_sums(batches, len(self.names)).to(device, non_blocking=True)
-        share = self._shares(batches).to(device, non_blocking=True)
+        """Gives every parameter the gradient of a step, of all ranks; so are the loss sums and row weights, (N,), that
+        come back."""
+        step, device = self.progress.step, self.engine.device
+        own = torch.tensor([batch.examples for batch in batches]).sum(0)
+        weights, examples = self.ranks.sum(torch.stack([weight_sums(batches, len(self.names)), own]).double())  # (N,)
+        self.examples = examples.int().tolist()
+        total_weight = weights.float().to(device, non_blocking=True)
+        share = self._shares(examples.float()).to(device, non_blocking=True)
         work = partial(self._gradients, total_weight, share)
-        return self.parts.run(work, batches, members, self.balancer.holds(step))
+        loss, weight = self.parts.run(work, batches, members, self.balancer.holds(step))
+        if self.ranks.active:
+            with self.profile.part("exchange"):
+                self.exchange.finish()
+                loss, weight = self.ranks.sum(torch.stack([loss, weight]))
+        return loss, weight
 
-    def _shares(self, batches: Sequence[PackedBatch]) -> Tensor:
-        """(N,) what each task's loss counts in a step, besides the weights of the config."""
+    def _shares(self, examples: Tensor) -> Tensor:
+        """(N,) what each task's loss counts in a step, besides the weights of the config.
+
+        `examples`: (N,) of each task in the step.
+        """
         if self.config.counting == "tasks" or self.config.balancing.method != "fixed":
             return torch.ones(len(self.names))
-        examples = torch.tensor([batch.examples for batch in batches], dtype=torch.float32).sum(0)
         return examples / examples.sum()
 
     def _gradients(self, total_weight: Tensor, share: Tensor, batches: Sequence[PackedBatch]) -> tuple[Tensor, Tensor]:
         step, device = self.progress.step, self.engine.device
-        torch.manual_seed(self.config.seed * 1_000_003 + step)  # dropout
         self.model.train()
         self._zero_grad()  # of an attempt that ran out of memory
+        self.exchange.begin()
         self.balancer.start(step)
+        numbers = self.numbers(step)
         # loss_t = sum w l / sum w over the whole step; a task that is absent contributes nothing
         factor = torch.where(total_weight > 0, share * self.weights / total_weight, 0.0)
         loss, weight = torch.zeros(2, len(self.names), device=device)
-        for batch in batches:
+        for place, batch in enumerate(batches):  # which may be parts: more of them than there are numbers
+            torch.manual_seed(self.config.seed * 1_000_003 + numbers.start + place * numbers.step)  # dropout
             with self.profile.part("forward"), self.engine.autocast():
                 sums = self.balancer.forward(batch.to(device), factor, step)
+            if place == len(batches) - 1 and not self.balancer.holds(step):
+                self.exchange.last_pass()
             with self.profile.part("backward"):
                 self.balancer.backward(sums.loss * factor, step)
             loss += sums.loss.detach()
@@ -235,8 +263,6 @@ class Run:
         return norm
 
     def count(self, batches: Sequence[PackedBatch], loss: Tensor, weight: Tensor) -> None:
-        if self.compiled:
-            self.progress.uncompiled = self.ran_uncompiled + self.compiled.uncompiled
         self.interval.add(batches, loss, weight)
         self.interval.flops += sum(training_flops(self.model, batch) for batch in batches)
 
@@ -244,13 +270,19 @@ class Run:
         self.optimizer.zero_grad(set_to_none=not (self.compiled and self.compiled.cuda_graphs))
 
     def _batches_from(self, step: int) -> Iterator[tuple[Members, PackedBatch]]:
-        accumulate = self.config.batch.accumulate
-        numbers = range(step * accumulate, self.config.steps * accumulate)
+        numbers = (number for later in range(step, self.config.steps) for number in self.numbers(later))
         shapes = self.compiled.shapes if self.compiled and not self.progress.part_tokens else None
         return planned_and_packed(self.packer, self.mixer, numbers, self.engine.device, shapes=shapes)
 
+    def numbers(self, step: int) -> range:
+        """Of a step's batches, those that are this rank's; with one rank all of them."""
+        accumulate = self.config.batch.accumulate
+        return range(step * accumulate + self.ranks.rank, (step + 1) * accumulate, self.ranks.size)
+
     def _name_left_out(self) -> None:
         for step, tasks in self.guard.look():
+            if not self.ranks.first:
+                continue
             numbers = range((step - 1) * self.config.batch.accumulate, step * self.config.batch.accumulate)
             members = [member for number in numbers for member in self.mixer.batch(number)]
             with self.engine.autocast():
@@ -270,6 +302,8 @@ class Run:
     def write_log(self, norm: Tensor) -> None:
         """A line of metrics.jsonl, on what happened since the last one."""
         interval, progress = self.interval, self.progress
+        uncompiled = self.compiled.uncompiled if self.compiled else 0
+        progress.uncompiled = self.ran_uncompiled + interval.sum_over(self.ranks, uncompiled)
         losses = interval.losses()
         progress.add(interval)
         self.log.write(
@@ -308,12 +342,14 @@ class Run:
         if mean > progress.best_score:
             progress.best_score, progress.best_step = mean, progress.step
             tensors = {"model": own_tensors(self.model, self.config)}
-            checkpoint.save(self.folder / "checkpoints", "best", tensors, {"step": progress.step})
+            if self.ranks.first:
+                checkpoint.save(self.folder / "checkpoints", "best", tensors, {"step": progress.step})
         if self.config.mixing.reacts:  # what is packed already is of the mix before
             self.ready = self._batches_from(progress.step)
 
     def _evaluation(self, examples: int, texts: int) -> dict[str, Scored]:
         step, scored = self.progress.step, self._scores(examples, texts)
+        scored = self.ranks.said_by_first(scored)  # every rank makes them, and all go by the first one's
         metrics = {name: task.metrics for name, task in scored.items()}
         counts = {
             name: {"loss": task.counted, "scores": len(task.examples) or task.counted} for name, task in scored.items()
@@ -337,39 +373,11 @@ class Run:
             )
 
     def save(self) -> None:
-        self.progress.wall_seconds = time.perf_counter() - self.began
-        tensors = {
-            "model": own_tensors(self.model, self.config),
-            "optimizer": checkpoint.optimizer_tensors(self.optimizer, self.model.named_parameters()),
-        }
-        state = {
-            "progress": asdict(self.progress),
-            "balancing": self.balancer.state_dict(),
-            "mixing": self.adaptive.state_dict(),
-            "settings": self.fingerprint,
-        }
-        self.saved = checkpoint.save(self.folder / "checkpoints", f"step-{self.progress.step}", tensors, state)
-        checkpoint.prune(self.folder / "checkpoints", CHECKPOINTS)
-        self.audience.tell("saved", self.progress.step, self.saved)
-
-    def _resume(self) -> Progress:
-        """Puts the newest valid checkpoint into model, optimizer, balancer and mix.
-
-        Raises:
-            ValueError: there is none, or it belongs to a run with other settings or data.
-        """
-        path = checkpoint.newest(self.folder / "checkpoints", warn=tell)
-        if path is None:
-            raise ValueError(f"run folder {self.folder} has no checkpoint to resume from")
-        tensors, state = checkpoint.load(path)
-        progress = Progress(**state["progress"])
-        check_goes_on(state["settings"], self.fingerprint, progress.step)
-        self.model.load_state_dict(all_tensors(tensors["model"], self.model, self.config))
-        checkpoint.load_optimizer_tensors(self.optimizer, self.model.named_parameters(), tensors.get("optimizer", {}))
-        self.balancer.load_state_dict(state["balancing"])
-        self.adaptive.load_state_dict(state["mixing"])
-        tell(f"resuming at step {progress.step}")
-        return progress
+        self.saved = self.folder / "checkpoints" / f"step-{self.progress.step}"
+        if self.ranks.first:
+            self.progress.wall_seconds = time.perf_counter() - self.began
+            save_run(self, self.saved)
+            self.audience.tell("saved", self.progress.step, self.saved)
 
     def stop_if_asked(self) -> None:
         if self.stop:

@@ -1,0 +1,172 @@
+"""Several runs one after the other in one group of ranks, as a program of each rank: `start` begins it.
+
+Ranks are dear to start, runs of a tiny trunk are not.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+LONGEST = 100  # seconds that all runs of a group may take
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[2]
+
+
+def free_port() -> int:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        return taken.getsockname()[1]
+
+
+def environments(size: int) -> list[dict[str, str]]:
+    """What torchrun would tell each of so many ranks; one thread each."""
+    path = os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests" / "helpers", HERE)))
+    same = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
+    same |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+    return [{**same, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+
+
+def start(size: int, runs: Sequence[Mapping[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:
+    """Runs them on so many ranks; what came of each, by rank.
+
+    Args:
+        runs: of each the file of its 'config', 'values' that change it (key=value), and where there is any 'more' of
+            them on the last rank, 'resume' and a 'fault'.
+        folder: for what the ranks tell.
+    """
+    folder.mkdir()
+    (folder / "runs.json").write_text(json.dumps(runs))
+    program = [sys.executable, "-c", "from deprecations import run; run('ranked_runs')", folder / "runs.json"]
+    ranks = []
+    for rank, environment in enumerate(environments(size)):
+        with (folder / f"output-{rank}").open("w") as output, (folder / f"errors-{rank}").open("w") as errors:
+            ranks.append(subprocess.Popen(program, env=environment, stdout=output, stderr=errors))
+    codes = [rank.wait(LONGEST + 20) for rank in ranks]
+    said = [[(folder / f"{kind}-{rank}").read_text() for rank in range(size)] for kind in ("output", "errors")]
+    assert codes == [0] * size, said[1]
+    assert said[0][1:] == [""] * (size - 1)  # the first one speaks for all
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(size)]
+
+
+# What happens in a rank
+
+
+def main(file: Path) -> None:
+    import torch.distributed as dist
+
+    faulthandler.dump_traceback_later(LONGEST, exit=True)  # a rank that hangs says where
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo")
+    outcomes = [outcome(run, rank) for run in json.loads(file.read_text())]
+    dist.barrier()
+    dist.destroy_process_group()
+    (file.parent / f"rank-{rank}.json").write_text(json.dumps(outcomes))
+
+
+def outcome(run: dict[str, Any], rank: int) -> dict[str, Any]:
+    """Trains; 'bits' of the weights after every step, and the 'error' that ended it or its 'steps'."""
+    from trunkline import Engine
+    from trunkline.training.config_file import load_config
+    from trunkline.training.run.run import Run
+
+    config = load_config(Path(run["config"]), run["values"] + (run.get("more", []) if rank else []))
+    bits: list[str] = []
+    update = Run.update
+
+    def updated(self: Run, loss: Any) -> Any:
+        norm = update(self, loss)
+        bits.append(digest(self.model))
+        return norm
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Run, "update", updated)
+        patch.setattr("trunkline.training.distributed.gradient_exchange.BUCKET", 20_000)  # several of a tiny trunk
+        patch.setattr("trunkline.training.run.run.write_report", lambda folder: None)  # which takes longer than the run
+        with FAULTS[run.get("fault", "none")](rank, patch):
+            try:
+                summary = Engine.from_config(config).fit(resume=run.get("resume", False))
+            except (Exception, SystemExit) as error:
+                return {"bits": bits, "error": f"{type(error).__name__}: {error}"}
+    return {"bits": bits, "steps": summary["steps"], "left_out": summary["steps_left_out"]}
+
+
+def digest(model: Any) -> str:
+    state = sha256()
+    for tensor in model.state_dict().values():
+        state.update(tensor.contiguous().numpy().data)
+    return state.hexdigest()
+
+
+@contextmanager
+def _none(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _not_finite(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The loss of a batch of the last rank, in the third step."""
+    from trunkline.training.balancing.balancer import Balancer
+
+    forward = Balancer.forward
+
+    def broken(self: Balancer, batch: Any, factor: Any, step: int) -> Any:
+        sums = forward(self, batch, factor, step)
+        return sums._replace(loss=sums.loss + float("nan")) if rank and step == 2 else sums
+
+    patch.setattr(Balancer, "forward", broken)
+    yield
+
+
+@contextmanager
+def _out_of_memory(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On the last rank, once its last backward pass of the third step has sent what it found."""
+    import torch
+
+    from trunkline.training.run.run import Run
+
+    gradients, failed = Run._gradients, []
+
+    def fail(self: Run, *arguments: Any) -> Any:
+        sums = gradients(self, *arguments)
+        if rank and self.progress.step == 2 and not failed:
+            assert len(self.exchange.buckets) > 5
+            assert self.exchange.sent > 0
+            failed.append(True)
+            raise torch.OutOfMemoryError
+        return sums
+
+    patch.setattr(Run, "_gradients", fail)
+    yield
+
+
+@contextmanager
+def _terminated(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The last rank, in the third step."""
+    from trunkline.training.run.run import Run
+
+    count = Run.count
+
+    def terminate(self: Run, *arguments: Any) -> None:
+        if rank and self.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        count(self, *arguments)
+
+    patch.setattr(Run, "count", terminate)
+    yield
+
+
+FAULTS = {"none": _none, "not finite": _not_finite, "out of memory": _out_of_memory, "terminated": _terminated}
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
