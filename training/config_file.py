@@ -13,7 +13,7 @@ from trunkline.engine.tasks.task import Task
 from trunkline.engine.yaml_file import read_yaml, write_yaml
 
 
-def load_config(path: Path, overrides: Sequence[str] = (), kind: type[Config] = Config) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), kind: type[Config] = Config) -> Config:
     """Reads a run's YAML and changes what `overrides` say.
 
     Args:
@@ -27,6 +27,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), kind: type[Config] = 
         ValueError: no such file, not YAML, a key that stands twice or is unknown (the nearest valid one is named), or a
             value of a wrong type.
     """
+    path = Path(path)
     try:
         settings = read_yaml(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

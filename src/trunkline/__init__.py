@@ -26,12 +26,14 @@ if TYPE_CHECKING:
     from trunkline.kernels.tasks.task_loss import task_loss as task_loss
     from trunkline.kernels.tasks.task_projection import task_projection as task_projection
     from trunkline.kernels.vocabulary.linear_cross_entropy import linear_cross_entropy as linear_cross_entropy
+    from trunkline.training.config_file import load_config as load_config
     from trunkline.training.watching.listener import Listener as Listener
 
 __version__ = "0.1.0"
 
 _MODULES = {
     "Engine": "trunkline.engine.engine",
+    "load_config": "trunkline.training.config_file",
     "Listener": "trunkline.training.watching.listener",
     "Task": "trunkline.engine.tasks.task",
     "Trunk": "trunkline.engine.network.trunk",

@@ -191,9 +191,9 @@ class Run:
 
     def _asked(self) -> Signals | None:
         """By which signal some rank was asked to stop; all do, after the same step."""
-        if asked := int(self.ranks.largest(torch.tensor(self.interruption.asked or 0))):
-            self.interruption.asked = Signals(asked)
-        return Signals(asked) if asked else None
+        asked = int(self.ranks.largest(torch.tensor(self.interruption.asked or 0)))
+        self.interruption.asked = Signals(asked) if asked else None
+        return self.interruption.asked
 
     def next_batches(self) -> tuple[tuple[Members, ...], tuple[PackedBatch, ...]]:
         """This rank's share of a step's batches."""

@@ -50,7 +50,7 @@ def test_63_labels_are_bits_of_one_number():
         (["[bug]"], "got '[bug]' (train.csv, row 1)"),
         ([[1], [3]], "one of billing, bug, urgent, got 3 (train.csv, row 2)"),
         ([[0, 1, 1]], "label names 'bug' twice in [0, 1, 1]; it must be a list of classes, or a text with '|' between"),
-        ([["bug"], None], "unlabelled row: 'label' is None; policy is 'error' (train.csv, row 2)"),
+        ([["bug"], None], "unlabelled row: 'label' is None; policy is 'error', and"),
         ([["bug"], math.nan], "unlabelled row: 'label' is nan"),
         ([["bug"], {"bug": 1}], "got {'bug': 1} (train.csv, row 2)"),
     ],
