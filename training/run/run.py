@@ -74,7 +74,6 @@ class Run:
         self.names = [task.name for task in self.corpus.tasks]
         self.model = self._build()
         self.config = config = engine.config
-
         weights = [config.weights.get(name, 1.0) for name in self.names]
         self.weights = torch.tensor(weights, device=engine.device)  # (N,)
         self.mixer = make_mixer(config, self.corpus)
@@ -134,7 +133,6 @@ class Run:
         """Compiles, with a batch or, where memory is too short for it, a part of one."""
         if not (compiled := self.compiled):
             return
-
         known = torch.ones_like(self.weights) if self.balancer.knows_factors else None
 
         def work(batches: Sequence[PackedBatch]) -> None:
@@ -191,9 +189,9 @@ class Run:
 
     def _asked(self) -> Signals | None:
         """By which signal some rank was asked to stop; all do, after the same step."""
-        asked = int(self.ranks.largest(torch.tensor(self.interruption.asked or 0)))
-        self.interruption.asked = Signals(asked) if asked else None
-        return self.interruption.asked
+        if asked := int(self.ranks.largest(torch.tensor(self.interruption.asked or 0))):
+            self.interruption.asked = Signals(asked)
+        return Signals(asked) if asked else None
 
     def next_batches(self) -> tuple[tuple[Members, ...], tuple[PackedBatch, ...]]:
         """This rank's share of a step's batches."""
