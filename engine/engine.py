@@ -33,7 +33,7 @@ from trunkline.engine.network.generate import Search
 from trunkline.engine.network.kept_heads import keep_heads
 from trunkline.engine.network.model import MultiTaskModel, in_model_order
 from trunkline.engine.network.trunk import Trunk, TrunkConfig
-from trunkline.engine.saved import all_tensors, check_weights, read_saved, summary_beside, write_saved
+from trunkline.engine.saved import NoInitialisation, all_tensors, check_weights, read_saved, summary_beside, write_saved
 from trunkline.engine.shown import engine_html, with_metrics
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.given import listed
@@ -377,13 +377,14 @@ class Engine:
             model.load_state_dict(weights)
             engine.summary = summary_beside(path)
             return engine
-        if config.trunk.num_layers > len(weights):
-            raise ValueError(f"engine: {path} does not fit its settings: {config.trunk.num_layers} layers need more")
-        with torch.device("meta"):  # shapes only: what does not fit takes no memory
-            trunk = Trunk(config.trunk) if config.architecture == "trunk" else None
-            check_weights(weights, make_model(with_vocabulary(config, tokenizer), trunk).state_dict(), path)
-        engine._hold(config, Trunk(config.trunk) if config.architecture == "trunk" else None)
-        engine.build(tokenizer).load_state_dict(weights)
+        if (layers := config.trunk.num_layers) > len(weights):
+            raise ValueError(f"engine: {path} does not fit its settings: {layers} layers need more")
+        with NoInitialisation():
+            with torch.device("meta"):  # shapes only: what does not fit takes no memory
+                trunk = Trunk(config.trunk) if config.architecture == "trunk" else None
+                check_weights(weights, make_model(with_vocabulary(config, tokenizer), trunk).state_dict(), path)
+            engine._hold(config, Trunk(config.trunk) if config.architecture == "trunk" else None)
+            engine.build(tokenizer).load_state_dict(weights)
         engine.summary = summary_beside(path)
         return engine
 

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from trunkline.engine import checkpoint
 from trunkline.engine.config import Config, restore_config
@@ -124,6 +125,17 @@ def _elsewhere(model: nn.Module, config: Config) -> set[str]:
         return set()
     assert isinstance(model, MultiTaskModel)
     return {name for name, _ in model.frozen_by_adapters()}
+
+
+class NoInitialisation(TorchFunctionMode):
+    """Around the making of a model whose weights are read: none are drawn at random, which takes longer than reading
+    them, and on the meta device imports half of torch's compiler."""
+
+    def __torch_function__(self, function, types, arguments=(), keywords=None):
+        keywords = keywords or {}
+        if function in (Tensor.normal_, Tensor.uniform_) or getattr(function, "__module__", "") == "torch.nn.init":
+            return arguments[0] if arguments else keywords["tensor"]
+        return function(*arguments, **keywords)
 
 
 def check_weights(weights: Mapping[str, Tensor], expected: Mapping[str, Tensor], path: Path) -> None:

@@ -70,10 +70,10 @@ def test_init_says_what_it_guessed(executed):
 
 
 def test_training_shows_one_table_that_changes_in_place(executed):
-    (table,) = tables(outputs(executed, "from pathlib"))  # the last picture of it
+    (table,) = tables(outputs(executed, "from trunkline import"))  # the last picture of it
     assert sorted(row[0] for row in table) == ["minutes", "queue", "task"]
     assert all(0 < float(row[1]) < 100 and row[4] for row in table[1:])
-    assert "writes runs/tickets" in text(outputs(executed, "from pathlib"))
+    assert "writes runs/tickets" in text(outputs(executed, "from trunkline import"))
 
 
 def test_an_engine_shows_its_tasks_sizes_and_scores(executed):

@@ -19,6 +19,8 @@ of their own. LitServe (padded_server.py) takes part where it is installed.
 import argparse
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -47,7 +49,7 @@ NAMES = tuple(f"task{n}" for n in range(8))
 WORDS = "the of a film with and to for on in good bad is was new old people make time day".split()
 LENGTHS = (8, 16, 32, 64, 128, 256, 512)
 CLIENTS = (1, 4, 16, 64)
-PADDED = (8, 32)  # texts of a batch of the padded server
+PADDED = (1, 8, 32)  # texts of a batch of the padded server
 WARM_UP = 2.0  # seconds
 BOTH_ENDS = 2  # tokens around a text
 
@@ -220,7 +222,8 @@ def our_server(run: Path) -> Iterator[tuple[int, subprocess.Popen]]:
 
 @contextmanager
 def padded_server(folder: Path, texts: int) -> Iterator[tuple[int, subprocess.Popen]]:
-    port = 8000 + os.getpid() % 1000
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
     script = Path(__file__).with_name("padded_server.py")
     command = [sys.executable, str(script), str(folder), str(port), "--texts", str(texts)]
     process = subprocess.Popen(
@@ -230,7 +233,7 @@ def padded_server(folder: Path, texts: int) -> Iterator[tuple[int, subprocess.Po
         _until_answered(port, "/health")
         yield port, process
     finally:
-        os.killpg(process.pid, 15)
+        os.killpg(process.pid, signal.SIGKILL)  # its processes outlive a request to end
         process.wait(60)
 
 

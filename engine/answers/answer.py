@@ -92,11 +92,13 @@ def answer(engine: "Engine", questions: Sequence[Question]) -> list[dict[str, An
         of_task: dict[int, list[tuple[int, range]]] = defaultdict(list)  # the rows of x for each text
         for (place, n), size, end in zip(asked, sizes, accumulate(sizes), strict=True):
             of_task[questions[place].tasks[n]].append((place, range(end - size, end)))
-        for t, own_rows in of_task.items():
-            rows = [*chain.from_iterable(places for _, places in own_rows)]
-            chosen = torch.tensor(rows, dtype=torch.int64, device=x.device)  # none where no word is read
-            logits = model.logits(x[chosen], t).float().cpu()  # (r of all texts, C)
-            for (place, _), part in zip(own_rows, logits.split([len(rows) for _, rows in own_rows]), strict=True):
+        own_sizes = {t: [len(rows) for _, rows in of_task[t]] for t in sorted(of_task)}
+        rows = [row for t in own_sizes for _, own in of_task[t] for row in own]
+        chosen = torch.tensor(rows, dtype=torch.int64).to(x.device)  # none where no word is read
+        logits = model.logits_by_task(x[chosen], {t: sum(own) for t, own in own_sizes.items()})
+        for t, own in own_sizes.items():
+            parts = logits[t].float().cpu().split(own)  # (r, C) of every text
+            for (place, _), part in zip(of_task[t], parts, strict=True):
                 said[place][t] = _said(engine, t, part, questions[place].laid)
     return [{tasks[t].name: said[place][t] for t in question.tasks} for place, question in enumerate(questions)]
 

@@ -14,7 +14,7 @@ the longest text
 Sources: additive attention, Bahdanau et al., arXiv:1409.0473; copying, See et al., Get To The Point, arXiv:1704.04368.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import numpy as np
@@ -282,6 +282,10 @@ class BiLSTM(nn.Module):
     def logits(self, x: Tensor, task: int) -> Tensor:
         """As `MultiTaskModel.logits`, for tasks that do not write."""
         return self.heads.logits(x, task)
+
+    def logits_by_task(self, x: Tensor, rows: Mapping[int, int]) -> dict[int, Tensor]:
+        """As `MultiTaskModel.logits_by_task`, for tasks that do not write."""
+        return self.heads.logits_by_task(x, rows)
 
     def predict(self, logits: Tensor, task: int) -> Any:
         """As `MultiTaskModel.predict`."""

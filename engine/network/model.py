@@ -7,7 +7,7 @@ T tokens, R labelled rows, N tasks, D width, K columns of the table of small hea
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from itertools import chain
+from itertools import accumulate, chain
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -112,7 +112,7 @@ class MultiTaskModel(nn.Module):
                 for t in (t for t in range(N) if pooled[t]):
                     self.projection_weight[t], self.projection_bias[t] = weight.T.float(), bias.float()
         self.register_buffer("kept", torch.tensor([float(not of_task) for of_task in pooled]), persistent=False)
-        offsets = torch.tensor([0, *columns]).cumsum(0).to(torch.int32)
+        offsets = torch.tensor([0, *accumulate(columns)], dtype=torch.int32)
         regression = torch.tensor([HEADS[task.head].squared for task in tasks[: self.num_small]], dtype=torch.bool)
         self.register_buffer("class_offsets", offsets, persistent=False)
         self.register_buffer("regression", regression, persistent=False)
@@ -288,9 +288,22 @@ class MultiTaskModel(nn.Module):
         Returns:
             (R, C): C classes; 1 for a number; 2 for first and last of a span; the vocabulary for a text.
         """
-        offsets = torch.zeros(len(self.tasks) + 1, dtype=torch.int32, device=x.device)
-        offsets[task + 1 :] = len(x)
-        x = self.project(x, offsets)
+        return self.logits_by_task(x, {task: len(x)})[task]
+
+    def logits_by_task(self, x: Tensor, rows: Mapping[int, int]) -> dict[int, Tensor]:
+        """`logits` of several tasks, whose projections are one call.
+
+        Args:
+            x: (R, D) the trunk's output, those of each task together, in the order of the tasks.
+            rows: by task, how many are its own; may be none.
+        """
+        counts = [rows.get(task, 0) for task in range(len(self.tasks))]
+        offsets = torch.tensor([0, *accumulate(counts)], dtype=torch.int32).to(x.device)
+        parts = self.project(x, offsets).split(counts)
+        return {task: self._head(parts[task], task) for task in rows}
+
+    def _head(self, x: Tensor, task: int) -> Tensor:
+        """(r, D), projected -> (r, C)"""
         if task < self.num_small:
             first, last = self.class_offsets[task : task + 2].tolist()
             logits = F.linear(x, self.weight[first:last].to(x.dtype), self.bias[first:last].to(x.dtype))

@@ -3,6 +3,8 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from answering import answering_engine
 from conftest import Finished, tiny_rows
 from trunkline import Engine, Task, Trunk, TrunkConfig
 from trunkline.engine import checkpoint
@@ -217,3 +220,13 @@ def test_a_random_vocabulary_head_is_not_begun_with_in_silence(tmp_path, capsys)
     trunk.save_pretrained(tmp_path, torch.randn(300, 32))
     started(tmp_path, [TEXT])
     assert "random" not in capsys.readouterr().out
+
+
+def test_loading_waits_for_no_compiler(tmp_path):
+    """Half of the time from the command to a server that answers was torch's compiler being imported."""
+    answering_engine().save(tmp_path / "saved")
+    script = "import sys; from trunkline import Engine; Engine.load(sys.argv[1]); print('torch._dynamo' in sys.modules)"
+    said = subprocess.run(
+        [sys.executable, "-c", script, tmp_path / "saved"], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert said.stdout == "False\n"
