@@ -375,16 +375,15 @@ class Engine:
             weights = all_tensors(weights, model, config)
             check_weights(weights, model.state_dict(), path)
             model.load_state_dict(weights)
-            engine.summary = summary_beside(path)
-            return engine
-        if (layers := config.trunk.num_layers) > len(weights):
+        elif (layers := config.trunk.num_layers) > len(weights):
             raise ValueError(f"engine: {path} does not fit its settings: {layers} layers need more")
-        with NoInitialisation():
-            with torch.device("meta"):  # shapes only: what does not fit takes no memory
-                trunk = Trunk(config.trunk) if config.architecture == "trunk" else None
-                check_weights(weights, make_model(with_vocabulary(config, tokenizer), trunk).state_dict(), path)
-            engine._hold(config, Trunk(config.trunk) if config.architecture == "trunk" else None)
-            engine.build(tokenizer).load_state_dict(weights)
+        else:
+            with NoInitialisation():
+                with torch.device("meta"):  # shapes only: what does not fit takes no memory
+                    trunk = Trunk(config.trunk) if config.architecture == "trunk" else None
+                    check_weights(weights, make_model(with_vocabulary(config, tokenizer), trunk).state_dict(), path)
+                engine._hold(config, Trunk(config.trunk) if config.architecture == "trunk" else None)
+                engine.build(tokenizer).load_state_dict(weights)
         engine.summary = summary_beside(path)
         return engine
 

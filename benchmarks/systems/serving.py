@@ -27,6 +27,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from http.client import HTTPConnection
 from importlib.util import find_spec
 from multiprocessing import get_context
@@ -166,7 +167,7 @@ def http(engine: Engine, run: Path, seconds: float) -> dict[str, Any]:
         load(port, "/v1/predict", bodies, 64, WARM_UP)
         served = load(port, "/v1/predict", bodies, 64, seconds)
         idle = load(port, "/v1/predict", bodies, 1, seconds)
-    engine.config.batch.tokens = 4096
+    engine.config = replace(engine.config, batch=replace(engine.config.batch, tokens=4096))  # as the server's passes
     alone = in_turns(
         {
             "all": lambda _: engine.predict(texts, [NAMES[0]], scores=True),
