@@ -240,7 +240,8 @@ tokens. Mean ± standard deviation over the seeds.
 {_changes(found["changes"], "system")}
 
 Expected calibration error of ours on SST-2's examples that did not fit the temperature, by seed: {_numbers(after)};
-without a temperature {_numbers(before)}.
+without a temperature {_numbers(before)}. The loop takes a step for 32 texts, ours for 2,048 tokens, which are a hundred
+of these short ones: from the same tokens it makes several times as many steps.
 """
 
 
