@@ -5,6 +5,7 @@ follows. They are shown by their numbers, as JSON writes them, so that JSON stay
 """
 
 import re
+import sys
 
 # but for tab and line feed: control characters of both sets, and the overriding of directions
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
@@ -18,3 +19,8 @@ def harmless(text: str) -> str:
 def tell(text: str) -> None:
     """Prints a line at once, harmlessly."""
     print(harmless(text), flush=True)
+
+
+def warn(text: str) -> None:
+    """Prints a line on standard error, harmlessly, which says whose it is."""
+    print(harmless(f"trunkline: {text}"), file=sys.stderr)

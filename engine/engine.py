@@ -26,7 +26,8 @@ from trunkline.engine.answers import ask
 from trunkline.engine.config import TRAINED, Config, changed, config_from, with_vocabulary
 from trunkline.engine.console import tell
 from trunkline.engine.device import usable_device
-from trunkline.engine.foreign.export import Format, export
+from trunkline.engine.foreign.export import export
+from trunkline.engine.foreign.formats import Format
 from trunkline.engine.foreign.pretrained import SETTINGS
 from trunkline.engine.network.bilstm import BiLSTM, Model, heads_of
 from trunkline.engine.network.generate import Search
@@ -144,8 +145,7 @@ class Engine:
 
     def _go_on_from(self, init: str) -> None:
         """The heads of a run of ours go on with the trunk; what is new is said."""
-        model = self.model
-        assert isinstance(model, MultiTaskModel)
+        model = self._with_trunk
         if model.num_vocabulary and not model.trunk.config.tie_vocabulary and model.trunk.vocabulary is None:
             names = ", ".join(task.name for task in model.tasks[-model.num_vocabulary :])
             tell(f"'{init}' has no vocabulary head (lm_head): that of {names} starts from random numbers")

@@ -5,7 +5,6 @@ Nothing in it is believed before it is checked, and nothing outside of it is rea
 
 import json
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 
 from trunkline.engine import checkpoint
 from trunkline.engine.config import Config, restore_config
-from trunkline.engine.console import harmless
+from trunkline.engine.console import warn
 from trunkline.engine.foreign.pretrained import SETTINGS, WEIGHTS, read_json
 from trunkline.engine.network.model import FITTED, MultiTaskModel
 from trunkline.engine.text.tokenizer import BESIDE, FILE, Tokenizer
@@ -73,10 +72,10 @@ def _read_checkpoint(folder: Path) -> tuple[Config, Tokenizer, dict[str, Tensor]
     if not (run / "config.yaml").is_file():
         raise ValueError(f"engine: {folder} has no {SETTINGS}: it is neither a saved engine nor a run")
     if run == folder:
-        newest = checkpoint.newest(run / "checkpoints", warn=_tell)
+        newest = checkpoint.newest(run / "checkpoints", warn=warn)
         if newest is None:
             raise ValueError(f"engine: the run {run} is not finished, and has no checkpoint yet")
-        _tell(f"the run {run} is not finished: this is {newest.name}")
+        warn(f"the run {run} is not finished: this is {newest.name}")
         folder = newest
     weights = checkpoint.load(folder)[0].get("model", {})
     try:
@@ -180,7 +179,3 @@ def _tokenizer(folder: Path, config: Config) -> Tokenizer:
     if not (folder / FILE).is_file():
         raise ValueError(f"engine: {folder / FILE} is missing")
     return Tokenizer.load(str(folder), layout=config.layout, grows=False)  # what it lacks it never had
-
-
-def _tell(text: str) -> None:
-    print(harmless(f"trunkline: {text}"), file=sys.stderr)

@@ -219,7 +219,7 @@ def _questions(engine: Engine, request: Predict, field: str = "texts") -> list[Q
 
 
 def _misfit(engine: Engine, named: Sequence[int], text: Sequence[str]) -> str:
-    tasks = [engine.tasks[t] for t in named] or [t for t in engine.tasks if HEADS[t.head].group != "vocabulary"]
+    tasks = [engine.tasks[t] for t in named or answering(engine)]
     wanted = "; ".join(f"'{task.name}' takes {len(task.text)}: {', '.join(task.text)}" for task in tasks)
     return f"no task takes {len(text)} text(s), or one that is blank: {wanted or 'no task answers without writing'}"
 

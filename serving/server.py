@@ -2,7 +2,6 @@
 
 import signal
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import uvicorn
 
+from trunkline.engine.console import warn
 from trunkline.engine.engine import Engine
 from trunkline.engine.heads.registry import HEADS
 from trunkline.serving.app import make_app
@@ -71,8 +71,7 @@ def serve(
         names = ", ".join(task.name for task in engine.tasks if HEADS[task.head].labelled)
         print(f"{address} answers for {names}; loaded in {time.monotonic() - began:.1f} s", flush=True)
         if not token and host not in ("127.0.0.1", "::1", "localhost"):
-            warning = f"serve: {host} can be reached from outside, and there is no --token-file"
-            print(f"trunkline: {warning}", file=sys.stderr)
+            warn(f"serve: {host} can be reached from outside, and there is no --token-file")
         settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE, ws="none")
         _Server(settings).run(sockets=[listening])
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from trunkline import __version__
-from trunkline.engine.console import harmless, tell
+from trunkline.engine.console import harmless, tell, warn
 from trunkline.training.using import add_commands
 
 USER_ERROR = 2  # exit code for what the user can put right
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
     except (ValueError, OSError, ImportError, FloatingPointError, MemoryError) as error:
-        print(harmless(f"trunkline: {error}"), file=sys.stderr)
+        warn(str(error))
         return USER_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED

@@ -6,14 +6,13 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from trunkline.engine.console import harmless, tell
+from trunkline.engine.foreign.formats import Format
 
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
-
-FORMATS = ("hugging-face", "peft", "onnx")
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -57,7 +56,9 @@ def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
 
     export = command("export", _export, "write tasks of a finished run or saved engine for other programs")
     export.add_argument("run", type=Path, help="a run folder, or what Engine.save wrote")
-    export.add_argument("--to", required=True, choices=FORMATS, help="what reads it; onnx needs trunkline[onnx]")
+    export.add_argument(
+        "--to", required=True, choices=get_args(Format), help="what reads it; onnx needs trunkline[onnx]"
+    )
     export.add_argument(
         "--task", action="append", default=[], help="may be given several times; default: all that can be written so"
     )

@@ -92,12 +92,12 @@ def answer(engine: "Engine", questions: Sequence[Question]) -> list[dict[str, An
         of_task: dict[int, list[tuple[int, range]]] = defaultdict(list)  # the rows of x for each text
         for (place, n), size, end in zip(asked, sizes, accumulate(sizes), strict=True):
             of_task[questions[place].tasks[n]].append((place, range(end - size, end)))
-        own_sizes = {t: [len(rows) for _, rows in of_task[t]] for t in sorted(of_task)}
-        rows = [row for t in own_sizes for _, own in of_task[t] for row in own]
+        counts = {t: [len(places) for _, places in of_task[t]] for t in sorted(of_task)}
+        rows = [row for t in counts for _, places in of_task[t] for row in places]
         chosen = torch.tensor(rows, dtype=torch.int64).to(x.device)  # none where no word is read
-        logits = model.logits_by_task(x[chosen], {t: sum(own) for t, own in own_sizes.items()})
-        for t, own in own_sizes.items():
-            parts = logits[t].float().cpu().split(own)  # (r, C) of every text
+        logits = model.logits_by_task(x[chosen], {t: sum(of_texts) for t, of_texts in counts.items()})
+        for t, of_texts in counts.items():
+            parts = logits[t].float().cpu().split(of_texts)  # (r, C) of every text
             for (place, _), part in zip(of_task[t], parts, strict=True):
                 said[place][t] = _said(engine, t, part, questions[place].laid)
     return [{tasks[t].name: said[place][t] for t in question.tasks} for place, question in enumerate(questions)]

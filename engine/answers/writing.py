@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trunkline.engine.network.generate import Cache, Search, closed_up, forbid, prefill
+from trunkline.engine.network.generate import Cache, Search, check_room, closed_up, forbid, prefill
 
 if TYPE_CHECKING:
     from trunkline.engine.network.model import MultiTaskModel
@@ -58,12 +58,8 @@ class Writing:
         Raises:
             ValueError: prompt and longest text do not fit the trunk's positions.
         """
-        room = self.model.trunk.config.max_positions
-        if long := [text for text in texts if text.slots > room]:
-            raise ValueError(
-                f"generate: a prompt of {len(long[0].prompt)} tokens and {long[0].most} new ones are more than the "
-                f"trunk's {room} positions"
-            )
+        for text in texts:
+            check_room(self.model.trunk, len(text.prompt), text.most)
         with torch.inference_mode():
             prompts, slots = [text.prompt for text in texts], max(text.slots for text in texts)
             x, cache = prefill(self.model.trunk, prompts, slots, self.model.adapts(texts[0].task))
@@ -78,14 +74,15 @@ class Writing:
         """Writes one token of every text; returns those that have ended, which leave."""
         with torch.inference_mode():
             tokens = self._choose()
-            going = []
+            going, ended_texts = [], []
             for place, (text, token) in enumerate(zip(self.texts, tokens.tolist(), strict=True)):
                 ended = token in self.ends
                 if not ended:
                     text.tokens.append(token)
-                if not ended and len(text.tokens) < text.most:
+                if ended or len(text.tokens) >= text.most:
+                    ended_texts.append(text)
+                else:
                     going.append(place)
-            ended_texts = [text for place, text in enumerate(self.texts) if place not in set(going)]
             places = closed_up(np.array(going, np.int64))
             self.texts = [self.texts[place] for place in places]
             if self.texts:

@@ -2,16 +2,16 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, get_args
 
 from trunkline.engine.console import tell
 from trunkline.engine.foreign.export_hugging_face import export_hugging_face
 from trunkline.engine.foreign.export_onnx import export_onnx
+from trunkline.engine.foreign.formats import Format
 
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
 
-Format = Literal["hugging-face", "peft", "onnx"]
 MODEL = "model.onnx"
 
 

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from trunkline.engine.answers.ask import answering
 from trunkline.engine.foreign.export_hugging_face import write_tokenizer
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.model import MultiTaskModel
@@ -115,10 +116,8 @@ def export_onnx(engine: "Engine", tasks: Sequence[str], path: Path) -> Path:
             "export: a graph has one trunk for all tasks, and these have adapters of their own: use --to hugging-face, "
             "which writes each task with its adapter merged, or --to peft"
         )
-    chosen = [engine.place_of(name) for name in tasks] or [
-        t for t, task in enumerate(engine.tasks) if HEADS[task.head].group != "vocabulary"
-    ]
-    if writing := [engine.tasks[t].name for t in chosen if HEADS[engine.tasks[t].head].group == "vocabulary"]:
+    chosen = [engine.place_of(name) for name in tasks] or answering(engine)
+    if writing := [engine.tasks[t].name for t in chosen if t not in answering(engine)]:
         raise ValueError(f"export: task '{writing[0]}' writes text: use --to hugging-face")
     if not chosen:
         raise ValueError("export: no task of the engine answers without writing: use --to hugging-face")

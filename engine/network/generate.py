@@ -165,6 +165,17 @@ class Cache:
         self.lengths = self.lengths[texts]
 
 
+def check_room(trunk: Trunk, prompt: int, new: int) -> None:
+    """
+    Raises:
+        ValueError: a prompt and what is to be written, in tokens, do not fit the trunk's positions.
+    """
+    if prompt + new > (most := trunk.config.max_positions):
+        raise ValueError(
+            f"generate: a prompt of {prompt} tokens and {new} new ones are more than the trunk's {most} positions"
+        )
+
+
 def generate(
     trunk: Trunk,
     logits: Callable[[Tensor], Tensor],
@@ -198,11 +209,7 @@ def generate(
     if not lengths.all():
         raise ValueError(f"generate: the prompt at place {lengths.argmin()} has no tokens")
     slots = int(lengths.max()) + search.max_new_tokens
-    if slots > trunk.config.max_positions:
-        raise ValueError(
-            f"generate: a prompt of {lengths.max()} tokens and {search.max_new_tokens} new ones are more than "
-            f"the trunk's {trunk.config.max_positions} positions"
-        )
+    check_room(trunk, int(lengths.max()), search.max_new_tokens)
     longest_first = np.argsort(-lengths, kind="stable")
     with torch.inference_mode():
         x, cache = prefill(trunk, [prompts[i] for i in longest_first], slots, adapt)

@@ -7,10 +7,10 @@ import sys
 from collections.abc import Sequence
 
 from trunkline.engine.config import Config
+from trunkline.engine.console import warn
 from trunkline.training.run.interruption import EXIT_CODE
 
 SAID = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by torchrun, to every process
-FAILED = 2  # exit code of a rank that has said itself why it ends
 
 
 def is_rank() -> bool:
@@ -74,7 +74,7 @@ def launch(ranks: int, arguments: Sequence[str]) -> int:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:
             name = signal.Signals(-failure.exitcode).name
-            print(f"trunkline: rank {rank}, process {failure.pid}, was ended by {name}", file=sys.stderr)
+            warn(f"rank {rank}, process {failure.pid}, was ended by {name}")
             return EXIT_CODE - failure.exitcode
         return failure.exitcode
     return 0
