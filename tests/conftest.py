@@ -81,6 +81,22 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
 
 
+@pytest.fixture
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where the cache of a test alone is; it is not there yet."""
+    monkeypatch.setenv("TRUNKLINE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def own_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test works in a folder of its own, on a machine that takes half a second for a step."""
+    from trunkline.training.starting import length
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(length, "seconds_per_step", lambda preset: 0.5)
+
+
 ANIMALS = "cat dog cow hen fox owl".split()
 PLACES = "barn kitchen garden river forest house".split()
 COLOURS = "red black white brown".split()

@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 from html import unescape
+from pathlib import Path
 from urllib.parse import urlencode
 
 import pytest
@@ -14,11 +15,18 @@ QUIET = ["--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--dis
 QUIET += ["--disable-component-update", "--disable-sync"]
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
+
+
+def seen(port: int, profile: Path, **asked: str) -> str:
+    """The page behind a link, once it has its answers, as HTML."""
+    link = f"http://127.0.0.1:{port}/?{urlencode(asked)}"
+    browser = [BROWSER, *QUIET, f"--user-data-dir={profile}", "--virtual-time-budget=10000", "--dump-dom", link]
+    return subprocess.run(browser, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
 def test_every_task_answers_a_text_that_a_link_brings(served, tmp_path):
-    link = f"http://127.0.0.1:{served.port}/?" + urlencode({"text": TEXT, "second": SECOND})
-    seen = [BROWSER, *QUIET, f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000", "--dump-dom", link]
-    page = subprocess.run(seen, capture_output=True, text=True, timeout=60, check=True).stdout
+    page = seen(served.port, tmp_path, text=TEXT, second=SECOND)
     sections = dict(re.findall(r'<section data-task="(\w+)">(.*?)</section>', page, re.DOTALL))
     assert set(sections) == {task.name for task in served.engine.tasks}
     said = served.engine.predict([TEXT], ["polarity", "gist"], scores=True) | served.engine.predict(
@@ -33,10 +41,7 @@ def test_every_task_answers_a_text_that_a_link_brings(served, tmp_path):
     assert re.search(r'<p role="alert" id="error" hidden="">', page)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 def test_a_refusal_is_shown(served, tmp_path):
-    link = f"http://127.0.0.1:{served.port}/?" + urlencode({"text": " "})
-    seen = [BROWSER, *QUIET, f"--user-data-dir={tmp_path}", "--virtual-time-budget=10000", "--dump-dom", link]
-    page = subprocess.run(seen, capture_output=True, text=True, timeout=60, check=True).stdout
+    page = seen(served.port, tmp_path, text=" ")
     assert re.search(r'<p role="alert" id="error">the text is blank', page)
     assert "<section" not in page

@@ -1,18 +1,14 @@
 """What is made once is found again, whole and only for the same inputs; what was not finished is not there."""
 
-import os
 import pickle
-import signal
-import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
+from cached import COLUMNS, KEY, assert_same, files, in_another_process, not_again
 from encoded import BYTES, CLASSIFY, GENERATE, PAIR, REGRESS, SPAN, TAG, TEXT, changed, made
 from trunkline.engine.config import Config
 from trunkline.engine.network.trunk import TrunkConfig
@@ -21,65 +17,18 @@ from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.tokenizer import Tokenizer
 from trunkline.training.data import cache
 from trunkline.training.data.corpus import load_corpus
-from trunkline.training.data.encoded import Encoded
 
-KEY = ["train", "digest of rows", "digest of tokenizer", 64]
-COLUMNS = {
-    "classify": {"text": ["a", "bc"], "label": [2, 0]},
-    "regress": {"text": ["a", "bc"], "label": [0.1, -2.5e-7]},
-    "tag": {"text": ["dogs bark", "a"], "label": ["noun verb", "other"]},
-    "span": {"question": ["?", "??"], "text": ["abc", "de f"], "label": ["b", "f"]},
-    "generate": {"text": ["a", "b" * 99, "c"], "label": ["x\n🎉", ["y", "", "z"], ["w"]]},
-    "language-model": {"text": ["x" * 200, "y"]},
-}
+pytestmark = pytest.mark.usefixtures("own_cache")
 MISHAPS = {"text": ["a", "", "b", "c" * 99], "label": [0, 0, -1, 1]}
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TRUNKLINE_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
-
-
-def not_again() -> None:
-    pytest.fail("made a second time")
-
-
-def files(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
-
-
-def assert_same(found: Encoded, expected: Encoded) -> None:
-    for name in ("tokens", "bounds", "labels", "label_bounds"):
-        mine, other = getattr(found, name), getattr(expected, name)
-        np.testing.assert_array_equal(mine, other)
-        assert mine.dtype == other.dtype
-    for name in ("task", "causal", "counts"):
-        assert getattr(found, name) == getattr(expected, name)
-    assert [*found.references] == [*expected.references]
-    for i in range(len(expected)):
-        assert found.reference(i) == expected.reference(i)
-        for mine, other in zip(vars(found.example(i, 1)).values(), vars(expected.example(i, 1)).values(), strict=True):
-            np.testing.assert_array_equal(mine, other)
-
-
-def in_another_process(code: str, *arguments: Path) -> str:
-    """What code says that has our test helpers."""
-    here = Path(__file__).resolve().parents[2]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here / "helpers"), str(here.parent / "src")])}
-    command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(
-        command, env=environment, capture_output=True, text=True, check=True, timeout=100
-    ).stdout.strip()
 
 
 # Where
 
 
-def test_the_folder_is_the_one_the_environment_names(folder, tmp_path, monkeypatch):
-    assert cache.cache_folder() == folder
+def test_the_folder_is_the_one_the_environment_names(own_cache, tmp_path, monkeypatch):
+    assert cache.cache_folder() == own_cache
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache.cache_folder() == folder
+    assert cache.cache_folder() == own_cache
     monkeypatch.delenv("TRUNKLINE_CACHE")
     assert cache.cache_folder() == tmp_path / "xdg" / "trunkline"
     monkeypatch.delenv("XDG_CACHE_HOME")
@@ -92,10 +41,10 @@ def test_the_folder_is_the_one_the_environment_names(folder, tmp_path, monkeypat
 
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("task", [CLASSIFY, REGRESS, TAG, SPAN, GENERATE, TEXT], ids=lambda task: task.head)
-def test_the_second_time_it_is_read_and_equal(task, causal, folder):
+def test_the_second_time_it_is_read_and_equal(task, causal, own_cache):
     encoded = made(task, causal=causal, **COLUMNS[task.head])
     assert_same(cache.encoded(task, KEY, causal, lambda: encoded), encoded)
-    assert len(files(folder)) == 1
+    assert len(files(own_cache)) == 1
     assert_same(cache.encoded(task, KEY, causal, not_again), encoded)
 
 
@@ -107,14 +56,14 @@ def test_counts_are_kept():
     assert_same(cache.encoded(task, KEY, True, not_again), encoded)
 
 
-def test_a_tokenizer_is_trained_once(folder):
+def test_a_tokenizer_is_trained_once(own_cache):
     trained = Tokenizer.train(["some text", "more text"], 270)
     for make in (lambda: trained, not_again):
         found = cache.tokenizer([270, "digest"], make)
         assert found.digest == trained.digest
         assert (found.end, found.separator, found.summary) == (trained.end, trained.separator, trained.summary)
     cache.tokenizer([271, "digest"], lambda: trained)
-    assert len(files(folder)) == 2
+    assert len(files(own_cache)) == 2
 
 
 # Mapped, not read
@@ -168,7 +117,7 @@ def test_two_million_examples_are_there_at_once():
             label_bounds=np.arange(count + 1),
         )
         cache.encoded(CLASSIFY, [name], True, lambda data=data: data)
-    output = in_another_process(OPENED).split()
+    output = in_another_process(OPENED).stdout.split()
     seconds, opened, mixed = float(output[0]), int(output[1]), int(output[2])
     assert seconds < 0.5
     assert opened < 1 << 20  # of 64 MB of tokens and 64 MB of the rest
@@ -181,14 +130,14 @@ def test_two_million_examples_are_there_at_once():
 
 
 @pytest.mark.parametrize("place", range(len(KEY)))
-def test_another_key_is_another_file(place, folder):
+def test_another_key_is_another_file(place, own_cache):
     encoded = made(CLASSIFY, **COLUMNS["classify"])
     cache.encoded(CLASSIFY, KEY, True, lambda: encoded)
     other = made(CLASSIFY, text=["z"], label=[1])
     key = [*KEY[:place], 65 if place == 3 else "other", *KEY[place + 1 :]]
     assert_same(cache.encoded(CLASSIFY, key, True, lambda: other), other)
     assert_same(cache.encoded(CLASSIFY, KEY, False, lambda: replace(other, causal=False)), replace(other, causal=False))
-    assert len(files(folder)) == 3
+    assert len(files(own_cache)) == 3
     assert_same(cache.encoded(CLASSIFY, KEY, True, not_again), encoded)
 
 
@@ -204,19 +153,19 @@ def test_another_key_is_another_file(place, folder):
     ],
     ids=lambda fields: next(iter(fields)),
 )
-def test_another_task_is_another_file(fields, folder):
+def test_another_task_is_another_file(fields, own_cache):
     encoded = made(PAIR, first=["a"], second=["b"], label=[0])
     for task in (PAIR, changed(PAIR, **fields)):
         cache.encoded(task, KEY, True, lambda: encoded)
-    assert len(files(folder)) == 2
+    assert len(files(own_cache)) == 2
 
 
-def test_another_format_is_another_file(folder, monkeypatch):
+def test_another_format_is_another_file(own_cache, monkeypatch):
     encoded = made(CLASSIFY, **COLUMNS["classify"])
     cache.encoded(CLASSIFY, KEY, True, lambda: encoded)
     monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
     cache.encoded(CLASSIFY, KEY, True, lambda: encoded)
-    assert len(files(folder)) == 2
+    assert len(files(own_cache)) == 2
 
 
 @pytest.fixture
@@ -227,11 +176,11 @@ def config(tmp_path: Path) -> Config:
     return Config(tasks=(task,), base=str(tmp_path), vocab_size=270)
 
 
-def test_a_run_encodes_again_only_what_has_changed(config, folder, tmp_path):
+def test_a_run_encodes_again_only_what_has_changed(config, own_cache, tmp_path):
     def new_files(config: Config, tokenizer: Tokenizer | None = BYTES) -> int:
-        before, told = files(folder) if folder.is_dir() else set(), []
+        before, told = files(own_cache) if own_cache.is_dir() else set(), []
         load_corpus(config, tokenizer, tell=told.append)
-        assert len(told) == len(files(folder) - before)
+        assert len(told) == len(files(own_cache) - before)
         return len(told)
 
     (task,) = config.tasks
@@ -255,18 +204,18 @@ def test_a_run_encodes_again_only_what_has_changed(config, folder, tmp_path):
     assert new_files(config, None) == 3
 
 
-def test_the_head_decides_what_a_tokenizer_is_trained_on(config, folder):
+def test_the_head_decides_what_a_tokenizer_is_trained_on(config, own_cache):
     """Targets are text to be learnt, the words of a span are in the text already."""
     (task,) = config.tasks
     for head in ("regress", "generate"):
         load_corpus(replace(config, tasks=(changed(task, head=head, labels=()),)))
-    assert len(list(folder.glob("*.tokenizer.json"))) == 2
+    assert len(list(own_cache.glob("*.tokenizer.json"))) == 2
 
 
 # What was not finished
 
 
-def test_nothing_is_left_when_making_fails(folder):
+def test_nothing_is_left_when_making_fails(own_cache):
     def fail():
         raise ValueError("a bad row")
 
@@ -274,10 +223,10 @@ def test_nothing_is_left_when_making_fails(folder):
         cache.encoded(CLASSIFY, KEY, True, fail)
     with pytest.raises(ValueError, match="a bad row"):
         cache.tokenizer([1], fail)
-    assert not folder.exists() or not files(folder)
+    assert not own_cache.exists() or not files(own_cache)
 
 
-def test_a_full_disk_costs_the_cache_and_not_the_run(folder, monkeypatch):
+def test_a_full_disk_costs_the_cache_and_not_the_run(own_cache, monkeypatch):
     def write_half(path, data):
         path.write_bytes(b"ARROW1 and no more")
         raise OSError(28, "No space left on device")
@@ -287,10 +236,10 @@ def test_a_full_disk_costs_the_cache_and_not_the_run(folder, monkeypatch):
         patch.setattr(cache, "_write", write_half)
         assert cache.encoded(CLASSIFY, KEY, True, lambda: encoded, told.append) is encoded
     assert told == [
-        f"cache: {folder} cannot be used (No space left on device), so all is made again in the next run; "
+        f"cache: {own_cache} cannot be used (No space left on device), so all is made again in the next run; "
         "TRUNKLINE_CACHE names another"
     ]
-    assert not files(folder)
+    assert not files(own_cache)
     cache.encoded(CLASSIFY, KEY, True, lambda: encoded)
     assert_same(cache.encoded(CLASSIFY, KEY, True, not_again), encoded)
 
@@ -306,116 +255,3 @@ def test_a_cache_that_cannot_be_used_is_said_once_and_the_run_goes_on(config, tm
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("Could not determine home")))
     assert load_corpus(config).tokenizer.digest == corpus.tokenizer.digest
-
-
-# Damage
-
-
-@pytest.mark.parametrize("task", [CLASSIFY, GENERATE, TEXT], ids=lambda task: task.head)
-def test_every_damaged_file_is_found_made_anew_and_said(task, folder):
-    encoded = made(task, **COLUMNS[task.head])
-    cache.encoded(task, KEY, True, lambda: encoded)
-    (file,) = folder.iterdir()
-    whole = file.read_bytes()
-    random = np.random.default_rng(0)
-    bits = sorted({*random.integers(0, 8 * len(whole), 40).tolist(), 0, 8 * len(whole) - 1})
-    damaged = [bytes(b ^ (1 << bit % 8) * (i == bit // 8) for i, b in enumerate(whole)) for bit in bits]
-    for content in (*damaged, b"", whole[:10], whole[:100], whole[:-1], whole + b"x", bytes(len(whole))):
-        file.write_bytes(content)
-        told = []
-        assert_same(cache.encoded(task, KEY, True, lambda: encoded, told.append), encoded)
-        assert told == [f"cache: {file} is damaged, and made anew"]
-        assert file.read_bytes() == whole
-
-
-CUT = """
-import sys
-from pathlib import Path
-from encoded import CLASSIFY, made
-from trunkline.training.data import cache
-
-texts = ["a" * 99] * 500
-encoded = made(CLASSIFY, text=texts, label=[1] * len(texts))
-found = cache.encoded(CLASSIFY, ["key"], True, lambda: encoded)
-(file,) = Path(sys.argv[1]).glob("*.arrow")
-whole = file.read_bytes()
-for content in (bytes(len(whole)), b"", whole[:100]):
-    file.write_bytes(content)  # in place, as `cp` and a disk that fails do
-    for name in ("tokens", "bounds", "labels", "label_bounds"):
-        assert (getattr(found, name) == getattr(encoded, name)).all(), name
-again = cache.encoded(CLASSIFY, ["key"], True, lambda: encoded)
-print("survived", len(again), sorted(path.name for path in file.parent.iterdir()) == [file.name])
-"""
-
-
-def test_a_file_that_is_cut_or_changed_while_it_is_used_changes_nothing(folder):
-    """In a process of its own, which a page that is not there any more would end."""
-    assert in_another_process(CUT, folder) == "survived 500 True"
-
-
-def test_a_cache_that_can_only_be_read_is_read(folder, monkeypatch):
-    encoded, unnamed = made(CLASSIFY, **COLUMNS["classify"]), tempfile.TemporaryFile
-    cache.encoded(CLASSIFY, KEY, True, lambda: encoded)
-
-    def not_here(dir: Path | None = None) -> Any:
-        if dir:
-            raise OSError(30, "Read-only file system")
-        return unnamed()
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", not_here)
-    assert_same(cache.encoded(CLASSIFY, KEY, True, not_again), encoded)
-
-
-def test_another_process_is_told_of_a_file_that_is_gone(folder):
-    encoded = made(CLASSIFY, **COLUMNS["classify"])
-    pickled = pickle.dumps(cache.encoded(CLASSIFY, KEY, True, lambda: encoded))
-    (file,) = folder.iterdir()
-    file.write_bytes(b"cut")
-    with pytest.raises(ValueError, match=r"cache: .*\.arrow was removed or damaged while it was in use"):
-        pickle.loads(pickled)
-
-
-def test_a_damaged_tokenizer_is_made_anew(folder):
-    trained, told = Tokenizer.train(["some text", "more text"], 270), []
-    cache.tokenizer([1], lambda: trained)
-    (file,) = folder.iterdir()
-    file.write_bytes(file.read_bytes().replace(b"some", b"same").replace(b"text", b"test")[:-1])
-    assert cache.tokenizer([1], lambda: trained, told.append).digest == trained.digest
-    assert told == [f"cache: {file} is damaged, and made anew"]
-
-
-def test_two_runs_that_fill_it_at_once_do_not_meet(folder):
-    """The second one finds it empty, makes it, and is overtaken by the first."""
-    encoded = made(CLASSIFY, **COLUMNS["classify"])
-
-    def overtaken() -> Encoded:
-        cache.encoded(CLASSIFY, KEY, True, lambda: encoded)
-        return encoded
-
-    assert_same(cache.encoded(CLASSIFY, KEY, True, overtaken), encoded)
-    assert len(files(folder)) == 1
-
-
-KILLED = """
-import os, signal
-from encoded import CLASSIFY, made
-from trunkline.training.data import cache
-
-def killed(path, data):
-    path.write_bytes(b"ARROW1 and no more")
-    os.kill(os.getpid(), signal.SIGKILL)
-
-cache._write = killed
-cache.encoded(CLASSIFY, [], True, lambda: made(CLASSIFY, text=["a"], label=[1]))
-"""
-
-
-def test_a_killed_writer_leaves_nothing_that_is_read(folder):
-    here = Path(__file__).resolve().parents[2]
-    path = os.pathsep.join([str(here / "helpers"), str(here.parent / "src")])
-    killed = subprocess.run([sys.executable, "-c", KILLED], env={**os.environ, "PYTHONPATH": path})
-    assert killed.returncode == -signal.SIGKILL
-    assert not [name for name in files(folder) if name.endswith(".arrow")]
-    encoded = made(CLASSIFY, text=["a"], label=[1])
-    assert_same(cache.encoded(CLASSIFY, [], True, lambda: encoded), encoded)
-    assert_same(cache.encoded(CLASSIFY, [], True, not_again), encoded)
