@@ -17,6 +17,7 @@ import torch
 from trunkline.kernels.attention import attention
 from trunkline.kernels.tasks import task_gram, task_loss, task_projection, task_projection_triton
 from trunkline.kernels.vocabulary import linear_cross_entropy
+from virtual_gpu.cases.linear_layers import large_tile
 from virtual_gpu.device import ARCHITECTURES, Record, VirtualGPU
 
 GLOBAL = ("ld_global", "st_global", "cp_async", "atom_global")
@@ -162,8 +163,7 @@ def of_layers(arch: int, large: bool) -> None:
         "flop _weight_gradient_kernel": 2 * R * D * C,
         "_gradients_kernel": 2 * 2 * R * D + 4 * N * C * D, "flop _gradients_kernel": 2 * R * D * C,
     }  # fmt: skip
-    chosen = task_projection_triton._product_tile
-    pick = (lambda dtype, R, C, plain: chosen(dtype, 1 << 20, 1 << 20, plain)) if large else chosen
+    pick = large_tile if large else task_projection_triton._product_tile
     arguments = task_projection.example("cpu", torch.bfloat16, rows=R, tasks=N, width=D, columns=C)
     with mock.patch.object(task_projection_triton, "_product_tile", pick):
         records = counted(arch, task_projection.task_projection, arguments, ("x", "weight", "bias"))

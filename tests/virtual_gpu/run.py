@@ -98,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> bool:
                     print(f"    {', '.join(kind)}: {count}")
                 total[case.op, dtype, arch, state] += 1
                 missing -= {(record.module, record.kernel) for record in gpu.records}
+    if not total:
+        parser.error(f"no case has {' and '.join(options.only)} in its name")
     print()
     for (op, dtype, arch, state), count in sorted(total.items()):
         print(f"{op:22} {dtype:9} sm_{arch} {state}: {count}")
