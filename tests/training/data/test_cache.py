@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
 from cached import COLUMNS, KEY, assert_same, files, in_another_process, not_again
+
 from encoded import BYTES, CLASSIFY, GENERATE, PAIR, REGRESS, SPAN, TAG, TEXT, changed, made
 from trunkline.engine.config import Config
 from trunkline.engine.network.trunk import TrunkConfig

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
 from cached import COLUMNS, KEY, assert_same, files, in_another_process, not_again
+
 from encoded import CLASSIFY, GENERATE, TEXT, made
 from trunkline.engine.text.tokenizer import Tokenizer
 from trunkline.training.data import cache

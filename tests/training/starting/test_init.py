@@ -7,9 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from own_tables import colour, rows, table, text
 
 from conftest import command_line
-from own_tables import colour, rows, table, text
 from trunkline.engine.yaml_file import read_yaml
 from trunkline.training.cli import main
 from trunkline.training.config_file import load_config

@@ -5,8 +5,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-
 from own_tables import colour, rows, table, text
+
 from trunkline.training.cli import main
 
 pytestmark = pytest.mark.usefixtures("own_folder")
