@@ -2,7 +2,7 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from difflib import get_close_matches
 from functools import cache
@@ -41,6 +41,7 @@ from trunkline.serving.worker import Worker
 LOOKS_EVERY = 0.2  # seconds between looks whether the worker lives
 RETRY_AFTER = 1  # seconds
 MOST_FAULTS = 20  # of a request that are told
+READ_AT_ONCE = 4096  # characters of a request's texts; these take a millisecond, a thread for them half of one
 REFUSALS: dict[int | str, dict[str, Any]] = {
     401: {"model": Refusal, "description": "No token, or a wrong one."},
     413: {"model": Refusal, "description": "A body, or without `truncate` a text, that is too long."},
@@ -102,14 +103,14 @@ def make_app(
 
     @app.post("/v1/predict", response_model=Predictions, responses=REFUSALS, summary="What tasks say of texts")
     async def predict(request: Predict) -> JSONResponse:
-        questions = await run_in_threadpool(_questions, engine, request)
+        questions = await _read(_questions, engine, request)
         truncated = _truncated([question.laid.cut for question in questions], request.truncate, "texts", engine)
         answers = await _answers(worker.ask, questions, "texts")
         return JSONResponse({"predictions": answers, "truncated": truncated})
 
     @app.post("/v1/generate", response_model=Texts, responses=REFUSALS, summary="What a task writes from texts")
     async def generate(request: Generate) -> JSONResponse:
-        texts, cut = await run_in_threadpool(_prompts, engine, request)
+        texts, cut = await _read(_prompts, engine, request)
         truncated = _truncated(cut, request.truncate, "texts", engine)
         return JSONResponse({"texts": await _answers(worker.write, texts, "texts"), "truncated": truncated})
 
@@ -127,7 +128,7 @@ def make_app(
         several = isinstance(request.inputs, list) and all(isinstance(given, list) for given in request.inputs)
         texts: Any = request.inputs if several else [request.inputs]
         asked = Predict(texts=texts, tasks=[task], truncate=request.truncate)
-        questions = await run_in_threadpool(_questions, engine, asked, "inputs")
+        questions = await _read(_questions, engine, asked, "inputs")
         _truncated([question.laid.cut for question in questions], request.truncate, "inputs", engine)
         answers = await _answers(worker.ask, questions, "inputs")
         scores = [
@@ -183,6 +184,14 @@ async def _watch(worker: Worker) -> None:
     while True:
         await asyncio.sleep(LOOKS_EVERY)
         worker.revive()
+
+
+async def _read(reading: Callable[..., Any], engine: Engine, request: Predict | Generate, *more: str) -> Any:
+    """What `reading` makes of a request; of a long one in a thread, so that others do not wait for it."""
+    size = sum(len(given) if isinstance(given, str) else sum(map(len, given)) for given in request.texts)
+    if size <= READ_AT_ONCE:
+        return reading(engine, request, *more)
+    return await run_in_threadpool(reading, engine, request, *more)
 
 
 def _task(engine: Engine, name: str, where: tuple[str | int, ...]) -> int:

@@ -37,14 +37,14 @@ TALK = """#Person1#: Hello, how are you doing today?
 
 CALIBRATION = {
     "temperature": 1.62,
-    "fitted_on": 436,
-    "judged_on": 436,
+    "fitted_on": 872,
+    "judged_on": 872,
     "error": 0.018,
     "error_before": 0.071,
     "bins": [
-        {"count": 36, "confidence": 0.56, "accuracy": 0.5},
-        {"count": 100, "confidence": 0.76, "accuracy": 0.81},
-        {"count": 300, "confidence": 0.97, "accuracy": 0.95},
+        {"count": 72, "confidence": 0.56, "accuracy": 0.5},
+        {"count": 200, "confidence": 0.76, "accuracy": 0.81},
+        {"count": 600, "confidence": 0.97, "accuracy": 0.95},
     ],
     "thresholds": {},
 }

@@ -1,9 +1,11 @@
 """How far probabilities can be believed: a temperature for every task, and what is left wrong with them.
 
-Half of the scored validation examples, every other one, choose the temperature, and the thresholds of several labels
-where a task asks for them; the other half judges. Temperature: one number by which all logits of a task are divided,
-so that no prediction changes, at the smallest mean loss. Source: Guo et al., On Calibration of Modern Neural Networks,
-arXiv:1706.04599, section 4.2; expected calibration error, section 2.
+Temperature: one number by which all logits of a task are divided, so that no prediction changes, at the smallest mean
+loss over the scored validation examples. No example judges what it has chosen: what is left wrong is measured on both
+halves of them, each at the temperature that the other half would choose. Source: Guo et al., On Calibration of Modern
+Neural Networks, arXiv:1706.04599, section 4.2; expected calibration error, section 2.
+
+Thresholds of several labels, where a task asks for them, are chosen by every other example.
 
 n choices, A alternatives, C labels
 """
@@ -23,7 +25,7 @@ from trunkline.training.scoring.evaluation import Scored
 from trunkline.training.scoring.metrics import score_task
 
 BINS = 10
-FEWEST = 20  # examples of a half; of fewer nothing is fitted
+FEWEST = 20  # examples of a half; with fewer nothing is fitted
 FEWEST_OF_LABEL = 5  # of those, that have a label, for a threshold of its own
 COLDEST, HOTTEST = 0.05, 20.0  # temperatures; where every prediction is right, the best would be 0
 NOWHERE = -1e9  # logit of an alternative that there is not; -inf has no gradient
@@ -48,6 +50,7 @@ class Calibration:
     fitted_on: int
     """Examples; 0: there are too few, and the temperature is 1."""
     judged_on: int
+    """Examples."""
     error: float
     """Expected calibration error: the mean distance of confidence and accuracy, over bins of a tenth."""
     error_before: float
@@ -79,22 +82,23 @@ def calibrate(
         choices = [choice for choice in made if choice is not None]
         if len(choices) < 2:
             continue
-        fitted, judged = choices[::2], choices[1::2]
-        enough = len(judged) >= FEWEST
-        temperature = fit_temperature(*_together(fitted)) if enough else 1.0
+        halves = choices[::2], choices[1::2]
+        enough = len(halves[1]) >= FEWEST
+        temperature = fit_temperature(*_together(choices)) if enough else 1.0
+        of_other = [fit_temperature(*_together(half)) if enough else 1.0 for half in reversed(halves)]
         model.temperature[task] = temperature
         thresholds: dict[str, float] = {}
         if enough and split.task.threshold == "fit":
-            thresholds = _fit_thresholds(model, task, split, fitted, temperature)
+            thresholds = _fit_thresholds(model, task, split, halves[0], temperature)
             scored = {**scored, name: _scored_again(model, task, split, scored[name])}
-        logits, target = _together(judged)
-        bins = reliability(logits / temperature, target)
+        cooled = [(logits / t, target) for half, t in zip(halves, of_other, strict=True) for logits, target in half]
+        bins = reliability(*_together(cooled))
         calibrated[name] = Calibration(
             temperature=temperature,
-            fitted_on=len(fitted) if enough else 0,
-            judged_on=len(judged),
+            fitted_on=len(choices) if enough else 0,
+            judged_on=len(choices),
             error=calibration_error(bins),
-            error_before=calibration_error(reliability(logits, target)),
+            error_before=calibration_error(reliability(*_together(choices))),
             bins=bins,
             thresholds=thresholds,
         )

@@ -15,7 +15,7 @@ from trunkline.engine.tasks.task import Task
 from trunkline.training.data.tables import check_encoding, format_of
 from trunkline.training.scoring.metrics import metric_names
 from trunkline.training.starting.commented_yaml import commented
-from trunkline.training.starting.length import steps_for
+from trunkline.training.starting.length import TOKENS, batch_tokens, steps_for, tokens_of
 from trunkline.training.starting.names import hints_at_label
 from trunkline.training.starting.proposal import Asked, Proposal, class_names, propose
 from trunkline.training.starting.tables_given import Table, grouped, read_table, repeated_texts
@@ -210,7 +210,10 @@ def _settings(proposals: Sequence[Proposal], answers: Answers, folder: Path) -> 
         )
         if heads <= {"classify", "multi-label", "regress"}:
             settings["lowercase"] = (True, "capitals and small letters are the same to it")
-    steps, why = steps_for(rows, words, answers.minutes, preset)
+    batch = TOKENS
+    if answers.init and (batch := batch_tokens(words)) < TOKENS:
+        settings["batch"] = ({"tokens": batch}, f"of a step: about {batch / tokens_of(words):.0f} examples")
+    steps, why = steps_for(rows, words, answers.minutes, preset, batch)
     if answers.steps:
         steps, why = answers.steps, ""
     settings["steps"] = (steps, why)

@@ -9,6 +9,8 @@ import time
 from trunkline.engine.network.trunk_config import PRESETS
 
 TOKENS = 2048  # of a batch, as Batch.tokens
+LONGEST = 512  # tokens, as Batch.max_length: a batch holds it
+EXAMPLES = 32  # of a batch from a checkpoint: of the same tokens, more and smaller steps learn more
 TOKENS_PER_WORD = 1.4  # of English and a vocabulary of some thousand entries, with what stands around a text
 PASSES_FROM_SCRATCH, PASSES_FROM_CHECKPOINT = 10, 3
 FEWEST, MOST = 100, 20_000  # steps
@@ -16,8 +18,9 @@ MINUTES = 2.0  # of training from scratch, where nothing is said
 UTILISATION = 0.5  # of the rate of large products, by a whole step on a CPU
 
 
-def passes_to_steps(passes: float, examples: int, words: float) -> int:
-    return round(passes * examples * tokens_of(words) / TOKENS)
+def batch_tokens(words: float) -> int:
+    """Of a batch of a run from a checkpoint, whose examples have so many words."""
+    return min(TOKENS, max(LONGEST, 64 * round(EXAMPLES * tokens_of(words) / 64)))
 
 
 def tokens_of(words: float) -> float:
@@ -50,7 +53,9 @@ def _product_rate(seconds: float = 0.1) -> float:
     return (os.cpu_count() or 1) * 2 * 512**3 / best
 
 
-def steps_for(examples: int, words: float, minutes: float | None, preset: str | None) -> tuple[int, str]:
+def steps_for(
+    examples: int, words: float, minutes: float | None, preset: str | None, batch: int
+) -> tuple[int, str]:
     """Steps of a run, and why.
 
     Args:
@@ -58,16 +63,17 @@ def steps_for(examples: int, words: float, minutes: float | None, preset: str | 
         words: of an example, on average.
         minutes: what training may take; None: a few from scratch, whatever it takes from a checkpoint.
         preset: of a trunk from scratch; None: it comes from a checkpoint, whose size is not known here.
+        batch: tokens of a step.
     """
     passes = PASSES_FROM_CHECKPOINT if preset is None else PASSES_FROM_SCRATCH
-    steps = min(MOST, max(FEWEST, passes_to_steps(passes, examples, words)))
+    steps = min(MOST, max(FEWEST, round(passes * examples * tokens_of(words) / batch)))
     took = ""
     if preset is not None:
         pace = seconds_per_step(preset)
         within = int(60 * (minutes or MINUTES) / pace)
         steps = max(min(steps, within), FEWEST if minutes is None else 1)
         took = f", about {_duration(steps * pace)} on this CPU"
-    seen = steps * TOKENS / (examples * tokens_of(words))
+    seen = steps * batch / (examples * tokens_of(words))
     return steps, f"{seen:.2g} passes over the data{took}"
 
 

@@ -78,20 +78,22 @@ def scored(logits: list[Tensor]) -> Scored:
     return Scored({"loss": 1.0}, list(range(len(logits))), [None] * len(logits), logits=logits)
 
 
-def test_every_other_example_chooses_and_the_others_judge():
-    """The first half is sure and right, the second sure and wrong."""
-    right = torch.arange(80) % 4 < 2
+def test_all_choose_the_temperature_and_each_half_judges_that_of_the_other():
+    """Every other example is right; the others are right half of the time. All are equally sure."""
+    places = torch.arange(80)
+    right = (places % 2 == 0) | (places % 4 == 1)
     encoded = made(changed(CLASSIFY, labels=("no", "yes")), text=["a"] * 80, label=["yes"] * 80)
-    chosen = torch.where(torch.arange(80) % 2 == 0, torch.ones(80), torch.where(right, 1.0, -1.0))
     model = model_of(encoded.task)
-    logits = [torch.tensor([[-2 * x, 2 * x]]) for x in chosen.tolist()]
+    logits = [torch.tensor([[-2.0, 2.0]]) if is_right else torch.tensor([[2.0, -2.0]]) for is_right in right.tolist()]
     scores, calibrated = calibrate(model, [encoded], {"toy": scored(logits)})
     found = calibrated["toy"]
-    assert COLDEST <= found.temperature < 0.5  # the more sure the better
+    assert found.temperature == pytest.approx(4 / math.log(3), rel=0.01)  # three of four are right
     assert model.temperature.item() == pytest.approx(found.temperature)
-    assert (found.fitted_on, found.judged_on) == (40, 40)
-    assert found.error == pytest.approx(0.5)  # half of the others are wrong, and all are sure
-    assert found.error_before == pytest.approx(1 / (1 + math.exp(-4)) - 0.5)
+    assert (found.fitted_on, found.judged_on) == (80, 80)
+    # the first half is always right, and told 1/2 by the other, which is right half of the time, and told 1
+    assert [(b.count, b.accuracy) for b in found.bins] == [(40, 1.0), (40, 0.5)]
+    assert [b.confidence for b in found.bins] == pytest.approx([0.55, 1.0], abs=0.05)
+    assert found.error_before == pytest.approx(1 / (1 + math.exp(-4)) - 0.75)
     assert scores["toy"].metrics == {"loss": 1.0}  # no prediction has changed
 
 
@@ -115,8 +117,8 @@ def test_spans_of_texts_of_any_length():
     lengths = [len(text) for text in texts]
     logits = [torch.randn(length, 2) for length in lengths]
     _, calibrated = calibrate(model_of(SPAN), [encoded], {"answer": scored(logits)})
-    assert calibrated["answer"].fitted_on == 30
-    assert sum(b.count for b in calibrated["answer"].bins) == 60  # a start and an end of each of the others
+    assert calibrated["answer"].fitted_on == 60
+    assert sum(b.count for b in calibrated["answer"].bins) == 120  # a start and an end of each
 
 
 def test_thresholds_of_labels_are_fitted_and_the_scores_are_those_with_them():

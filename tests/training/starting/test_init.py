@@ -55,6 +55,19 @@ def test_what_it_writes_trains_and_answers(capsys, one_thread):
     assert {answer["own"] for answer in answers} <= {"yes", "no"}
 
 
+@pytest.mark.parametrize(("words", "tokens"), [(3, 512), (20, 960), (200, 2048)])
+def test_a_step_from_a_checkpoint_has_about_32_examples(words, tokens, capsys):
+    """Not fewer tokens than the longest example may have, and not more than from scratch."""
+    table("own.csv", rows(6400, text=lambda i, rng: " ".join([f"t{i}", *["word"] * (words - 1)]), label=colour))
+    assert main(["init", "own.csv", "--init", "some/checkpoint"]) == 0
+    written = read_yaml(Path("own.yaml").read_text(encoding="utf-8"))
+    assert written.get("batch", {"tokens": 2048}) == {"tokens": tokens}
+    assert written["steps"] == pytest.approx(3 * 6400 * (2 + 1.4 * words) / tokens, rel=0.01)  # three passes
+    assert ("about 32 examples" in Path("own.yaml").read_text()) == (words == 20)
+    assert main(["init", "own.csv", "--out", "scratch.yaml"]) == 0
+    assert load_config(Path("scratch.yaml")).batch.tokens == 2048
+
+
 def test_no_text_is_on_both_sides_of_the_split():
     records = rows(300, text=lambda i, rng: f"Text  {rng.randint(0, 99)}", label=colour)
     records += [{**record, "text": record["text"].upper().replace("  ", " ")} for record in records]
