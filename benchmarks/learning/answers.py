@@ -1,6 +1,6 @@
 """Several labels beside a plain Hugging Face loop, and the calibration of probabilities.
 
-    python benchmarks/learning/answers.py DATA CHECKPOINT [--seeds 0 1 2] [--steps 120]
+    python benchmarks/learning/answers.py DATA CHECKPOINT [--seeds 0 1 2] [--steps 384]
 
 DATA is laid out like the hub. One run learns SST-2 and `meaning`: STS-B's pairs, labelled with each of related,
 similar, close and same that their similarity, 1 to 4 or more of 5, reaches; so a pair has none to four labels. The loop
@@ -23,6 +23,7 @@ from trunkline.training.environment import environment
 
 NAME = "answers"
 LABELS = ("related", "similar", "close", "same")
+TOKENS = 640  # of a step: about 32 of these short texts, as in the loop
 ORDER = OURS, PEER = ("Trunkline", "Hugging Face, same tokens")
 
 
@@ -31,13 +32,13 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder laid out like the hub")
     parser.add_argument("checkpoint", help="of a pretrained encoder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--steps", type=int, default=384)
     options = parser.parse_args()
     command = f"python benchmarks/learning/answers.py DATA CHECKPOINT --steps {options.steps}"
     with tempfile.TemporaryDirectory() as folder:
         files = {split: labelled(options.data, split, Path(folder)) for split in ("train", "validation")}
         meaning = Task("meaning", "multi-label", ("sentence1", "sentence2"), "labels", LABELS, **files)
-        length = [f"steps={options.steps}", f"evaluation.every={options.steps}"]
+        length = [f"steps={options.steps}", f"evaluation.every={options.steps}", f"batch.tokens={TOKENS}"]
         config = load_config(CONFIG, [f"data={options.data}", f"init={options.checkpoint}", *length])
         config = replace(config, tasks=["sst2", meaning])
         for seed in options.seeds:

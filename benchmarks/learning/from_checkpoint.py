@@ -1,6 +1,6 @@
 """What a pretrained encoder learns from the same tokens, and in the same time, here and in a plain Hugging Face loop.
 
-    python benchmarks/learning/from_checkpoint.py DATA CHECKPOINT [--seeds 0 1 2] [--steps 200] [--speed 1.8]
+    python benchmarks/learning/from_checkpoint.py DATA CHECKPOINT [--seeds 0 1 2] [--steps 640] [--speed 1.8]
 
 DATA is laid out like the hub. Ours is training/configs/finetune-encoder.yaml for so many steps. The loop is what a user
 would write: AutoModel with its pooler, dropout and a linear layer a task, batches of 32 examples of one task and of
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("data", help="folder laid out like the hub")
     parser.add_argument("checkpoint", help="of a pretrained encoder")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=640)
     parser.add_argument("--examples", type=int, default=1000, help="of each task's validation split")
     parser.add_argument("--speed", type=float, default=1.8, help="ours / the loop's tokens a second")
     options = parser.parse_args()
@@ -105,12 +105,12 @@ def peer(config: Config, checkpoint: str, seed: int, tokens: int, examples: int)
     corpus = load_corpus(config)
     torch.manual_seed(seed)
     model = Peer(checkpoint, corpus.train)
-    seen = sum(_train(model, corpus, config, seed, tokens))
+    seen = sum(train(model, corpus, config, seed, tokens))
     names = {task.name: metric_names(task)[0] for task in corpus.tasks}
     return {"scores": _scores(model, corpus, examples), "metrics": names, "real_tokens": seen}
 
 
-def _train(model: Peer, corpus: Corpus, config: Config, seed: int, budget: int) -> Iterator[int]:
+def train(model: Peer, corpus: Corpus, config: Config, seed: int, budget: int) -> Iterator[int]:
     """The real tokens of every step."""
     sizes = [len(split) for split in corpus.train]
     given = [config.mixing.shares.get(task.name, 0.0) for task in corpus.tasks]

@@ -11,7 +11,7 @@ of their own. LitServe (padded_server.py) takes part where it is installed.
   next text when the last is answered: requests a second and 99th percentile of the time to the answer, by the number of
   clients.
 - HTTP: requests a second with 64 clients, and texts a second of `Engine.predict` in the server's place; the time of a
-  single request, and of `predict` on its text.
+  single request, and of `predict` on its text; in turns.
 - start: from the command to the first 200 of /ready.
 - 200 clients for as long: requests that were not answered, and how the server's memory grows in the second half.
 """
@@ -53,6 +53,7 @@ CLIENTS = (1, 4, 16, 64)
 PADDED = (1, 8, 32)  # texts of a batch of the padded server
 WARM_UP = 2.0  # seconds
 BOTH_ENDS = 2  # tokens around a text
+TURNS, SINGLE = 5, 200  # with and without HTTP: of loads, of single requests
 
 
 class Load(NamedTuple):
@@ -159,32 +160,35 @@ def mixed_lengths(run: Path, exported: Path, seconds: float) -> dict[str, Any]:
 
 
 def http(engine: Engine, run: Path, seconds: float) -> dict[str, Any]:
-    """At saturation and idle, with and without."""
+    """At saturation and idle, with and without, in turns."""
     random = Random(1)
     texts = [text_of(random, 64) for _ in range(256)]
     bodies = [json.dumps({"texts": [text], "tasks": [NAMES[0]]}) for text in texts]
+    engine.config = replace(engine.config, batch=replace(engine.config.batch, tokens=4096))  # as the server's passes
+    served, alone = [], []
     with our_server(run) as (port, _):
         load(port, "/v1/predict", bodies, 64, WARM_UP)
-        served = load(port, "/v1/predict", bodies, 64, seconds)
-        idle = load(port, "/v1/predict", bodies, 1, seconds)
-    engine.config = replace(engine.config, batch=replace(engine.config.batch, tokens=4096))  # as the server's passes
-    alone = in_turns(
-        {
-            "all": lambda _: engine.predict(texts, [NAMES[0]], scores=True),
-            "one": lambda number: engine.predict([texts[number % len(texts)]], [NAMES[0]], scores=True),
-        },
-        max(3, int(seconds)),
-        warm_up=1,
-    )
+        engine.predict(texts, [NAMES[0]], scores=True)
+        for _ in range(TURNS):
+            served.append(load(port, "/v1/predict", bodies, 64, seconds / 2).rate)
+            began = time.perf_counter()
+            engine.predict(texts, [NAMES[0]], scores=True)
+            alone.append(len(texts) / (time.perf_counter() - began))
+        connection = HTTPConnection("127.0.0.1", port, timeout=60)
+        ways = {
+            "with": lambda number: _ask(connection, "/v1/predict", bodies[number % len(bodies)]),
+            "without": lambda number: engine.predict([texts[number % len(texts)]], [NAMES[0]], scores=True),
+        }
+        idle = in_turns(ways, SINGLE, warm_up=10)
     found = {
-        "requests_per_second": served.rate,
-        "texts_per_second_without": len(texts) / median(alone["all"]),
-        "idle_seconds": idle.p50,
-        "idle_seconds_without": median(alone["one"]),
+        "requests_per_second": median(served),
+        "texts_per_second_without": median(alone),
+        "idle_seconds": median(idle["with"]),
+        "idle_seconds_without": median(idle["without"]),
+        "fewer": 1 - median(with_it / without for with_it, without in zip(served, alone, strict=True)),
+        "idle_seconds_more": median(with_it - without for with_it, without in zip(*idle.values(), strict=True)),
     }
-    slower = 1 - found["requests_per_second"] / found["texts_per_second_without"]
-    more = found["idle_seconds"] - found["idle_seconds_without"]
-    print(f"HTTP: {slower:.1%} fewer answers a second, {1000 * more:.2f} ms more of a single one")
+    print(f"HTTP: {found['fewer']:.1%} fewer answers a second, {1000 * found['idle_seconds_more']:.2f} ms more of one")
     return found
 
 
@@ -267,10 +271,8 @@ def _clients(port: int, path: str, bodies: list[str], clients: int, seconds: flo
         connection = HTTPConnection("127.0.0.1", port, timeout=60)
         place = number * 7919
         while (began := time.perf_counter()) < ends:
-            connection.request("POST", path, bodies[place % len(bodies)], {"Content-Type": "application/json"})
-            response = connection.getresponse()
-            response.read()
-            (times if response.status == 200 else failed).append(time.perf_counter() - began)
+            answered = _ask(connection, path, bodies[place % len(bodies)]) == 200
+            (times if answered else failed).append(time.perf_counter() - began)
             place += 1
 
     threads = [Thread(target=client, args=(number,)) for number in range(clients)]
@@ -281,6 +283,14 @@ def _clients(port: int, path: str, bodies: list[str], clients: int, seconds: flo
         thread.join()
     took, times = time.perf_counter() - began, sorted(times)
     return Load(len(times) / took, median(times), times[int(0.99 * len(times))], len(failed))
+
+
+def _ask(connection: HTTPConnection, path: str, body: str) -> int:
+    """The status of the answer."""
+    connection.request("POST", path, body, {"Content-Type": "application/json"})
+    response = connection.getresponse()
+    response.read()
+    return response.status
 
 
 def _memory(process: subprocess.Popen) -> int:

@@ -53,9 +53,7 @@ def _product_rate(seconds: float = 0.1) -> float:
     return (os.cpu_count() or 1) * 2 * 512**3 / best
 
 
-def steps_for(
-    examples: int, words: float, minutes: float | None, preset: str | None, batch: int
-) -> tuple[int, str]:
+def steps_for(examples: int, words: float, minutes: float | None, preset: str | None, batch: int) -> tuple[int, str]:
     """Steps of a run, and why.
 
     Args:
