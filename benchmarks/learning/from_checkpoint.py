@@ -1,14 +1,12 @@
-"""What a pretrained encoder learns from the same tokens, and in the same time, here and in a plain Hugging Face loop.
+"""What a pretrained encoder learns from the same tokens, here and in a plain Hugging Face loop.
 
-    python benchmarks/learning/from_checkpoint.py DATA CHECKPOINT [--seeds 0 1 2] [--steps 640] [--speed 1.8]
+    python benchmarks/learning/from_checkpoint.py DATA CHECKPOINT [--seeds 0 1 2] [--steps 640]
 
 DATA is laid out like the hub. Ours is training/configs/finetune-encoder.yaml for so many steps. The loop is what a user
 would write: AutoModel with its pooler, dropout and a linear layer a task, batches of 32 examples of one task and of
-similar length, tasks as often as ours, AdamW as PyTorch has it, rate 1e-4 with warm-up and linear decay, clip 1. It
-trains twice, until it has seen as many tokens as ours, and until it has seen as many as it can in ours' time: that
-number divided by --speed, how many times the loop's tokens a second ours does, which is measured on a quiet machine
-(`step.py`), so that learning can be measured on a busy one. Both are scored on the same examples, at most --examples a
-task, evenly spaced over the validation split. What was measured before is kept.
+similar length, tasks as often as ours, AdamW as PyTorch has it, rate 1e-4 with warm-up and linear decay, clip 1, until
+it has seen as many tokens as ours. Both are scored on the same examples, at most --examples a task, evenly spaced over
+the validation split. What was measured before is kept. How long each takes: systems/fine_tuning_pace.py.
 """
 
 import argparse
@@ -34,7 +32,7 @@ from trunkline.training.scoring.metrics import metric_names, score
 
 NAME = "from_checkpoint"
 CONFIG = ROOT / "training" / "configs" / "finetune-encoder.yaml"
-OURS, SAME_TOKENS, SAME_SECONDS = "Trunkline", "Hugging Face, same tokens", "Hugging Face, same seconds"
+ORDER = OURS, PEER = ("Trunkline", "Hugging Face, same tokens")
 ROWS, RATE, WARMUP, CLIP, DROPOUT = 32, 1e-4, 0.1, 1.0, 0.1
 AT_ONCE = 64  # validation examples in a batch
 
@@ -46,26 +44,21 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=640)
     parser.add_argument("--examples", type=int, default=1000, help="of each task's validation split")
-    parser.add_argument("--speed", type=float, default=1.8, help="ours / the loop's tokens a second")
     options = parser.parse_args()
 
     command = (
         f"python benchmarks/learning/from_checkpoint.py DATA CHECKPOINT --steps {options.steps} "
-        f"--examples {options.examples} --speed {options.speed:g}"
+        f"--examples {options.examples}"
     )
     length = [f"steps={options.steps}", f"evaluation.every={options.steps}"]
     length += [f"evaluation.last_examples={options.examples}"]
     config = load_config(CONFIG, [f"data={options.data}", f"init={options.checkpoint}", *length])
     for seed in options.seeds:
         ours = _kept(OURS, seed) or scores_of(config, seed)
-        keep(NAME, command, _ORDER, OURS, seed, ours)
-        for name, tokens in ((SAME_TOKENS, ours["real_tokens"]), (SAME_SECONDS, ours["real_tokens"] / options.speed)):
-            if not _kept(name, seed):
-                measured = peer(config, options.checkpoint, seed, int(tokens), options.examples)
-                keep(NAME, command, _ORDER, name, seed, measured)
-
-
-_ORDER = (OURS, SAME_TOKENS, SAME_SECONDS)
+        keep(NAME, command, ORDER, OURS, seed, ours)
+        if not _kept(PEER, seed):
+            measured = peer(config, options.checkpoint, seed, int(ours["real_tokens"]), options.examples)
+            keep(NAME, command, ORDER, PEER, seed, measured)
 
 
 def _kept(name: str, seed: int) -> dict[str, Any] | None:
