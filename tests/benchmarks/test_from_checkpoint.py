@@ -1,5 +1,6 @@
-"""The plain Hugging Face loop that fine-tuning is compared with: its model, its budget, its scores."""
+"""The plain Hugging Face loop that fine-tuning is compared with: its model, its budget, its scores, its pace."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from conftest import tiny_rows, write_jsonl
 from encoded import bert
 from trunkline.benchmarks.learning.from_checkpoint import Peer, peer
+from trunkline.benchmarks.systems import fine_tuning_pace
 from trunkline.engine.config import Config, config_from
 from trunkline.training.data.corpus import load_corpus
 
@@ -66,3 +68,11 @@ def test_it_stops_at_its_budget_and_is_scored_on_every_task(config):
     assert measured["scores"].keys() == measured["metrics"].keys() == set(TASKS)
     assert measured == peer(config, config.init, seed=0, tokens=3000, examples=20)
     assert measured != peer(config, config.init, seed=1, tokens=3000, examples=20)
+
+
+def test_the_pace_of_both_is_of_as_many_tokens(config):
+    config = replace(config, steps=4, evaluation=replace(config.evaluation, every=4))
+    budget = 4 * config.batch.tokens
+    ours, _ = fine_tuning_pace.ours(config, budget)
+    theirs, _ = fine_tuning_pace.peer(config, budget)
+    assert 0.95 * budget < ours <= budget <= theirs < budget + 32 * 80

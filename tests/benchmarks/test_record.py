@@ -141,6 +141,16 @@ def test_readme_says_what_helps(results):
     assert "| a projection per task | 0.625 | 0.500 | 1 |" in text
 
 
+def test_readme_says_the_pace_of_fine_tuning(results):
+    pace = {"trunkline": [900.0, 1100.0, 1000.0], "hugging face": [700.0, 650.0, 750.0]}
+    memory = {"trunkline": 2**30, "hugging face": 2**31}
+    found = {"command": "measure it", "tokens_per_second": pace, "faster": 1.43, "memory": memory}
+    record.record("fine_tuning_pace", found, record.environment())
+    text = record.tables(results / "nvidia-h200")
+    assert "(`measure it`): ours 1.43x." in text
+    assert "| trunkline | 1,000 | 900 to 1,100 | 1,024 |\n| hugging face | 700 | 650 to 750 | 2,048 |" in text
+
+
 def test_readme_says_how_fast_texts_are_written(results):
     seconds = {"trunkline": [1.0, 2.0, 4.0], "hugging_face": [4.0, 7.0, 13.0]}
     rates = {"trunkline": 400.0, "hugging_face": 114.2857}
