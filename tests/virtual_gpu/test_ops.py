@@ -23,6 +23,9 @@ CHOSEN = {
         "task_projection: ragged",
         "task_projection: many rows of one task",
         "task_gradients: ragged",
+        "low_rank: ragged, parts",
+        "low_rank: many rows of one adapter",
+        "low_rank: one row",
         "task_loss: mixed, smoothed",
         "task_loss: chunks of 1024 rows",
         "task_loss: 256 classes",
@@ -33,8 +36,13 @@ CHOSEN = {
         "linear_cross_entropy: 7 words, all rows count",
         "linear_cross_entropy: everything",
     ],
-    "float16": ["attention: window (64, 64)", "task_loss: mixed"],
-    "tf32": ["attention: window (0, 0)", "task_loss: mixed, smoothed", "task_projection: ragged"],
+    "float16": ["attention: window (64, 64)", "task_loss: mixed", "low_rank: rank 4"],
+    "tf32": [
+        "attention: window (0, 0)",
+        "task_loss: mixed, smoothed",
+        "task_projection: ragged",
+        "low_rank: ragged, parts",
+    ],
     "float32": ["attention: one head", "task_gradients: odd widths"],
 }
 CASES = [
