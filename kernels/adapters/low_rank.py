@@ -49,10 +49,12 @@ def _parts(parts: Sequence[int], hidden: int) -> Iterator[tuple[slice, slice, sl
         yield slice(p * rank, (p + 1) * rank), slice(first, last), slice(begin, end)
 
 
-def _present(offsets: Tensor) -> Iterator[tuple[int, slice]]:
-    """Adapters that have rows, and their rows."""
-    bounds = offsets.tolist()
-    return ((t, slice(a, b)) for t, (a, b) in enumerate(zip(bounds[:-1], bounds[1:], strict=True)) if b > a)
+def _segments(offsets: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Of every adapter that has rows: its part of each tensor, (T, ...) or (R, ...). Views, all made at once: with a
+    hundred adapters of twenty rows each, to cut them out one by one takes as long as the products."""
+    counts = offsets.diff().tolist()
+    cut = [x.unbind() if x.ndim == 3 else x.split(counts) for x in tensors]
+    return (tuple(views) for count, *views in zip(counts, *cut, strict=True) if count)
 
 
 def _forward_reference(
@@ -61,24 +63,30 @@ def _forward_reference(
     if can_look(offsets):
         check_offsets("low_rank", offsets, len(x))
     y, h = base.clone(), x.new_empty(len(x), down.shape[2])
-    for t, rows in _present(offsets):
-        h[rows] = x[rows] @ down[t]
-        for hidden, columns, own in _parts(parts, down.shape[2]):
-            y[rows, columns].addmm_(h[rows, hidden], up[t][:, own], alpha=scale)
+    for x_t, down_t, h_t in _segments(offsets, x, down, h):
+        torch.mm(x_t, down_t, out=h_t)  # (r, D) @ (D, P K) -> (r, P K)
+    for hidden, columns, own in _parts(parts, down.shape[2]):
+        for y_t, h_t, up_t in _segments(offsets, y[:, columns], h[:, hidden], up[:, :, own]):
+            y_t.addmm_(h_t, up_t, alpha=scale)  # (r, K) @ (K, C_p) -> (r, C_p)
     return y, h
 
 
 def _backward_reference(
     dy: Tensor, x: Tensor, h: Tensor, down: Tensor, up: Tensor, offsets: Tensor, parts: list[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, ddown, dup = torch.empty_like(x), torch.zeros_like(down), torch.zeros_like(up)
-    for t, rows in _present(offsets):
-        dh = torch.empty_like(h[rows])
-        for hidden, columns, own in _parts(parts, down.shape[2]):
-            dh[:, hidden] = scale * (dy[rows, columns] @ up[t][:, own].T)  # (r, C_p) @ (C_p, K) -> (r, K)
-            dup[t][:, own] = scale * (h[rows, hidden].T @ dy[rows, columns])
-        dx[rows] = dh @ down[t].T
-        ddown[t] = x[rows].T @ dh
+    dx, dh, scaled = torch.empty_like(x), torch.empty_like(h), scale * h
+    ddown, dup = torch.empty_like(down), torch.empty_like(up)
+    for absent in (offsets.diff() == 0).nonzero()[:, 0].tolist():
+        ddown[absent], dup[absent] = 0, 0
+    for hidden, columns, own in _parts(parts, down.shape[2]):
+        cut = _segments(offsets, dy[:, columns], scaled[:, hidden], dh[:, hidden], up[:, :, own], dup[:, :, own])
+        for dy_t, h_t, dh_t, up_t, dup_t in cut:
+            torch.mm(dy_t, up_t.T, out=dh_t)  # (r, C_p) @ (C_p, K) -> (r, K)
+            torch.mm(h_t.T, dy_t, out=dup_t)  # (K, r) @ (r, C_p) -> (K, C_p)
+    dh *= scale
+    for x_t, dx_t, dh_t, down_t, ddown_t in _segments(offsets, x, dx, dh, down, ddown):
+        torch.mm(dh_t, down_t.T, out=dx_t)  # (r, P K) @ (P K, D) -> (r, D)
+        torch.mm(x_t.T, dh_t, out=ddown_t)  # (D, r) @ (r, P K) -> (D, P K)
     return dx, ddown, dup
 
 
