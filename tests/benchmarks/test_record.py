@@ -216,6 +216,21 @@ def test_readme_says_what_waiting_costs(results):
     assert "| trunkline | passive | 5,074 | 3,758 |" in record.tables(results / "nvidia-h200")
 
 
+def test_readme_says_what_adapters_cost(results):
+    measured = {
+        "command": "measure it",
+        "threads": 1,
+        "tokens": 2048,
+        "seconds": {"full": [3.0, 9.0, 2.0], "PEFT": [4.0, 4.0, 5.0]},
+        "tokens_per_second": {"full": 1024.0, "PEFT": 512.4},
+        "ratios": {"time, adapters / full": 0.7},
+    }
+    record.record("adapters", measured, record.environment())
+    text = record.tables(results / "nvidia-h200")
+    assert "| full | 3,000 | 1,024 |\n| PEFT | 4,000 | 512 |" in text
+    assert "| time, adapters / full | 0.700 |" in text
+
+
 def test_readme_says_what_is_learnt_from_a_checkpoint(results):
     def trained(score: float, tokens: int) -> dict[str, Any]:
         return {"scores": {"sst2": score}, "metrics": {"sst2": "accuracy"}, "real_tokens": tokens}
