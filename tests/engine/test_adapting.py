@@ -11,6 +11,7 @@ from checkpoints import make
 from conftest import tiny_rows, write_jsonl
 from trunkline import Engine, Task
 from trunkline.engine.adapting import adapters_of
+from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.text.tokenizer import Tokenizer
 
 peft = pytest.importorskip("peft")
@@ -124,6 +125,25 @@ def test_a_resumed_run_has_the_same_bits(settings, tmp_path):
 def test_checkpointing_changes_no_bit(settings, changes, tmp_path):
     engine = fitted(settings, run=str(tmp_path / "plain"))
     assert same(state(engine), state(fitted(settings, **changes))) == list(state(engine))
+
+
+def test_a_batch_in_parts_makes_the_same_step(settings, tmp_path, monkeypatch, capsys):
+    """Of which some have no text of one of the tasks."""
+    settings["adapters"] = {"rank": 4}  # dropout is drawn anew for every part
+    whole = fitted(settings, run=str(tmp_path / "whole"))
+    forward, present = MultiTaskModel.forward, []
+
+    def limited(model, batch, *factor):
+        if model.training and len(batch.tokens) > 100:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        present.append(batch.examples)
+        return forward(model, batch, *factor)
+
+    monkeypatch.setattr(MultiTaskModel, "forward", limited)
+    parts = fitted(settings)
+    assert "out of memory with" in capsys.readouterr().out
+    assert any(0 in examples for examples in present)
+    torch.testing.assert_close(state(parts), state(whole), rtol=0, atol=1e-5)
 
 
 def test_a_trunk_that_changed_or_is_gone_is_named(settings, folder, tmp_path):

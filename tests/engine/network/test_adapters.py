@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from checkpoints import V, make
+from trunkline.engine.adapting import merged
 from trunkline.engine.foreign.adapter_files import adaptable, put_adapter, read_adapter
 from trunkline.engine.network.adapters import Adapters
 from trunkline.engine.network.compiled import CompiledModel, FixedShapes
+from trunkline.engine.network.generate import Search
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import Example, PackedBatch, pack
 from trunkline.engine.network.trunk import Trunk
@@ -136,6 +138,27 @@ def test_a_single_task_is_its_part_of_a_batch(task, tmp_path):
     own = model.adapters.of_one(task, len(alone.tokens), len(alone.rows.token))
     x = model.trunk(alone.tokens, alone.positions, alone.plan, alone.rows.token, adapt=own)
     torch.testing.assert_close(x, model.hidden(mixed)[mixed.rows.task == task], rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_texts_are_those_of_the_merged_trunk(beams, tmp_path):
+    tasks = [Task(name, "generate", ("text",), "label") for name in ("first", "second")]
+    trunk = llama(tmp_path)
+    adapters = Adapters(("second", "first"), (1, 0), adaptable(trunk), RANK, ALPHA)
+    model = MultiTaskModel(trunk, tasks, adapters=adapters).double().eval()
+    for layer in adapters.layers.values():
+        torch.nn.init.normal_(layer.up, std=0.3)
+    torch.nn.init.normal_(model.vocabulary)
+    numbers = np.random.default_rng(0)
+    prompts = [numbers.integers(V, size=length) for length in (3, 17, 1, 8)]
+    search = Search(max_new_tokens=9, beams=beams)
+    written = [model.generate(prompts, task, 0, search) for task in (0, 1)]
+    for task in (0, 1):
+        plain = MultiTaskModel(merged(model, task), tasks).double().eval()
+        plain.vocabulary.data = model.vocabulary.data
+        assert written[task] == plain.generate(prompts, task, 0, search)
+    assert all(len(text) > 4 for text in written[0])
+    assert written[0] != written[1]
 
 
 def test_many_adapters_of_few_rows(tmp_path):
