@@ -19,10 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trunkline.kernels.adapters import low_rank_triton
 from trunkline.kernels.arguments import can_look, check_offsets, check_tensors
 from trunkline.kernels.dispatch import register
 from trunkline.kernels.once_differentiable import once_differentiable
-from trunkline.kernels.tasks import task_projection_triton
 from trunkline.kernels.tasks.task_tiles import random_offsets
 
 
@@ -97,12 +97,7 @@ def _forward_triton(
         return _forward_reference(base, x, down, up, offsets, parts, scale)
     if can_look(offsets):
         check_offsets("low_rank", offsets, len(x))
-    h, _ = task_projection_triton.product(x.contiguous(), down, None, offsets)
-    y = base.clone()
-    for hidden, columns, own in _parts(parts, down.shape[2]):
-        added, _ = task_projection_triton.product(h[:, hidden].contiguous(), up[:, :, own], None, offsets)
-        y[:, columns].add_(added, alpha=scale)
-    return y, h
+    return low_rank_triton.forward(base, x, down, up, offsets, parts, scale)
 
 
 def _backward_triton(
@@ -110,13 +105,7 @@ def _backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if x.dtype == torch.float64:
         return _backward_reference(dy, x, h, down, up, offsets, parts, scale)
-    dh, dup = torch.empty_like(h), torch.empty_like(up)
-    for hidden, columns, own in _parts(parts, down.shape[2]):
-        dy_p, up_p = scale * dy[:, columns], up[:, :, own]
-        dh[:, hidden], _ = task_projection_triton.product(dy_p, up_p.mT, None, offsets)
-        dup[:, :, own] = task_projection_triton.weight_gradient(h[:, hidden].contiguous(), dy_p, up_p, offsets)
-    dx, _ = task_projection_triton.product(dh, down.mT, None, offsets)
-    return dx, task_projection_triton.weight_gradient(x.contiguous(), dh, down, offsets), dup
+    return low_rank_triton.backward(dy, x, h, down, up, offsets, parts, scale)
 
 
 _forward = register(
