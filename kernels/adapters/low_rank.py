@@ -194,6 +194,11 @@ SHAPES = {
     "queries, keys and values": {"rows": 16384, "tasks": 8, "width": 768, "columns": 768, "rank": 16, "num_parts": 3},
     "100 adapters": {"rows": 16384, "tasks": 100, "width": 768, "columns": 3072, "rank": 8},
 }
+ALSO_CERTIFIED = {
+    "rank 128": {"rows": 16384, "tasks": 8, "width": 4096, "columns": 4096, "rank": 128},
+    "rank 64, parts": {"rows": 2048, "tasks": 8, "width": 4096, "columns": 1024, "rank": 64, "num_parts": 3},
+    "rank 64, two parts": {"rows": 2048, "tasks": 8, "width": 4096, "columns": 1024, "rank": 64, "num_parts": 2},
+}
 
 
 def example(

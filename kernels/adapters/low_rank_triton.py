@@ -28,17 +28,24 @@ WIDEST = 128  # columns of h that a program has at once: all of a part's, up to 
 
 
 @triton.jit
-def _part_of(tile, PARTS: tl.constexpr, NUM_PARTS: tl.constexpr):
-    """Of a tile of columns: its part, this part's first column and end, where it begins in B, and its first tile."""
-    part, first, end, own, start = 0, 0, 0, 0, 0
+def _part_of(tile, W, PARTS: tl.constexpr, NUM_PARTS: tl.constexpr):
+    """Of a tile of columns: its part, this part's first column, width and beginning in B, and its first tile.
+
+    W says where the last part ends, though its width is known, too: with a constant number of turns LLVM peels the
+    first of a loop, and sets its sums to 0 behind the wgmma.fence that must follow.
+    """
+    part, first, width, own, start = 0, 0, 0, 0, 0
     for p in tl.static_range(NUM_PARTS):
         here = tile >= PARTS[4 * p + 3]
         part = tl.where(here, p, part)
         first = tl.where(here, PARTS[4 * p], first)
-        end = tl.where(here, PARTS[4 * p + 1], end)
+        if p + 1 < NUM_PARTS:
+            width = tl.where(here, PARTS[4 * p + 1], width)
+        else:
+            width = tl.where(here, W - PARTS[4 * p + 2], width)
         own = tl.where(here, PARTS[4 * p + 2], own)
         start = tl.where(here, PARTS[4 * p + 3], start)
-    return part, first, end, own, start
+    return part, first, width, own, start
 
 
 @triton.jit
@@ -70,10 +77,10 @@ def _up_kernel(
     adapter, begin, end = rows_of_tile(offsets_ptr, tile, T, BLOCK_R, False, BLOCK_T)
     if begin >= end:
         return
-    part, first_column, columns, own, start_tile = _part_of(column, PARTS, NUM_PARTS)
+    part, first_column, width, own, start_tile = _part_of(column, W, PARTS, NUM_PARTS)
     r, k = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_K)
     c = (column - start_tile) * BLOCK_C + tl.arange(0, BLOCK_C)  # of the part's
-    in_rows, in_columns = (begin + r < end)[:, None], (first_column + c < columns)[None, :]
+    in_rows, in_columns = (begin + r < end)[:, None], (c < width)[None, :]
     first, inside = begin.to(tl.int64), in_rows & in_columns  # R * C passes 2^31 at 1M rows x 4096
     place = first * C + first_column + (r[:, None] * C + c[None, :])
     base = tl.load(base_ptr + place, mask=inside, other=0.0)  # on its way while the products are made
@@ -113,17 +120,15 @@ def _hidden_gradient_kernel(
     adapter, begin, end = rows_of_tile(offsets_ptr, tl.program_id(0), T, BLOCK_R, False, BLOCK_T)
     if begin >= end:
         return
-    part, first_column, columns, own, _ = _part_of(tl.program_id(1), PARTS, NUM_PARTS)
+    part, first_column, width, own, _ = _part_of(tl.program_id(1), W, PARTS, NUM_PARTS)
     r, c = tl.arange(0, BLOCK_R), tl.arange(0, BLOCK_C)
     k = tl.program_id(2) * BLOCK_K + tl.arange(0, BLOCK_K)
     in_rows, in_k, first = (begin + r < end)[:, None], (k < K)[None, :], begin.to(tl.int64)
     dy_ptrs = dy_ptr + first * C + first_column + (r[:, None] * C + c[None, :])
     up_ptrs = up_ptr + adapter.to(tl.int64) * K * W + own + (c[:, None] + k[None, :] * W)  # of B^T
     dh = tl.zeros([BLOCK_R, BLOCK_K], tl.float32)
-    # no constant, even of a single part: LLVM would peel the first turn, and set its sums to 0 behind the wgmma.fence
-    columns = tl.minimum(columns, C)
-    for done in range(0, columns - first_column, BLOCK_C):
-        in_columns = first_column + done + c < columns
+    for done in range(0, width, BLOCK_C):
+        in_columns = done + c < width
         dy = tl.load(dy_ptrs, mask=in_rows & in_columns[None, :], other=0.0)  # (BLOCK_R, BLOCK_C)
         up = tl.load(up_ptrs, mask=in_columns[:, None] & in_k, other=0.0)  # (BLOCK_C, BLOCK_K)
         dh = tl.dot(dy, up, dh, input_precision=PRECISION)
@@ -169,11 +174,11 @@ def _up_gradient_kernel(
         adapter, begin, end = rows_of_tile(offsets_ptr, chunk, T, CHUNK, True, BLOCK_T)
         if begin >= end:
             return
-    part, first_column, columns, own, start_tile = _part_of(column, PARTS, NUM_PARTS)
+    part, first_column, width, own, start_tile = _part_of(column, W, PARTS, NUM_PARTS)
     c = (column - start_tile) * BLOCK_C + tl.arange(0, BLOCK_C)  # of the part's
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     r = tl.arange(0, BLOCK_R)
-    in_columns, in_k, first = first_column + c < columns, (k < K)[None, :], begin.to(tl.int64)
+    in_columns, in_k, first = c < width, (k < K)[None, :], begin.to(tl.int64)
     place, inside = own + c[:, None] + k[None, :] * W, in_columns[:, None] & in_k
     total = tl.zeros([BLOCK_C, BLOCK_K], tl.float32)
     if FIRST:
@@ -199,11 +204,11 @@ def _up_gradient_kernel(
 
 
 def _table(parts: Sequence[int], block: int) -> tuple[tuple[int, ...], int]:
-    """What `_part_of` reads: of every part its first column, end, beginning in B and first tile; and tiles of all."""
+    """What `_part_of` reads: of every part its first column, width, beginning in B and first tile; and tiles of all."""
     table: list[int] = []
     own = tiles = 0
     for first, end in zip(parts[::2], parts[1::2], strict=True):
-        table += first, end, own, tiles
+        table += first, end - first, own, tiles
         own, tiles = own + end - first, tiles + triton.cdiv(end - first, block)
     return tuple(table), tiles
 

@@ -12,7 +12,7 @@ R rows, N tasks, D width in, C width out
 import torch
 from torch import Tensor
 
-from trunkline.kernels.dispatch import input_precision, tl, triton
+from trunkline.kernels.dispatch import input_precision, padded_width, tl, triton
 from trunkline.kernels.tasks.task_tiles import rows_of_tile, search_block
 
 SPILLS = {
@@ -24,6 +24,7 @@ SPILLS = {
     ("_gradient_kernel", 100): (2, "Triton 3.6: erf and its derivative on 128 columns"),
 }
 GROUP = 8  # tiles of rows that sweep the columns together
+WHOLE = 256  # columns up to this, of a much longer inner dimension, are one tile: x is read once
 NARROW = 64  # inner dimensions and widths up to this, of low-rank adapters, fill no large tile
 MIN_CHUNK = 512  # rows of a task that one program of the weight gradient takes at least
 PROGRAMS = 1024  # that the weight gradient is split into at least, where rows allow: several for each of 132 processors
@@ -230,6 +231,9 @@ def _product_tile(dtype: torch.dtype, rows: int, inner: int, columns: int, plain
         return {"BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
     if rows * columns >= 128 * 256 * 132 and inner > NARROW:
         return {"BLOCK_R": 128, "BLOCK_C": 256 if plain else 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
+    if plain and NARROW < columns <= WHOLE and inner >= 4 * columns:
+        whole = padded_width(columns)
+        return {"BLOCK_R": 64, "BLOCK_C": whole, "BLOCK_K": 64, "num_warps": whole // 32, "num_stages": 3}
     return {"BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
 
 

@@ -18,7 +18,7 @@ def make(counts, dtype, device, rank, width=40):
     return *(x.to(device, dtype) for x in tensors), offsets, list(PARTS), 0.5
 
 
-@pytest.mark.parametrize("rank", [4, 16])
+@pytest.mark.parametrize("rank", [4, 16, 144])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_matches_definition(dtype, rank, device):
     assert_as_accurate(low_rank, low_rank_reference, make([5, 0, 70, 1, 0], dtype, device, rank))

@@ -48,6 +48,9 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     yield run("many rows of one adapter", [0, 1100, 600, 2, 0, 0, 513, 1, 0], 32, [0, 48], 16)
     yield run("rank 4", COUNTS, 48, [0, 32, 32, 48], 4)
     yield run("rank 64, parts", COUNTS, 48, [0, 32, 32, 48], 64)
+    yield run("rank 64 of a wide layer", COUNTS, 800, QKV, 64)  # h has 192 columns, one tile
+    yield run("rank 32 of a wide layer", COUNTS, 528, QKV, 32)
+    yield run("rank 144", COUNTS, 48, [0, 32, 32, 48], 144)
     yield run("rank 128", COUNTS, 48, [0, 48], 128)
     large = (task_projection_triton, "_product_tile", large_tile)
     yield run("rank 128, large tiles", COUNTS, 160, [0, 144], 128, patches=(large,))
