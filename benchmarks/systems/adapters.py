@@ -116,7 +116,7 @@ def over(seconds: dict[str, list[float]], one: str, other: str) -> float:
 
 def texts(tasks: int, tokens: int, shape: TrunkConfig, number: int) -> list[Example]:
     """Texts with a class, in turn of the tasks, of just so many tokens together: of 8 to 96, or where there are many
-    tasks so that each has one."""
+    tasks so short that about every one has a text."""
     random = np.random.default_rng(number)
     longest = min(96, 2 * (tokens // tasks) - 8)
     lengths = random.integers(8, longest, tokens // 8)
