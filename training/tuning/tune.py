@@ -3,7 +3,7 @@
 What is kept is used by all that runs on such a card with the same driver and releases; engine/device.py reads it.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 
@@ -13,6 +13,7 @@ from trunkline.engine.engine import Engine
 from trunkline.engine.network.compiled import FixedShapes
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.settings import GRADIENT_METHODS
+from trunkline.kernels.attention.attention_elsewhere import NOT_COMPILED
 from trunkline.kernels.decisions import Choice, use
 from trunkline.kernels.dispatch import has_kernels
 from trunkline.training.data.batches import Packer, make_mixer
@@ -45,16 +46,18 @@ def tune(config: Config, tell: Tell) -> None:
     dtype = torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float32
     works = workloads(model, batch, config.balancing.method in GRADIENT_METHODS, dtype)
     use({})  # what was tuned before starts anew
-    tune_works(works, card(engine.device), on_gpu, tell)
+    tune_works(works, card(engine.device), on_gpu, tell, NOT_COMPILED if engine.compiles else ())
     tell(use_tuned(engine.device))
 
 
-def tune_works(works: Iterable[Work], made_on: Mapping[str, str], clock: Clock, tell: Tell) -> list[Row]:
+def tune_works(
+    works: Iterable[Work], made_on: Mapping[str, str], clock: Clock, tell: Tell, leave_out: Collection[Choice] = ()
+) -> list[Row]:
     """Tells a line of every candidate, and writes what was chosen after each work: the next may fail."""
     rows: list[Row] = []
     for work in works:
         tell(f"\n{work.name}")
-        of_work = contest(work, clock, ROUNDS)
+        of_work = contest(work, clock, ROUNDS, leave_out)
         for row in of_work:
             tell(in_words(row))
         choices: dict[str, dict[str, Choice]] = {}
