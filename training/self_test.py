@@ -31,7 +31,7 @@ class Op(NamedTuple):
     definition: Callable[..., Tensor]
     example: Callable[..., dict[str, Any]]  # of a device, a dtype and sizes
     sizes: dict[str, Any]  # small and ragged
-    inputs: tuple[str, ...]  # to which gradients flow
+    inputs: tuple[str, ...]  # to which gradients flow, where they are given
 
 
 class Outcome(NamedTuple):
@@ -163,11 +163,11 @@ def _results(
     given = {
         name: x.detach().to(dtype) if isinstance(x, Tensor) and x.dtype == of else x for name, x in arguments.items()
     }
-    leaves = [given[name].requires_grad_() for name in op.inputs]
+    leaves = {name: given[name].requires_grad_() for name in op.inputs if given[name] is not None}
     output = function(**given)
     found = {"output": output.detach()}
     if leaves:
         arriving = torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape).to(output.dtype)
-        gradients = torch.autograd.grad(output, leaves, arriving)
-        found |= {f"gradient of {name}": x for name, x in zip(op.inputs, gradients, strict=True)}
+        gradients = torch.autograd.grad(output, [*leaves.values()], arriving)
+        found |= {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
     return found

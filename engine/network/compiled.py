@@ -21,7 +21,7 @@ from trunkline.engine.network.packing import LabelledRows, PackedBatch
 from trunkline.kernels.attention.pack_plan import QUERY_BLOCK, PackPlan
 from trunkline.kernels.tasks.task_loss import LossSums
 
-SPARE = 1 / 8  # room beyond the largest batch that was looked at
+SPARE = 16  # room beyond the largest batch that was looked at: a part of it, of so many, and one at least
 MULTIPLE = 16  # of rows: products of 16-bit numbers want multiples of 8
 # Products of a step that take an H200 about 5 ms, no longer than a host needs to launch the kernels of a small model.
 SMALL_STEP = 4e12
@@ -50,7 +50,7 @@ class FixedShapes:
         """
         sizes = [(len(b.tokens), *_sizes(b.plan), *_rows_of_groups(b.rows, groups)) for b in batches]
         tokens, *largest = (max(values) for values in zip(*sizes, strict=True))
-        spacious = (size + round(size * SPARE) for size in largest)
+        spacious = (size + -(-size // SPARE) for size in largest)
         sequences, narrow_tiles, wide_tiles, blocks, longest, *counts = spacious
         longest = -(-longest // QUERY_BLOCK) * QUERY_BLOCK
         rows = [-(-count // MULTIPLE) * MULTIPLE for count in counts]

@@ -126,7 +126,7 @@ def _row_tile(block: int, warps: int) -> dict[str, int]:
 
 
 def _other_rows(V: int) -> list[dict[str, int]]:
-    return [_row_tile(8192, 8), _row_tile(8192, 16), _row_tile(4096, 4), _row_tile(2048, 8)] if V >= 8192 else []
+    return [_row_tile(8192, 8), _row_tile(4096, 4), _row_tile(2048, 8)] if V >= 8192 else []
 
 
 @decision(_other_rows)

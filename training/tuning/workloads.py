@@ -68,7 +68,7 @@ def work(op: Op, sizes: dict[str, Any], device: torch.device, dtype: torch.dtype
         return checks[0].outcome().problem
 
     given = {name: x.detach() if isinstance(x, Tensor) else x for name, x in arguments.items()}
-    leaves = [given[name].requires_grad_() for name in op.inputs]
+    leaves = [given[name].requires_grad_() for name in op.inputs if given[name] is not None]
 
     def call() -> Any:
         output = op.function(**given)
