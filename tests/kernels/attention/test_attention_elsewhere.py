@@ -198,6 +198,37 @@ def test_flash_attn_takes_every_setting_and_a_cache(plan, calls, choose):
     assert (call["softcap"], call["deterministic"], call["dropout_p"]) == (2.0, True, 0.0)
 
 
+class _Unfilled(torch.autograd.Function):
+    """x, and NaN in rows of a mask: in what passes, or in its gradient."""
+
+    @staticmethod
+    def forward(ctx, x, rows, of_gradient):
+        ctx.save_for_backward(rows)
+        ctx.of_gradient = of_gradient
+        return x.clone() if of_gradient else x.masked_fill(rows, float("nan"))
+
+    @staticmethod
+    def backward(ctx, dx):
+        (rows,) = ctx.saved_tensors
+        return dx.masked_fill(rows, float("nan")) if ctx.of_gradient else dx, None, None
+
+
+def test_what_the_kernels_of_tiles_leave_unfilled_reaches_nobody(calls):
+    """They write the tokens in tiles alone: of the others there is what was in memory, in output and gradients."""
+    plan, settings = PLANS["mixed"], {"causal": True, "scale": None, "window": None, "softcap": None}
+    in_blocks = (attention_elsewhere.long_part(plan).slot >= 0)[:, None, None]
+
+    def tiled(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan) -> Tensor:
+        q, k, v = (_Unfilled.apply(x, in_blocks, True) for x in (q, k, v))
+        return _Unfilled.apply(attention(q, k, v, plan, causal=True), in_blocks, False)
+
+    leaves = [torch.randn(plan.num_tokens, 2, 8, requires_grad=True) for _ in range(3)]
+    others = {"dropout": 0.0, "deterministic": False}
+    out = attention_elsewhere.attention("flash_attn", *leaves, plan, tiled, **settings, **others)
+    assert out.isfinite().all()
+    assert all(x.isfinite().all() for x in torch.autograd.grad(out, leaves, torch.randn_like(out)))
+
+
 def test_only_long_sequences_are_handed_over(calls, choose):
     choose("flash_attn")
     results(PLANS["mixed"], causal=True)
