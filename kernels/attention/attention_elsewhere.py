@@ -36,7 +36,9 @@ def varlen_attn(q: Tensor, k: Tensor, v: Tensor, bounds: "Bounds", scale: float 
     options: dict[str, Any] = {"window_size": (-1, 0)} if causal else {}
     if k.shape[1] < q.shape[1]:  # an argument that torch 2.11 does not have
         options["enable_gqa"] = True
-    return function(q, k, v, *bounds, scale=scale, **options)
+    out = function(q, k, v, *bounds, scale=scale, **options)
+    assert isinstance(out, Tensor)  # with the log-sum-exp only where that is asked for
+    return out
 
 
 def cudnn(q: Tensor, k: Tensor, v: Tensor, bounds: "Bounds", scale: float | None, causal: bool) -> Tensor:
@@ -50,12 +52,12 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor, bounds: "Bounds", scale: float | None
     token = torch.arange(len(q), device=q.device, dtype=torch.int32)
     sequence = torch.bucketize(token, cu_seqlens[1:], right=True).clamp(max=len(lengths) - 1)
     back = torch.where(token < cu_seqlens[-1], sequence * longest + token - cu_seqlens[sequence], -1)  # (T,)
-    padded = (take(x, there, back).unflatten(0, real.shape).transpose(1, 2) for x in (q, k, v))
+    q, k, v = (take(x, there, back).unflatten(0, real.shape).transpose(1, 2) for x in (q, k, v))
     # causal: padding stands behind everything, so nothing sees it; no row may be without a key
     mask = None if causal else (place < lengths.clamp(min=1)[:, None])[:, None, None]
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         grouped = k.shape[1] < q.shape[1]
-        out = F.scaled_dot_product_attention(*padded, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
     return take(out.transpose(1, 2).flatten(0, 1), back, there)
 
 
