@@ -39,7 +39,7 @@ from trunkline.engine.shown import engine_html, with_metrics
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.given import listed
 from trunkline.engine.text.tokenizer import Tokenizer
-from trunkline.kernels.attention import attention_flash
+from trunkline.kernels.attention import attention_elsewhere
 
 # what it is made from
 FIXED = ("tasks", "trunk", "architecture", "init", "projection", "label_smoothing", "tokenizer", "device")
@@ -160,7 +160,7 @@ class Engine:
     @property
     def compiles(self) -> bool:
         """Whether training compiles the model; not with flash-attn, whose part of a batch is chosen on the host."""
-        if attention_flash.BACKEND == "flash_attn":
+        if attention_elsewhere.FORCED == "flash_attn":
             if self.config.compile is True:
                 raise ValueError("TRUNKLINE_LONG_ATTENTION=flash_attn cannot be compiled: leave it or compile=true out")
             return False

@@ -125,6 +125,10 @@ def _parser() -> argparse.ArgumentParser:
     estimate.add_argument("config", metavar="CONFIG.yaml", type=Path)
     estimate.add_argument("values", nargs="*", default=[], metavar="key=value")
 
+    tune = command("tune", _tune, "time the ways in which every op can go on this GPU, and keep the fastest")
+    tune.add_argument("config", metavar="CONFIG.yaml", type=Path)
+    tune.add_argument("values", nargs="*", default=[], metavar="key=value")
+
     card = command("card", _card, "print a model card of a finished run, in Markdown")
     card.add_argument("run", type=Path)
     card.add_argument("--repo", default="", metavar="USER/NAME", help="on the hub, that the card says to load")
@@ -302,6 +306,16 @@ def _estimate(options: argparse.Namespace) -> None:
     from trunkline.training.estimate import estimate
 
     estimate(config, tell=tell)
+
+
+def _tune(options: argparse.Namespace) -> None:
+    from trunkline.training.config_file import load_config
+
+    config = load_config(options.config, options.values)
+
+    from trunkline.training.tuning.tune import tune
+
+    tune(config, tell=tell)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -29,8 +29,9 @@ class Op(NamedTuple):
     kernels: tuple[str, ...]  # the registered ops that it runs
     function: Callable[..., Tensor]
     definition: Callable[..., Tensor]
-    example: Callable[[torch.device, torch.dtype], dict[str, Any]]
-    inputs: tuple[str, ...]  # to which gradients flow
+    example: Callable[..., dict[str, Any]]  # of a device, a dtype and sizes
+    sizes: dict[str, Any]  # small and ragged
+    inputs: tuple[str, ...]  # to which gradients flow, where they are given
 
 
 class Outcome(NamedTuple):
@@ -55,42 +56,34 @@ def _task_loss_definition(width: int, **arguments: Any) -> Tensor:
     return task_loss.task_loss_reference(**arguments).loss
 
 
-def _attention_example(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    return attention.example(device, dtype, lengths=LENGTHS, heads=4, kv_heads=2, head_dim=64, causal=True)
-
-
-def _vocabulary_example(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    return linear_cross_entropy.example(device, dtype, rows=70, width=64, vocabulary=1001, tasks=2, bias=True)
-
-
 OPS = (
     Op(
         "attention", ("attention_forward", "attention_backward"), attention.attention, attention.attention_reference,
-        _attention_example, ("q", "k", "v"),
+        attention.example, {"lengths": LENGTHS, "heads": 4, "kv_heads": 2, "head_dim": 64, "causal": True},
+        ("q", "k", "v"),
     ),
     Op(
         "task_projection", ("task_projection_forward", "task_projection_backward"), task_projection.task_projection,
-        task_projection.task_projection_reference,
-        lambda device, dtype: task_projection.example(device, dtype, rows=200, tasks=5, width=160, columns=144),
-        ("x", "weight", "bias"),
+        task_projection.task_projection_reference, task_projection.example,
+        {"rows": 200, "tasks": 5, "width": 160, "columns": 144}, ("x", "weight", "bias"),
     ),
     Op(
         "task_loss", ("task_loss_forward", "task_loss_backward", "task_logits"), _loss_of("task_loss"),
-        _task_loss_definition,
-        lambda device, dtype: task_loss.example(device, dtype, rows=200, tasks=9, width=96, classes=3),
+        _task_loss_definition, task_loss.example, {"rows": 200, "tasks": 9, "width": 96, "classes": 3},
         ("x", "weight", "bias"),
     ),
     Op(
         "linear_cross_entropy", ("linear_cross_entropy",), _loss_of("linear_cross_entropy"),
-        linear_cross_entropy.linear_cross_entropy_reference, _vocabulary_example, ("x", "weight", "bias"),
+        linear_cross_entropy.linear_cross_entropy_reference, linear_cross_entropy.example,
+        {"rows": 70, "width": 64, "vocabulary": 1001, "tasks": 2, "bias": True}, ("x", "weight", "bias"),
     ),
     Op(
         "task_gradients", ("task_gradients",), task_gram.task_gradients, task_gram.task_gradients_reference,
-        lambda device, dtype: task_gram.example(str(device), dtype, 200, 5, 96, 80), (),
+        task_gram.example, {"tokens": 200, "tasks": 5, "width_in": 96, "width_out": 80}, (),
     ),
     Op(
         "low_rank", ("low_rank_forward", "low_rank_backward"), low_rank.low_rank, low_rank.low_rank_reference,
-        lambda device, dtype: low_rank.example(device, dtype, 200, 5, width=160, columns=96, rank=8, num_parts=3),
+        low_rank.example, {"rows": 200, "tasks": 5, "width": 160, "columns": 96, "rank": 8, "num_parts": 3},
         ("base", "x", "down", "up"),
     ),
 )  # fmt: skip
@@ -130,26 +123,37 @@ def self_test(
 
 def outcome(op: Op, device: torch.device, dtype: torch.dtype) -> Outcome:
     try:
-        shares = dict(_shares(op, device, dtype))
+        return Check(op, op.example(device, dtype, **op.sizes), dtype).outcome()
     except Exception as error:  # whatever a compiler or a driver throws, it is this op's
         first_line = str(error).split("\n")[0]
         return Outcome(op, dtype, float("inf"), f"fails: {type(error).__name__}: {first_line}")
-    name, share = max(shares.items(), key=lambda item: item[1])
-    wrong = f"errs by {share:.3g} times what is allowed, in the {name}"
-    return Outcome(op, dtype, share, "" if share <= 1 else wrong)
 
 
-def _shares(op: Op, device: torch.device, dtype: torch.dtype) -> Iterator[tuple[str, float]]:
-    """Of output and gradients: the largest error over what is allowed; infinity for what is not finite."""
-    arguments = op.example(device, dtype)
-    ours, plain, exact = (
-        _results(op, function, arguments, dtype, as_dtype)
-        for function, as_dtype in ((op.function, dtype), (op.definition, dtype), (op.definition, torch.float64))
-    )
-    for name, value in exact.items():
-        allowed = SLACK * (plain[name].double() - value).abs().max() + torch.finfo(dtype).eps * value.abs().max() + 1e-6
-        error = (ours[name].double() - value).abs().max()
-        yield name, float((error / allowed).nan_to_num(torch.inf))
+class Check:
+    """An op on some arguments, held against its definition in float64 as often as is wanted."""
+
+    def __init__(self, op: Op, arguments: dict[str, Any], dtype: torch.dtype):
+        self.op, self.arguments, self.dtype = op, arguments, dtype
+        self.plain, self.exact = (
+            _results(op, op.definition, arguments, dtype, as_dtype) for as_dtype in (dtype, torch.float64)
+        )
+
+    def outcome(self) -> Outcome:
+        shares = dict(self._shares())
+        name, share = max(shares.items(), key=lambda item: item[1])
+        wrong = f"errs by {share:.3g} times what is allowed, in the {name}"
+        return Outcome(self.op, self.dtype, share, "" if share <= 1 else wrong)
+
+    def _shares(self) -> Iterator[tuple[str, float]]:
+        """Of output and gradients: the largest error over what is allowed; infinity for what is not finite."""
+        ours, eps = (
+            _results(self.op, self.op.function, self.arguments, self.dtype, self.dtype),
+            torch.finfo(self.dtype).eps,
+        )
+        for name, value in self.exact.items():
+            allowed = SLACK * (self.plain[name].double() - value).abs().max() + eps * value.abs().max() + 1e-6
+            error = (ours[name].double() - value).abs().max()
+            yield name, float((error / allowed).nan_to_num(torch.inf))
 
 
 def _results(
@@ -159,11 +163,11 @@ def _results(
     given = {
         name: x.detach().to(dtype) if isinstance(x, Tensor) and x.dtype == of else x for name, x in arguments.items()
     }
-    leaves = [given[name].requires_grad_() for name in op.inputs]
+    leaves = {name: given[name].requires_grad_() for name in op.inputs if given[name] is not None}
     output = function(**given)
     found = {"output": output.detach()}
     if leaves:
         arriving = torch.linspace(-1, 1, output.numel(), device=output.device).view(output.shape).to(output.dtype)
-        gradients = torch.autograd.grad(output, leaves, arriving)
-        found |= {f"gradient of {name}": x for name, x in zip(op.inputs, gradients, strict=True)}
+        gradients = torch.autograd.grad(output, [*leaves.values()], arriving)
+        found |= {f"gradient of {name}": x for name, x in zip(leaves, gradients, strict=True)}
     return found

@@ -3,7 +3,8 @@
     python -m trunkline.benchmarks.microbenchmarks.certify [KERNEL ...] [--arch sm_90 ...] [--quick] [--jobs 2]
 
 The launches are found by running each public function of kernels/ forward and backward on its example inputs, as
-tensors without data, with Triton's just-in-time compiler replaced by a recorder. Each distinct launch is then compiled
+tensors without data, with Triton's just-in-time compiler replaced by a recorder; and once more for each other tile that
+`trunkline tune` may choose. Each distinct launch is then compiled
 ahead of time, and registers, spills, shared memory and matrix instructions are read from the machine code with the
 tools in the Triton wheel. What cannot be seen this way: time, races, deadlocks.
 
@@ -36,6 +37,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from trunkline.benchmarks.microbenchmarks.examples import Kernel, first, leaves, map_tensors, shipped_kernels
 from trunkline.benchmarks.microbenchmarks.preset_shapes import preset_shapes
+from trunkline.kernels.decisions import Question, questions, trying
 from trunkline.kernels.dispatch import TRITON
 
 ARCHITECTURES = (90, 80, 100)  # H100 and H200, A100, B200
@@ -154,6 +156,7 @@ def record_launches(kernels: Iterable[Kernel], archs: Sequence[int], quick: bool
     from triton.runtime.jit import JITFunction
 
     found: dict[tuple, Launch] = {}
+    tried: set[tuple[int, Question]] = set()
     current: tuple[Kernel, str, torch.dtype]
 
     def record(
@@ -200,17 +203,31 @@ def record_launches(kernels: Iterable[Kernel], archs: Sequence[int], quick: bool
                         with _Unfilled():
                             arguments = kernel.example(torch.device("cpu"), dtype, **sizes)
                         arguments = map_tensors(lambda x: x.detach().to("meta"), arguments)
-                    _run(kernel, arguments, dtype)
+                    _run(kernel, arguments, dtype, None if quick else tried)
     return list(found.values())
 
 
-def _run(kernel: Kernel, arguments: dict[str, Any], dtype: torch.dtype) -> None:
-    """Forward and, where there are gradients, backward."""
+def _run(
+    kernel: Kernel, arguments: dict[str, Any], dtype: torch.dtype, tried: set[tuple[int, Question]] | None
+) -> None:
+    """Forward and, where there are gradients, backward; and once more with each candidate that `trunkline tune` has,
+    of questions that were not `tried` yet on this architecture. None: no candidates."""
     inputs = leaves(arguments, dtype)
-    with _TritonOnly():
-        output = first(kernel.function(**arguments))
-        if output.requires_grad:
-            torch.autograd.grad(output, list(inputs.values()), torch.empty_like(output), allow_unused=True)
+
+    def run() -> None:
+        with _TritonOnly():
+            output = first(kernel.function(**arguments))
+            if output.requires_grad:
+                torch.autograd.grad(output, list(inputs.values()), torch.empty_like(output), allow_unused=True)
+
+    with questions() as asked:
+        run()
+    for question in () if tried is None else asked:
+        others = [] if (DRIVER.arch, question) in tried else question.answers[1:]
+        tried.add((DRIVER.arch, question))
+        for other in others:
+            with trying(question, other):
+                run()
 
 
 def certify(kernels: Iterable[Kernel], archs: Sequence[int], quick: bool = False, jobs: int = 1) -> list[Certificate]:
@@ -221,7 +238,8 @@ def certify(kernels: Iterable[Kernel], archs: Sequence[int], quick: bool = False
             in float16 and float32, or in those of these that its file lists as KERNEL_DTYPES. And at those that it
             lists as ALSO_CERTIFIED.
         archs: compute capabilities times ten: 80, 90, 100.
-        quick: architectures after the first only at the first shape, in bfloat16; nothing that is ALSO_CERTIFIED.
+        quick: architectures after the first only at the first shape, in bfloat16; nothing that is ALSO_CERTIFIED, and
+            no other candidates of a decision.
         jobs: processes that compile.
     """
     if os.environ.get("TRITON_INTERPRET") == "1":

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trunkline.benchmarks.microbenchmarks.examples import Kernel, map_tensors, scaled
 from trunkline.benchmarks.microbenchmarks.peers import PEERS, Arguments, Peer, System, trunkline
+from trunkline.training.tuning.contest import turn_on_gpu
 
 DIRECTIONS = ("forward", "backward", "both")
 OURS = "trunkline"
@@ -45,7 +46,7 @@ def contest(
         kernel: what is computed.
         sizes: of its example inputs.
         dtype: of its example inputs.
-        device: where; on a GPU the time is the device's own, see `_turn_on_gpu`.
+        device: where; on a GPU the time is the device's own, see `turn_on_gpu`.
         direction: 'forward' (what backward needs is kept), 'backward' or 'both'.
         plan: how much is measured.
         names: systems that take part.
@@ -67,7 +68,7 @@ def contest(
         except Exception as error:  # a peer that fails says so in its own row; the others are measured all the same
             results[name] = error.with_traceback(None)  # its frames would keep the inputs in memory
             calls.pop(name, None)
-    turn = _turn_on_gpu if device.type == "cuda" else _turn_on_cpu
+    turn = turn_on_gpu if device.type == "cuda" else _turn_on_cpu
     numbers = {name: turn(of_one, 1) for name, of_one in calls.items()}  # calls that fill a turn
     numbers = {name: max(1, min(1000, int(plan.seconds / seconds))) for name, seconds in numbers.items()}
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -172,21 +173,3 @@ def _turn_on_cpu(calls: list[Call], number: int) -> float:
     for i in range(number):
         calls[i % len(calls)]()
     return (time.perf_counter() - began) / number
-
-
-def _turn_on_gpu(calls: list[Call], number: int) -> float:
-    """Device time between two events. The calls are queued behind a kernel that sleeps for as long as that takes, so
-    that the host's time to launch them is not in it, as it would not be in a CUDA graph."""
-    torch.cuda.synchronize()
-    began = time.perf_counter()
-    calls[0]()
-    host = time.perf_counter() - began
-    torch.cuda.synchronize()
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda._sleep(int(2e9 * min(1.0, 1.5 * host * number + 1e-4)))  # in cycles, at about 2 GHz
-    start.record()
-    for i in range(number):
-        calls[i % len(calls)]()
-    end.record()
-    torch.cuda.synchronize()
-    return start.elapsed_time(end) / 1000 / number

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from trunkline.benchmarks.microbenchmarks.examples import Kernel, first, leaves, map_tensors
+from trunkline.kernels.attention.attention_elsewhere import LIBRARIES
 
 Arguments = dict[str, Any]
 
@@ -37,6 +38,9 @@ class System:
     inputs: dict[str, Tensor]  # that gradients flow to; named as in our function
     to_ours: Callable[[Tensor], Tensor] = _same  # its layout -> that of our function
     from_ours: Callable[[Tensor], Tensor] = _same
+
+
+Peer = Callable[[Kernel, Arguments, torch.dtype], System]
 
 
 def trunkline(kernel: Kernel, arguments: Arguments, dtype: torch.dtype) -> System:
@@ -79,25 +83,16 @@ def _packed(function: Callable[..., Any], arguments: Arguments) -> System:
     return System(lambda: first(function(*inputs.values())), inputs)
 
 
-def varlen_attn(kernel: Kernel, arguments: Arguments, dtype: torch.dtype) -> System:
-    _on_gpu(arguments)
-    function = _import("torch.nn.attention.varlen").varlen_attn
-    bounds, longest = arguments["plan"].cu_seqlens, arguments["plan"].max_seqlen
-    options: dict[str, Any] = {"window_size": (-1, 0)} if arguments["causal"] else {}
-    if arguments["k"].shape[1] < arguments["q"].shape[1]:
-        if "enable_gqa" not in inspect.signature(function).parameters:
-            raise Unavailable("no grouped-query heads in this torch")
-        options["enable_gqa"] = True
-    return _packed(lambda q, k, v: function(q, k, v, bounds, bounds, longest, longest, **options), arguments)
+def _elsewhere(name: str) -> Peer:
+    """What could serve our long sequences, with all of a batch."""
 
+    def prepare(kernel: Kernel, arguments: Arguments, dtype: torch.dtype) -> System:
+        _on_gpu(arguments)
+        plan, function = arguments["plan"], LIBRARIES[name]
+        bounds = (plan.cu_seqlens, plan.cu_seqlens, plan.max_seqlen, plan.max_seqlen)
+        return _packed(lambda q, k, v: function(q, k, v, bounds, None, arguments["causal"]), arguments)
 
-def flash_attn(kernel: Kernel, arguments: Arguments, dtype: torch.dtype) -> System:
-    _on_gpu(arguments)
-    function = getattr(_import("flash_attn"), "flash_attn_varlen_func", None)
-    if function is None:
-        raise Unavailable("the flash_attn that is installed is not flash-attn 2")
-    bounds, longest, causal = arguments["plan"].cu_seqlens, arguments["plan"].max_seqlen, arguments["causal"]
-    return _packed(lambda q, k, v: function(q, k, v, bounds, bounds, longest, longest, causal=causal), arguments)
+    return prepare
 
 
 def _padded(backend: str | None) -> Callable[..., System]:
@@ -234,6 +229,15 @@ def _liger(kernel: Kernel, arguments: Arguments, dtype: torch.dtype) -> System:
     return System(lambda: loss(inputs["weight"], inputs["x"], target, inputs.get("bias")).view(1), inputs)
 
 
+def _quack(kernel: Kernel, arguments: Arguments, dtype: torch.dtype) -> System:
+    _on_gpu(arguments)
+    function = _import("quack.linear_cross_entropy").chunked_linear_cross_entropy
+    inputs, target = _plain_loss(arguments), arguments["target"]
+    if arguments.get("label_smoothing") or "bias" in inputs:
+        raise Unavailable("has no label_smoothing and no bias")
+    return System(lambda: function(inputs["x"], inputs["weight"], target, reduction="sum").view(1), inputs)
+
+
 def _cut_cross_entropy(kernel: Kernel, arguments: Arguments, dtype: torch.dtype) -> System:
     _on_gpu(arguments)
     function = _import("cut_cross_entropy").linear_cross_entropy
@@ -325,23 +329,24 @@ def _grouped_mm(kernel: Kernel, arguments: Arguments, dtype: torch.dtype) -> Sys
     return System(forward, inputs)
 
 
-Peer = Callable[[Kernel, Arguments, torch.dtype], System]
 PEERS: dict[str, dict[str, Peer]] = {
     "attention": {
         "loop over sequences": definition,
-        "varlen_attn": varlen_attn,
+        "varlen_attn": _elsewhere("varlen_attn"),
         "SDPA padded": _padded(None),
         "SDPA padded, cuDNN": _padded("CUDNN_ATTENTION"),
         "SDPA padded, flash": _padded("FLASH_ATTENTION"),
         "SDPA packed mask": packed_mask,
         "FlexAttention": flex_attention,
-        "flash_attn": flash_attn,
+        "flash_attn": _elsewhere("flash_attn"),
+        "flash_attn 4": _elsewhere("flash_attn_4"),
     },
     "linear_cross_entropy": {
         "eager": definition,
         "compiled": _compiled,
         "F.linear_cross_entropy": _torch_linear_cross_entropy,
         "Liger": _liger,
+        "QuACK": _quack,
         "cut_cross_entropy": _cut_cross_entropy,
     },
     "low_rank": {"loop over adapters": definition, "PEFT's loop": _peft_loop, "grouped_mm": _grouped_mm},

@@ -18,10 +18,10 @@ from torch import Tensor
 
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import LabelledRows, PackedBatch
-from trunkline.kernels.attention.pack_plan import PackPlan
+from trunkline.kernels.attention.pack_plan import QUERY_BLOCK, PackPlan
 from trunkline.kernels.tasks.task_loss import LossSums
 
-SPARE = 1 / 8  # room beyond the largest batch that was looked at
+SPARE = 16  # room beyond the largest batch that was looked at: a part of it, of so many, and one at least
 MULTIPLE = 16  # of rows: products of 16-bit numbers want multiples of 8
 # Products of a step that take an H200 about 5 ms, no longer than a host needs to launch the kernels of a small model.
 SMALL_STEP = 4e12
@@ -36,6 +36,7 @@ class FixedShapes:
     narrow_tiles: int
     wide_tiles: int
     blocks: int
+    longest: int  # tokens of a sequence: what others' attention kernels, which ask for it, are compiled for
     groups: tuple[int, ...]  # tasks of every group that shares a loss, N in all: `MultiTaskModel.groups`
     rows: tuple[int, ...]  # of every group
 
@@ -49,11 +50,13 @@ class FixedShapes:
         """
         sizes = [(len(b.tokens), *_sizes(b.plan), *_rows_of_groups(b.rows, groups)) for b in batches]
         tokens, *largest = (max(values) for values in zip(*sizes, strict=True))
-        sequences, narrow_tiles, wide_tiles, blocks, *counts = (size + round(size * SPARE) for size in largest)
+        spacious = (size + -(-size // SPARE) for size in largest)
+        sequences, narrow_tiles, wide_tiles, blocks, longest, *counts = spacious
+        longest = -(-longest // QUERY_BLOCK) * QUERY_BLOCK
         rows = [-(-count // MULTIPLE) * MULTIPLE for count in counts]
         if sum(rows) == tokens:  # the balanced backward pass tells rows from tokens by their number
             rows[-1] += MULTIPLE
-        return cls(tokens, sequences + 1, narrow_tiles, wide_tiles, blocks, tuple(groups), tuple(rows))
+        return cls(tokens, sequences + 1, narrow_tiles, wide_tiles, blocks, longest, tuple(groups), tuple(rows))
 
     @property
     def ends(self) -> tuple[int, ...]:
@@ -63,13 +66,14 @@ class FixedShapes:
     def has(self, batch: PackedBatch) -> bool:
         """Whether a batch has these shapes."""
         sizes = len(batch.plan.cu_seqlens) - 1, *_sizes(batch.plan)[1:], len(batch.rows.token), len(batch.tokens)
-        wanted = self.sequences, self.narrow_tiles, self.wide_tiles, self.blocks, sum(self.rows), self.tokens
+        of_plan = self.sequences, self.narrow_tiles, self.wide_tiles, self.blocks, self.longest
+        wanted = *of_plan, sum(self.rows), self.tokens
         return sizes == wanted
 
     def pad(self, batch: PackedBatch) -> PackedBatch:
         """The batch in these shapes, with the same losses and gradients; as it is where it does not fit into them."""
         counts = _rows_of_groups(batch.rows, self.groups)
-        room = (self.sequences - 1, self.narrow_tiles, self.wide_tiles, self.blocks, *self.rows)
+        room = (self.sequences - 1, self.narrow_tiles, self.wide_tiles, self.blocks, self.longest, *self.rows)
         fits = all(size <= most for size, most in zip((*_sizes(batch.plan), *counts), room, strict=True))
         # a row of weight 0 takes part in the softmax over its sequence: of spans it must lie in the tail
         has_place = batch.real_tokens < self.tokens or counts[1] == self.rows[1]
@@ -90,6 +94,7 @@ class FixedShapes:
             blocks=blocks,
             key_blocks=blocks,
             narrow_tiles=self.narrow_tiles,
+            max_seqlen=self.longest,
         )
 
     def _pad_rows(self, rows: LabelledRows, counts: Sequence[int]) -> LabelledRows:
@@ -121,9 +126,10 @@ class FixedShapes:
         )
 
 
-def _sizes(plan: PackPlan) -> tuple[int, int, int, int]:
-    """Sequences, narrow and wide tiles, blocks."""
-    return len(plan.cu_seqlens) - 1, plan.narrow_tiles, len(plan.tiles) - plan.narrow_tiles, len(plan.blocks)
+def _sizes(plan: PackPlan) -> tuple[int, int, int, int, int]:
+    """Sequences, narrow and wide tiles, blocks, and the longest sequence."""
+    wide_tiles = len(plan.tiles) - plan.narrow_tiles
+    return len(plan.cu_seqlens) - 1, plan.narrow_tiles, wide_tiles, len(plan.blocks), plan.max_seqlen
 
 
 def _rows_of_groups(rows: LabelledRows, groups: Sequence[int]) -> list[int]:

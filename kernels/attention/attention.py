@@ -7,8 +7,8 @@ Z / (1 - p) where it meets V and dV, Z being 1 or 0, and so is dO V^T.
 Saved for backward: q, k, v, the output and, 4 bytes a query and head, the log-sum-exp (of base 2 in the kernels, which
 need it in blocks alone: in tiles it is room that nobody fills).
 
-Short sequences are worked on in tiles (attention_short.py), longer ones in blocks (attention_long.py) or, where it is
-chosen, by flash-attn (attention_flash.py); where there are no kernels, all of it in plain PyTorch (attention_torch.py).
+Short sequences are worked on in tiles (attention_short.py), longer ones in blocks (attention_long.py) or, where those
+are faster, by other kernels (attention_elsewhere.py); without kernels, all of it in plain PyTorch (attention_torch.py).
 
 T tokens, K keys (T for self-attention), H query heads, G key/value heads (H a multiple of G), D head width, S sequences
 Source: Dao, FlashAttention-2, arXiv:2307.08691, section 3.1; block-diagonal tiles as in Krell et al., arXiv:2107.02027.
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from trunkline.kernels.arguments import check_tensors
-from trunkline.kernels.attention import attention_flash, attention_long, attention_short, attention_torch
+from trunkline.kernels.attention import attention_elsewhere, attention_long, attention_short, attention_torch
 from trunkline.kernels.attention.attention_scores import kept_reference
 from trunkline.kernels.attention.pack_plan import SHORT, Layout, PackPlan
 from trunkline.kernels.dispatch import INTERPRET, register
@@ -251,10 +251,12 @@ def attention(
     left, right = (-1, -1) if window is None else window
     if left < -1 or right < -1:
         raise ValueError(f"attention: window must be (left, right), each at least 0 or -1 for no bound, got {window}")
-    if attention_flash.serves(q, plan):
+    plain = window is None and softcap is None and not dropout
+    if (library := attention_elsewhere.chosen(q, k, plan, causal, plain)) != attention_elsewhere.OURS:
         asked: dict[str, Any] = {"causal": causal, "scale": scale, "window": window, "softcap": softcap}
         asked["deterministic"] = deterministic
-        out = attention_flash.attention(q, k, v, plan, partial(attention, **asked), dropout=dropout, **asked)
+        ours = partial(attention, **asked)
+        out = attention_elsewhere.attention(library, q, k, v, plan, ours, dropout=dropout, **asked)
         return out if rows is None else _taken(out, rows)
     settings = (
         plan.narrow_tiles,

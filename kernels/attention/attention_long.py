@@ -20,8 +20,9 @@ from torch import Tensor
 
 from trunkline.kernels.attention.attention_blocks import at_head, cut, load_rows, store_rows, tile_of
 from trunkline.kernels.attention.attention_scores import dropout_threshold, kept, tanh
+from trunkline.kernels.attention.attention_tiles import block_tile, is_exact
 from trunkline.kernels.attention.pack_plan import KEY_BLOCK, QUERY_BLOCK
-from trunkline.kernels.dispatch import INTERPRET, compute_capability, input_precision, padded_width, tl, triton
+from trunkline.kernels.dispatch import input_precision, padded_width, tl, triton
 
 UNLIMITED = 2**30  # a window wider than any sequence
 # one compilation for all batches and settings: whatever the values of these, and however the lists of a plan lie
@@ -211,45 +212,9 @@ def _key_gradient_kernel(
     store_rows(at_head(dv_ptr, k_start + n, key_head, G * D, D), dv, keys - n, G * D, BLOCK_N, D, BLOCK_D)
 
 
-def is_exact(dtype: torch.dtype) -> bool:
-    """Whether products are of no matrix unit: float32 where TF32 is not allowed. The interpreter has tiles as TF32."""
-    return dtype == torch.float32 and input_precision(dtype) == "ieee" and not INTERPRET
-
-
 def widest(dtype: torch.dtype) -> int:
     """Of the heads that the kernels hold in one piece."""
     return 128 if is_exact(dtype) else 256
-
-
-def tile_options(kernel: str, dtype: torch.dtype, D: int, plain: bool) -> dict[str, int]:
-    """Tiles, warps and stages of the loads' pipeline: the largest whose sums stay in registers, on every architecture.
-
-    kernel: "forward", "query gradient" or "key gradient". plain: neither soft cap nor dropout, which take registers of
-    their own. Found by `make certify`, which says what spills: nothing here does, in Triton 3.6.0 and in 3.9.0.
-    """
-    capability = compute_capability()
-    if is_exact(dtype):  # each thread holds whole rows of what it multiplies
-        M, N, warps, stages = (32, 32, 8, 1) if D <= 64 else (16, 16, 8, 1)
-    elif dtype == torch.float32:
-        M, N, warps, stages = (64, 32, 8, 1) if D <= 64 else (32, 32, 8, 1)
-    elif kernel == "key gradient" and D > 128:
-        M, N, warps, stages = 64, 32, 8, 1  # 64 keys would be wgmma's, by 4 warps: dK and dV fill all their registers
-    elif kernel == "key gradient" and D > 64:
-        M, N, warps, stages = (32 if plain else 16, 128, 8, 1) if capability == 90 else (64, 64, 8, 1)
-    elif kernel == "key gradient":
-        M, N, warps, stages = 64 if plain and capability >= 90 else 32, 128, 8, 2
-    elif D > 128:
-        M, N, warps, stages = (128, 32, 8, 1) if kernel == "forward" and capability >= 90 else (32, 64, 8, 1)
-    elif capability < 90 and D > 64:
-        M, N, warps, stages = 64, 64 if kernel == "forward" else 32, 4, 2
-    elif capability >= 100 and kernel == "forward" and not plain:
-        M, N, warps, stages = 64, 64, 4, 1
-    else:
-        M, N, warps, stages = 128, 64, 8, 1 if kernel == "query gradient" and capability >= 100 else 2
-    tile = {"BLOCK_M": M, "BLOCK_N": N, "num_warps": warps, "num_stages": stages}
-    if kernel == "query gradient" and capability == 90 and D == 64 and plain and dtype != torch.float32:
-        tile["maxnreg"] = 128  # of the 166 that it would take: two blocks then share a multiprocessor, and none spills
-    return tile
 
 
 def _settings(
@@ -316,7 +281,7 @@ def forward(
     if not len(blocks):
         return
     H, G = q.shape[1], k.shape[1]
-    tile = tile_options("forward", q.dtype, q.shape[2], not (softcap or dropout))
+    tile = block_tile("forward", q.dtype, q.shape[2], not (softcap or dropout))
     parts = QUERY_BLOCK // tile["BLOCK_M"]  # programs that share a block
     settings = _settings(q, scale, window_left, window_right, softcap, dropout, seed)
     _forward_kernel[(len(blocks) * parts * H,)](
@@ -364,14 +329,14 @@ def backward(
     settings = _settings(q, scale, window_left, window_right, softcap, dropout, seed)
     delta = torch.empty_like(lse)
     if len(blocks):
-        tile = tile_options("query gradient", q.dtype, q.shape[2], not (softcap or dropout))
+        tile = block_tile("query gradient", q.dtype, q.shape[2], not (softcap or dropout))
         parts = QUERY_BLOCK // tile["BLOCK_M"]  # programs that share a block
         _query_gradient_kernel[(len(blocks) * parts * H,)](
             dout, q, k, v, out, lse, delta, dq, cu_seqlens, cu_seqlens_k, blocks, *strides,
             lse.shape[1], H, H // G, PARTS=parts, **settings, **tile,
         )  # fmt: skip
     if len(key_blocks):
-        tile = tile_options("key gradient", q.dtype, q.shape[2], not (softcap or dropout))
+        tile = block_tile("key gradient", q.dtype, q.shape[2], not (softcap or dropout))
         parts = KEY_BLOCK // tile["BLOCK_N"]
         _key_gradient_kernel[(len(key_blocks) * parts * G,)](
             dout, q, k, v, lse, delta, dk, dv, cu_seqlens, cu_seqlens_k, key_blocks, *strides,

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 
 from trunkline.kernels.attention.attention_scores import dropout_threshold, kept, tanh
+from trunkline.kernels.attention.attention_tiles import short_backward, short_forward
 from trunkline.kernels.attention.pack_plan import SHORT, TILE_SIZES
-from trunkline.kernels.dispatch import INTERPRET, compute_capability, input_precision, padded_width, tl, triton
+from trunkline.kernels.dispatch import INTERPRET, input_precision, padded_width, tl, triton
 
 _WHY = "operands lie in registers on an A100: too much of 128 tokens beside heads wider than 64, or dropout"
 SPILLS = {("_forward_kernel", 80): (180, _WHY), ("_backward_in_steps_kernel", 80): (40, _WHY)}
@@ -219,9 +220,11 @@ def forward(
 ) -> None:
     """Fills the rows of `out` that lie in tiles."""
     arguments = _arguments(q, k, v, scale, left, right, softcap, dropout, seed)
+    group, plain = q.shape[1] // k.shape[1], not (softcap or dropout)
     for part, block in _by_width(tiles, narrow_tiles):
         grid, options = _launch(part, q, k, block, softcap, dropout)
-        _forward_kernel[grid](q, k, v, out, part, spans, *arguments, GROUP=q.shape[1] // k.shape[1], **options)
+        tile = short_forward(q.dtype, block, q.shape[2], group, plain)
+        _forward_kernel[grid](q, k, v, out, part, spans, *arguments, GROUP=group, **options, **tile)
 
 
 def backward(
@@ -248,14 +251,11 @@ def backward(
     for part, block in _by_width(tiles, narrow_tiles):
         grid, options = _launch(part, q, k, block, softcap, dropout)
         tensors = (dout, q, k, v, dq, dk, dv, part, spans)
-        capability = compute_capability()
-        if group == 1 and D <= 64 and (block == 64 or (capability >= 90 and not dropout)):
-            _backward_kernel[grid](*tensors, *arguments, **options)
+        tile = short_backward(q.dtype, block, D, group, softcap > 0, dropout > 0)
+        if tile["ROWS"]:
+            _backward_in_steps_kernel[grid](*tensors, *arguments, GROUP=group, **options, **tile)
         else:
-            rows = 32 if D <= 64 and capability >= 90 else 16
-            if D > 64 and capability < 90:
-                options["num_warps"] = 8  # two for every 16 keys, each with half of the columns of dK and dV
-            _backward_in_steps_kernel[grid](*tensors, *arguments, GROUP=group, ROWS=rows, **options)
+            _backward_kernel[grid](*tensors, *arguments, **options, num_warps=tile["num_warps"])
 
 
 def _by_width(tiles: Tensor, narrow_tiles: int) -> list[tuple[Tensor, int]]:
@@ -289,7 +289,6 @@ def _launch(part: Tensor, q: Tensor, k: Tensor, block: int, softcap: float, drop
         "INPUT_PRECISION": input_precision(q.dtype),
         "BLOCK": block,
         "BLOCK_D": padded_width(q.shape[2]),
-        "num_warps": block // 16,
         "num_stages": 1,  # query heads that are loaded ahead cost registers that the backward pass does not have
     }
     return (len(part) * k.shape[1],), options

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from trunkline.kernels.arguments import can_look, check_tensors
+from trunkline.kernels.decisions import decision
 from trunkline.kernels.dispatch import register, tl, triton
 
 KEPT = 1 << 28  # elements of all dW_t together, up to which they are kept: 1 GiB of float32
@@ -74,16 +75,24 @@ def _gradients_kernel(
     tl.store(dw_ptr + place, dw, mask=(c < C)[:, None] & (d < D)[None, :])
 
 
-def launch(dtype: torch.dtype) -> dict:
-    """Tiles of `_gradients_kernel`: without spills on sm_90, and the matrix units in use for the narrow dtypes."""
-    if dtype == torch.float32:
-        return {"BLOCK_C": 64, "BLOCK_D": 64, "BLOCK_R": 32, "PRECISION": "ieee", "num_warps": 8, "num_stages": 2}
-    return {"BLOCK_C": 128, "BLOCK_D": 128, "BLOCK_R": 64, "PRECISION": "tf32", "num_warps": 8, "num_stages": 3}
+def _tile(C: int, D: int, R: int, warps: int, stages: int) -> dict[str, int]:
+    return {"BLOCK_C": C, "BLOCK_D": D, "BLOCK_R": R, "num_warps": warps, "num_stages": stages}
+
+
+def _other_tiles(dtype: torch.dtype) -> list[dict[str, int]]:
+    sizes = [(128, 128, 64, 8, 2), (128, 128, 32, 8, 4), (128, 64, 64, 4, 3), (64, 64, 64, 4, 3)]
+    return [] if dtype == torch.float32 else [_tile(*of_one) for of_one in sizes]
+
+
+@decision(_other_tiles)
+def gradient_tile(dtype: torch.dtype) -> dict[str, int]:
+    """Of `_gradients_kernel`: without spills on sm_90, and the matrix units in use for the narrow dtypes."""
+    return _tile(64, 64, 32, 8, 2) if dtype == torch.float32 else _tile(128, 128, 64, 8, 3)
 
 
 def _gradients_triton(x: Tensor, dy: Tensor, offsets: Tensor) -> Tensor:
     (_, D), C, N = x.shape, dy.shape[1], len(offsets) - 1
-    options = launch(x.dtype)
+    options = {**gradient_tile(x.dtype), "PRECISION": "ieee" if x.dtype == torch.float32 else "tf32"}
     dw = x.new_empty(N, C, D, dtype=torch.float32)
     tiles = triton.cdiv(C, options["BLOCK_C"]) * triton.cdiv(D, options["BLOCK_D"])
     _gradients_kernel[(tiles, N)](x.contiguous(), dy.contiguous(), offsets, dw, D, C, **options)
@@ -187,7 +196,12 @@ SHAPES = {
 
 
 def example(
-    device: str, dtype: torch.dtype, tokens: int = 2048, tasks: int = 9, width_in: int = 256, width_out: int = 768
+    device: torch.device | str,
+    dtype: torch.dtype,
+    tokens: int = 2048,
+    tasks: int = 9,
+    width_in: int = 256,
+    width_out: int = 768,
 ) -> dict[str, Tensor]:
     """Arguments of `task_gradients` and `task_gram`: shares of the tokens from a few to many, the last task absent."""
     generator = torch.Generator().manual_seed(0)

@@ -9,10 +9,12 @@ R rows, D width, N tasks, K columns of the table, C columns of the widest task
 import torch
 from torch import Tensor
 
+from trunkline.kernels.decisions import decision
 from trunkline.kernels.dispatch import input_precision, padded_width, tl, triton
 from trunkline.kernels.tasks.task_tiles import rows_of_tile, search_block
 
 WIDEST = 256  # C that a tile can hold
+FEW = 4096  # rows that make few tiles
 PROGRAMS = 512  # that the backward pass is split into at least, where rows allow
 MIN_CHUNK = 1024  # rows of a task that one program of the backward pass takes at least
 
@@ -269,13 +271,14 @@ def _run_forward(
 
 def logits(x: Tensor, weight: Tensor, bias: Tensor, offsets: Tensor, class_offsets: Tensor, width: int) -> Tensor:
     return _run_forward(
-        x, weight, bias, offsets, (None,) * 4, class_offsets, width, 0.0, None, _rows_block(len(x), width)
+        x, weight, bias, offsets, (None,) * 4, class_offsets, width, 0.0, None, _rows_block(len(x) <= FEW, width)
     )
 
 
-def _rows_block(rows: int, width: int) -> int:
+@decision(lambda few, width: [16, 32] if width <= 128 else [])
+def _rows_block(few: bool, width: int) -> int:
     """Rows of a tile: few where rows are few, since a GPU has 132 processors and more; the tile fits the registers."""
-    return 16 if rows <= 4096 or width > 128 else 32
+    return 16 if few or width > 128 else 32
 
 
 def forward(
@@ -292,7 +295,7 @@ def forward(
     label_smoothing: float,
 ) -> tuple[Tensor, Tensor]:
     R, N = len(x), len(class_offsets) - 1
-    block_r = _rows_block(R, width)
+    block_r = _rows_block(R <= FEW, width)
     tiles = R // block_r + N
     partial = x.new_empty(4, tiles, dtype=torch.float32)
     rows = (target.contiguous(), value.float().contiguous(), row_weight.float().contiguous())

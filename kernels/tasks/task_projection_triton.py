@@ -12,6 +12,7 @@ R rows, N tasks, D width in, C width out
 import torch
 from torch import Tensor
 
+from trunkline.kernels.decisions import decision
 from trunkline.kernels.dispatch import input_precision, padded_width, tl, triton
 from trunkline.kernels.tasks.task_tiles import rows_of_tile, search_block
 
@@ -222,19 +223,36 @@ def _weight_gradient_kernel(
         tl.store(partial_ptr + chunk.to(tl.int64) * D * C + place, total, mask=inside)
 
 
-def _product_tile(dtype: torch.dtype, rows: int, inner: int, columns: int, plain: bool) -> dict[str, int]:
-    """Large tiles where there are enough of them to occupy a GPU and enough to do in each, otherwise small ones.
+def _is_large(rows: int, inner: int, columns: int) -> bool:
+    """Whether there are enough large tiles to occupy a GPU, and enough to do in each."""
+    return rows * columns >= 128 * 256 * 132 and inner > NARROW
 
-    `plain`: without activation.
-    """
+
+def _tile(R: int, C: int, K: int, warps: int, stages: int) -> dict[str, int]:
+    return {"BLOCK_R": R, "BLOCK_C": C, "BLOCK_K": K, "num_warps": warps, "num_stages": stages}
+
+
+def _whole(inner: int, columns: int, plain: bool) -> int:
+    """Columns of a tile that has all of a row's, so that x is read once; 0: several are better. `plain`: as below."""
+    return padded_width(columns) if plain and NARROW < columns <= WHOLE and inner >= 4 * columns else 0
+
+
+def _other_products(dtype: torch.dtype, large: bool, whole: int, plain: bool) -> list[dict[str, int]]:
     if dtype == torch.float32:
-        return {"BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_K": 16, "num_warps": 4, "num_stages": 3}
-    if rows * columns >= 128 * 256 * 132 and inner > NARROW:
-        return {"BLOCK_R": 128, "BLOCK_C": 256 if plain else 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3}
-    if plain and NARROW < columns <= WHOLE and inner >= 4 * columns:
-        whole = padded_width(columns)
-        return {"BLOCK_R": 64, "BLOCK_C": whole, "BLOCK_K": 64, "num_warps": whole // 32, "num_stages": 3}
-    return {"BLOCK_R": 64, "BLOCK_C": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 4}
+        return []
+    if large:
+        return [_tile(128, 128, 64, 8, 3), _tile(128, 128, 64, 8, 4), _tile(64, 128, 64, 4, 4)]
+    return [_tile(64, 64, 64, 4, 4), _tile(64, 64, 64, 4, 3), _tile(64, 128, 64, 4, 3), _tile(64, 64, 32, 4, 4)]
+
+
+@decision(_other_products)
+def _product_tile(dtype: torch.dtype, large: bool, whole: int, plain: bool) -> dict[str, int]:
+    """Of the outputs of `product`. `plain`: without activation."""
+    if dtype == torch.float32:
+        return _tile(64, 64, 16, 4, 3)
+    if large:
+        return _tile(128, 256 if plain else 128, 64, 8, 3)
+    return _tile(64, whole, 64, whole // 32, 3) if whole else _tile(64, 64, 64, 4, 4)
 
 
 def product(
@@ -248,7 +266,8 @@ def product(
     """(R, K) and (N, K, C) of any strides -> y (R, C) and, if wanted, z (R, C)."""
     (R, _), (N, K, C) = x.shape, weight.shape
     y, z = x.new_empty(R, C), x.new_empty((R, C) if save_z else (0, C))
-    tile = _product_tile(x.dtype, R, K, C, plain=bias is None)
+    plain = bias is None
+    tile = _product_tile(x.dtype, _is_large(R, K, C), _whole(K, C, plain), plain)
     tiles = R // tile["BLOCK_R"] + N
     _product_kernel[(tiles * triton.cdiv(C, tile["BLOCK_C"]),)](
         x,
@@ -315,15 +334,30 @@ def _activation_gradient(
     return g, dbias
 
 
+def _other_weight_gradients(dtype: torch.dtype, narrow: bool) -> list[dict[str, int]]:
+    if dtype == torch.float32:
+        return []
+    if narrow:
+        return [_gradient_tile(64, 16, 4, 3), _gradient_tile(64, 32, 4, 2), _gradient_tile(64, 64, 4, 2)]
+    return [_gradient_tile(128, 64, 8, 2), _gradient_tile(128, 32, 8, 4), _gradient_tile(64, 64, 4, 3)]
+
+
+def _gradient_tile(block: int, R: int, warps: int, stages: int) -> dict[str, int]:
+    return {"BLOCK_D": block, "BLOCK_C": block, "BLOCK_R": R, "num_warps": warps, "num_stages": stages}
+
+
+@decision(_other_weight_gradients)
+def _weight_gradient_tile(dtype: torch.dtype, narrow: bool) -> dict[str, int]:
+    if dtype == torch.float32:
+        return _gradient_tile(64, 16, 4, 3)
+    return _gradient_tile(64, 16, 4, 2) if narrow else _gradient_tile(128, 64, 8, 3)
+
+
 def weight_gradient(x: Tensor, g: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
     """(N, D, C). Rows beyond a task's first chunk go to programs of their own, whose sums are added in order."""
     (R, _), (N, D, C) = x.shape, weight.shape
-    narrow = x.dtype != torch.float32 and min(D, C) <= NARROW
-    if narrow:
-        block, block_r, warps = 64, 16, 4
-    else:
-        block, block_r, warps = (64, 16, 4) if x.dtype == torch.float32 else (128, 64, 8)
-    tiles = triton.cdiv(D, block) * triton.cdiv(C, block)
+    tile = _weight_gradient_tile(x.dtype, min(D, C) <= NARROW)
+    tiles = triton.cdiv(D, tile["BLOCK_D"]) * triton.cdiv(C, tile["BLOCK_C"])
     chunk = max(MIN_CHUNK, triton.cdiv(R * tiles, PROGRAMS))  # the partial sums take at most PROGRAMS tiles: 64 MiB
     dweight = weight.new_empty(N, D, C)
     partial = x.new_empty(R // chunk, D, C, dtype=torch.float32)
@@ -341,12 +375,8 @@ def weight_gradient(x: Tensor, g: Tensor, weight: Tensor, offsets: Tensor) -> Te
                 chunk,
                 FIRST=first,
                 PRECISION=input_precision(x.dtype),
-                BLOCK_D=block,
-                BLOCK_C=block,
-                BLOCK_R=block_r,
                 BLOCK_N=search_block(N),
                 GROUP=GROUP,
-                num_warps=warps,
-                num_stages=2 if narrow else 3,
+                **tile,
             )
     return dweight

@@ -10,6 +10,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from trunkline.kernels.decisions import decision
+
 # Rows whose logits exist at a time: so many, or more while they have no more than these bytes. The CPU's stay cached.
 # A GPU's are large: every chunk moves all of dW, 8 V D bytes, and few rows leave processors without a tile of dX.
 CHUNKS = {"cpu": (256, 8 << 20), "cuda": (960, 512 << 20)}
@@ -64,9 +66,17 @@ def rows_reference(
         logits.copy_(z)
 
 
+@decision(lambda V, itemsize: [128 << 20, 256 << 20, 1 << 30])
+def gpu_chunk(V: int, itemsize: int) -> int:
+    """Bytes of a chunk's logits on a GPU, at most."""
+    return CHUNKS["cuda"][1]
+
+
 def chunk_rows(R: int, V: int, itemsize: int, device: str) -> int:
     """How many rows a chunk has: chunks are equal, but for the last, which may have some rows fewer."""
     at_least, most_bytes = CHUNKS.get(device, CHUNKS["cuda"])
+    if device != "cpu":
+        most_bytes = gpu_chunk(V, itemsize)
     most = max(at_least, most_bytes // (V * itemsize))
     if most >= R:
         return max(1, R)

@@ -8,6 +8,7 @@ r rows of the chunk, R rows, V vocabulary, N tasks
 
 from torch import Tensor
 
+from trunkline.kernels.decisions import decision
 from trunkline.kernels.dispatch import tl, triton
 
 
@@ -120,6 +121,20 @@ def _sum_kernel(
     tl.store(sum_ptr + t, tl.sum(correct, 0))
 
 
+def _row_tile(block: int, warps: int) -> dict[str, int]:
+    return {"BLOCK_V": block, "num_warps": warps}
+
+
+def _other_rows(V: int) -> list[dict[str, int]]:
+    return [_row_tile(8192, 8), _row_tile(4096, 4), _row_tile(2048, 8)] if V >= 8192 else []
+
+
+@decision(_other_rows)
+def row_tile(V: int) -> dict[str, int]:
+    block = min(4096, triton.next_power_of_2(V))
+    return _row_tile(block, min(8, max(1, block // 32)))  # with more warps, several would read and one write a word
+
+
 def rows_triton(
     logits: Tensor,
     bias: Tensor | None,
@@ -133,7 +148,6 @@ def rows_triton(
     softcap: float,
 ) -> None:
     r, V = logits.shape
-    block = min(4096, triton.next_power_of_2(V))
     _row_kernel[(r,)](
         logits,
         logits.stride(0),
@@ -151,8 +165,7 @@ def rows_triton(
         HAS_SMOOTHING=label_smoothing != 0,
         HAS_CAP=softcap != 0,
         HAS_GRADIENT=dloss is not None,
-        BLOCK_V=block,
-        num_warps=min(8, max(1, block // 32)),  # with more, several would read and one of them write the same words
+        **row_tile(V),
     )
 
 

@@ -15,7 +15,7 @@ from trunkline.engine.config import Config
 from trunkline.engine.network.generate import Search
 from trunkline.engine.settings import Batch, Evaluation, Mixing, Optimizer
 from trunkline.engine.text.tokenizer import Tokenizer
-from trunkline.kernels.attention import attention_flash
+from trunkline.kernels.attention import attention_elsewhere
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -245,7 +245,7 @@ def test_a_step_with_flash_attn_is_not_compiled(tmp_path, monkeypatch):
     engine = one_step(tmp_path)
     monkeypatch.setattr(engine, "device", torch.device("cuda"))
     assert engine.compiles
-    monkeypatch.setattr(attention_flash, "BACKEND", "flash_attn")
+    monkeypatch.setattr(attention_elsewhere, "FORCED", "flash_attn")
     assert not engine.compiles
     with pytest.raises(ValueError, match="TRUNKLINE_LONG_ATTENTION=flash_attn cannot be compiled"):
         _ = one_step(tmp_path, compile=True).compiles

@@ -8,6 +8,7 @@ Counted in PTX, before ptxas merges and drops instructions; bytes are sectors of
 import argparse
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 from unittest import mock
@@ -15,9 +16,9 @@ from unittest import mock
 import torch
 
 from trunkline.kernels.attention import attention
-from trunkline.kernels.tasks import task_gram, task_loss, task_projection, task_projection_triton
+from trunkline.kernels.tasks import task_gram, task_loss, task_projection
 from trunkline.kernels.vocabulary import linear_cross_entropy
-from virtual_gpu.cases.linear_layers import large_tile
+from virtual_gpu.cases.linear_layers import LARGE_TILES
 from virtual_gpu.device import ARCHITECTURES, Record, VirtualGPU
 
 GLOBAL = ("ld_global", "st_global", "cp_async", "atom_global")
@@ -163,9 +164,8 @@ def of_layers(arch: int, large: bool) -> None:
         "flop _weight_gradient_kernel": 2 * R * D * C,
         "_gradients_kernel": 2 * 2 * R * D + 4 * N * C * D, "flop _gradients_kernel": 2 * R * D * C,
     }  # fmt: skip
-    pick = large_tile if large else task_projection_triton._product_tile
     arguments = task_projection.example("cpu", torch.bfloat16, rows=R, tasks=N, width=D, columns=C)
-    with mock.patch.object(task_projection_triton, "_product_tile", pick):
+    with mock.patch.object(*LARGE_TILES) if large else nullcontext():
         records = counted(arch, task_projection.task_projection, arguments, ("x", "weight", "bias"))
     size = f"{R} x {D} x {C}, {N} tasks, bfloat16, sm_{arch}"
     show(f"task_projection, {'large' if large else 'small'} tiles, {size}", records, least)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from trunkline.engine.device import use_tuned
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import BiLSTM
 from trunkline.engine.text.template import Frame, Marks
@@ -29,6 +30,8 @@ def introduction(run: "Run") -> Iterator[str]:
     for train, validation in zip(run.corpus.train, run.corpus.validation, strict=True):
         yield _task(train, validation)
     yield _length(run)
+    if tuned := use_tuned(run.engine.device):
+        yield tuned
     if run.ranks.active:
         yield run.ranks.in_words()
     every = run.config.evaluation.every

@@ -88,6 +88,15 @@ def test_padded_batches_have_one_shape():
         assert ends[-1] == ends[-2] == 600  # at least one sequence is empty
 
 
+def test_there_is_room_for_more_of_everything_and_not_for_much_more():
+    """Of few, too: a batch with one wide tile more than the largest is common where there are four."""
+    shapes, plan = FixedShapes.of([BATCHES["all"]], make_model(CAUSAL).groups), BATCHES["all"].plan
+    sizes = plan.narrow_tiles, len(plan.tiles) - plan.narrow_tiles, len(plan.blocks)
+    assert max(sizes) > 3
+    for size, most in zip(sizes, (shapes.narrow_tiles, shapes.wide_tiles, shapes.blocks), strict=True):
+        assert size + (size > 0) <= most <= size + size / 16 + 1
+
+
 TOO_MUCH = {
     "rows": batch(7, ["prose"] * 4, 600),
     "sequences": batch(8, ["class"] * 20, 600),

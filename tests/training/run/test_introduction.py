@@ -1,6 +1,9 @@
 """What a run says before its first step is what it does."""
 
+from trunkline.engine.engine import Engine
 from trunkline.engine.text.template import Frame, Marks
+from trunkline.training.config_file import load_config
+from trunkline.training.run import introduction
 from trunkline.training.run.introduction import _shown
 
 
@@ -27,6 +30,12 @@ def test_it_says_start_formats_rates_tasks_length_and_place(finished):
     assert (
         said[-1] == f"writes {finished.run}, a checkpoint every 4 steps; Ctrl-C stops it, --resume goes on from there"
     )
+
+
+def test_it_says_what_was_tuned(tiny_config, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(introduction, "use_tuned", lambda device: f"tuned for {device}")
+    Engine.from_config(load_config(tiny_config, ["steps=1", f"run={tmp_path / 'run'}"])).fit()
+    assert "tuned for cpu" in before_the_first_step(capsys.readouterr().out)
 
 
 def test_marks_of_a_checkpoint_are_shown_by_their_names():

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from trunkline.kernels.adapters.low_rank import low_rank, low_rank_reference
-from trunkline.kernels.tasks import task_projection_triton
 from virtual_gpu.case import Case, bounds, normal, placed
-from virtual_gpu.cases.linear_layers import COUNTS, large_tile
+from virtual_gpu.cases.linear_layers import COUNTS, LARGE_TILES
 
 QKV = [0, 96, 96, 128, 144, 160]  # queries, keys and, behind columns that have no adapter, values
 
@@ -52,8 +51,7 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
     yield run("rank 32 of a wide layer", COUNTS, 528, QKV, 32)
     yield run("rank 144", COUNTS, 48, [0, 32, 32, 48], 144)
     yield run("rank 128", COUNTS, 48, [0, 48], 128)
-    large = (task_projection_triton, "_product_tile", large_tile)
-    yield run("rank 128, large tiles", COUNTS, 160, [0, 144], 128, patches=(large,))
+    yield run("rank 128, large tiles", COUNTS, 160, [0, 144], 128, patches=(LARGE_TILES,))
     yield run("odd widths", COUNTS, 33, [0, 13, 14, 21], 5, columns=23)
     yield run("one adapter", [77], 48, [0, 48], 16)
     off = partial(placed, bytes_off=dtype.itemsize)

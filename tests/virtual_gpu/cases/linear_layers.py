@@ -31,12 +31,8 @@ def projection(
     return Case("task_projection", name, task_projection, task_projection_reference, inputs, patches=patches)
 
 
-_tile_of = task_projection_triton._product_tile
-
-
-def large_tile(dtype: torch.dtype, *sizes: int, plain: bool) -> dict[str, int]:
-    """In the place of `_product_tile`: the tile of a million rows and columns, whatever the sizes."""
-    return _tile_of(dtype, *(1 << 20 for _ in sizes), plain)
+# every product in large tiles, whatever its size
+LARGE_TILES = (task_projection_triton, "_is_large", lambda *sizes: True)
 
 
 def projections(dtype: torch.dtype) -> Iterator[Case]:
@@ -44,8 +40,7 @@ def projections(dtype: torch.dtype) -> Iterator[Case]:
     yield run("ragged", COUNTS, 160, 144)
     yield run("no rows", [0] * 9, 160, 144)
     yield run("many rows of one task", [0, 1100, 600, 2, 0, 0, 513, 1, 0], 32, 48)
-    large = (task_projection_triton, "_product_tile", large_tile)
-    yield run("ragged, large tiles", COUNTS, 160, 144, patches=(large,))
+    yield run("ragged, large tiles", COUNTS, 160, 144, patches=(LARGE_TILES,))
     for activation in ("none", "relu", "tanh"):
         yield run(activation, COUNTS, 160, 144, activation)
     yield run("odd widths", COUNTS, 24, 13)
