@@ -15,9 +15,9 @@ from typing import Any
 
 from trunkline import __version__
 from trunkline.engine.console import harmless, tell, warn
+from trunkline.training.distributed.launch import USER_ERROR, check_shared
 from trunkline.training.using import add_commands
 
-USER_ERROR = 2  # exit code for what the user can put right
 INTERRUPTED = 130  # exit code that shells give Ctrl-C
 UNREAD = 141  # and what ends because nobody reads its output
 
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a console that cannot show a character shows its number
     try:
+        check_shared(options.name_of_command)
         options.command(options)
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads on, as in `trunkline predict ... | head`
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         name: str, function: Callable[[argparse.Namespace], None], text: str, **settings: Any
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, **settings)
-        sub.set_defaults(command=function)
+        sub.set_defaults(command=function, name_of_command=name)
         return sub
 
     init = command("init", _init, "look at tables of yours and write a config for them")

@@ -26,14 +26,13 @@ from torch import Tensor, nn
 
 from trunkline.engine import checkpoint
 from trunkline.engine.config import Config
-from trunkline.training.distributed.launch import is_rank, too_few_batches
+from trunkline.training.distributed.launch import USER_ERROR, is_rank, too_few_batches
 from trunkline.training.environment import versions
 from trunkline.training.run.folder import settings_that_count
 
 ALONE = timedelta(days=1)  # that a rank may work by itself while the others wait: encoding, the last evaluation
 ROLL_CALL = 5.0  # seconds within which every rank that is still there hears of one that is not
 AGREED = 1.0  # seconds within which all ranks find the same fault, if they all find it
-USER_ERROR = 2  # exit code of a rank that has nothing to add to what another one says
 Result = TypeVar("Result")
 runs = count()  # of this process: each has names of its own in the store
 

@@ -37,13 +37,16 @@ def environments(size: int) -> list[dict[str, str]]:
     return [{**same, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
-def start(size: int, runs: Sequence[Mapping[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:
-    """Runs them on so many ranks; what came of each, by rank.
+def start(
+    size: int, runs: Sequence[Mapping[str, Any]], folder: Path, killed: int | None = None
+) -> list[list[dict[str, Any]]]:
+    """Runs them on so many ranks; what came of each, by rank; nothing of one that kills it.
 
     Args:
         runs: of each the file of its 'config', 'values' that change it (key=value), and where there is any 'more' of
             them on the last rank, 'resume' and a 'fault'.
         folder: for what the ranks tell.
+        killed: the rank that a fault of the last run kills.
     """
     folder.mkdir()
     (folder / "runs.json").write_text(json.dumps(runs))
@@ -54,9 +57,10 @@ def start(size: int, runs: Sequence[Mapping[str, Any]], folder: Path) -> list[li
             ranks.append(subprocess.Popen(program, env=environment, stdout=output, stderr=errors))
     codes = [rank.wait(LONGEST + 20) for rank in ranks]
     said = [[(folder / f"{kind}-{rank}").read_text() for rank in range(size)] for kind in ("output", "errors")]
-    assert codes == [0] * size, said[1]
+    assert codes == [-signal.SIGKILL if rank == killed else 0 for rank in range(size)], said[1]
     assert said[0][1:] == [""] * (size - 1)  # the first one speaks for all
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(size)]
+    told = [folder / f"rank-{rank}.json" for rank in range(size)]
+    return [json.loads(file.read_text()) if file.exists() else [] for file in told]
 
 
 # What happens in a rank
@@ -68,10 +72,11 @@ def main(file: Path) -> None:
     faulthandler.dump_traceback_later(LONGEST, exit=True)  # a rank that hangs says where
     rank = int(os.environ["RANK"])
     dist.init_process_group("gloo")
-    outcomes = [outcome(run, rank) for run in json.loads(file.read_text())]
-    dist.barrier()
+    outcomes = []
+    for run in json.loads(file.read_text()):
+        outcomes.append(outcome(run, rank))
+        (file.parent / f"rank-{rank}.json").write_text(json.dumps(outcomes))  # before the next one kills it
     dist.destroy_process_group()
-    (file.parent / f"rank-{rank}.json").write_text(json.dumps(outcomes))
 
 
 def outcome(run: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -166,7 +171,58 @@ def _terminated(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-FAULTS = {"none": _none, "not finite": _not_finite, "out of memory": _out_of_memory, "terminated": _terminated}
+@contextmanager
+def _disk_full(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In the second checkpoint, which the first rank writes."""
+    from safetensors import SafetensorError
+
+    from trunkline.engine import checkpoint
+
+    def full(tensors: Any, file: Path) -> None:
+        if file.parent.name == ".step-4.partial":
+            file.write_bytes(b"as much as there was room for")
+            raise SafetensorError("No space left on device (os error 28)")
+        save_file(tensors, file)
+
+    save_file = checkpoint.save_file
+    patch.setattr(checkpoint, "save_file", full)
+    yield
+
+
+@contextmanager
+def _killed_in_a_save(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The first rank, when the weights of its second checkpoint are written and the rest is not."""
+    from trunkline.engine import checkpoint
+
+    def killed(tensors: Any, file: Path) -> None:
+        if file.parent.name == ".step-4.partial" and file.stem == "optimizer":
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_file(tensors, file)
+
+    save_file = checkpoint.save_file
+    patch.setattr(checkpoint, "save_file", killed)
+    yield
+
+
+@contextmanager
+def _killed_while_loading(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The last rank, between a checkpoint's model and its optimizer."""
+    from trunkline.engine import checkpoint
+
+    if rank:
+        patch.setattr(checkpoint, "load_optimizer_tensors", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    yield
+
+
+FAULTS = {
+    "none": _none,
+    "not finite": _not_finite,
+    "out of memory": _out_of_memory,
+    "terminated": _terminated,
+    "disk full": _disk_full,
+    "killed in a save": _killed_in_a_save,
+    "killed while loading": _killed_while_loading,
+}
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
