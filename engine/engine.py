@@ -205,21 +205,9 @@ class Engine:
         Args:
             examples: of each task, evenly spaced; 0: all.
         """
-        from trunkline.training.data.corpus import load_corpus
-        from trunkline.training.scoring.evaluation import evaluate
+        from trunkline.training.scoring.evaluation import evaluate_engine
 
-        config = self.config
-        corpus = load_corpus(config, self.known_tokenizer)
-        with self.autocast():
-            scored = evaluate(
-                self.model,
-                corpus.tokenizer,
-                corpus.validation,
-                tokens=config.batch.tokens,
-                search=config.search,
-                examples=examples,
-            )
-        metrics = {name: task.metrics for name, task in scored.items()}
+        metrics = evaluate_engine(self, examples)
         self.summary = with_metrics(self.summary, metrics)
         return metrics
 

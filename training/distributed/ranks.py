@@ -13,7 +13,7 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, redirect_stdout
 from datetime import timedelta
 from itertools import count
@@ -30,10 +30,10 @@ from trunkline.training.distributed.launch import USER_ERROR, is_rank, too_few_b
 from trunkline.training.environment import versions
 from trunkline.training.run.folder import settings_that_count
 
-ALONE = timedelta(days=1)  # that a rank may work by itself while the others wait: encoding, the last evaluation
+ALONE = timedelta(days=1)  # that a rank may work by itself while the others wait: encoding, generated texts
 ROLL_CALL = 5.0  # seconds within which every rank that is still there hears of one that is not
 AGREED = 1.0  # seconds within which all ranks find the same fault, if they all find it
-Result = TypeVar("Result")
+Item, Result = TypeVar("Item"), TypeVar("Result")
 runs = count()  # of this process: each has names of its own in the store
 
 
@@ -45,7 +45,8 @@ class Ranks:
     """A context, around all that a run does.
 
     Args:
-        config: of the run.
+        config: of the run; None: of what is done with a finished one.
+        active: whether there are other ranks; None: if torchrun started this process.
 
     Attributes:
         rank, size: this one's number, and how many there are.
@@ -56,10 +57,10 @@ class Ranks:
         ValueError: `config.devices` asks for several ranks, and this process is none of them.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config | None, active: bool | None = None):
         self.config, self.step = config, 0
-        self.active = is_rank()
-        if not self.active and config.devices not in (1, "all"):
+        self.active = is_rank() if active is None else active
+        if not self.active and config is not None and config.devices not in (1, "all"):
             raise ValueError(
                 f"devices={config.devices} needs a process for each of them: 'trunkline train CONFIG "
                 f"devices={config.devices}' starts them, or 'torchrun --nproc-per-node={config.devices}' a script of "
@@ -79,7 +80,7 @@ class Ranks:
         if not self.active:
             return self
         try:
-            self._meet(timedelta(seconds=self.config.rank_timeout))
+            self._meet(timedelta(seconds=(self.config or Config).rank_timeout))
         except RuntimeError as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise RankLost(f"the {self.size} ranks did not meet at {where}: {str(error).splitlines()[0]}") from error
@@ -133,6 +134,7 @@ class Ranks:
         return self._noted("left", 0) and self.store.get("left/0") == why.encode()
 
     def in_words(self) -> str:
+        assert self.config is not None
         hosts = sorted(set(self.hosts))
         where = hosts[0] if len(hosts) == 1 else f"{len(hosts)} machines, {', '.join(hosts)}"
         least, rest = divmod(self.config.batch.accumulate, self.size)
@@ -173,13 +175,13 @@ class Ranks:
 
         return wait
 
-    def gather(self, value: Any) -> list[Any]:
-        """What every rank gives, by rank."""
+    def gather(self, value: Any, patient: bool = False) -> list[Any]:
+        """What every rank gives, by rank; `patient`: of work that takes some ranks longer than others."""
         if not self.active:
             return [value]
         values: list[Any] = [None] * self.size
         with self._heard():
-            dist.all_gather_object(values, value, group=self.host)
+            dist.all_gather_object(values, value, group=self.waiting if patient else self.host)
         return values
 
     def of_first(self, make: Callable[[], Result]) -> Result:
@@ -188,6 +190,12 @@ class Ranks:
             return make()
         made = make() if self.first else None
         return self._broadcast(made, self.waiting)
+
+    def spread(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """What `work` makes of every item, in their order, on all ranks; each rank does some of them."""
+        own = [work(item) for number, item in enumerate(items) if number % self.size == self.rank]
+        by_rank = self.gather(own, patient=True)
+        return [by_rank[number % self.size][number // self.size] for number in range(sum(map(len, by_rank)))]
 
     def said_by_first(self, value: Result) -> Result:
         """What the first rank gives."""
@@ -227,6 +235,7 @@ class Ranks:
         Raises:
             ValueError: a step has fewer batches than there are ranks, or the ranks do not agree on what they are to do.
         """
+        assert self.config is not None
         if self.size > (batches := self.config.batch.accumulate):
             raise ValueError(too_few_batches(batches, self.size))
         self.check_same("versions or settings", versions() | settings_that_count(self.config))
@@ -292,10 +301,15 @@ class Ranks:
     def _in_words(self, lost: list[int], error: Exception) -> str:
         who = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in lost)
         what = f"{who} left, or does not answer," if who else f"the ranks lost one another ({error})"
+        if self.config is None:
+            return f"{what}: start it again"
         found = checkpoint.steps(Path(self.config.run) / "checkpoints")
         saved = f"the last checkpoint is {found[0]}" if found else "there is no checkpoint yet"
         go_on = "go on with --resume, on any number of ranks" if found else "start it again"
         return f"{what} in step {self.step + 1}; {saved}: {go_on}"
+
+
+ONE = Ranks(None, active=False)  # this process by itself, whoever started it
 
 
 def _backend() -> str:

@@ -34,7 +34,7 @@ from trunkline.training.distributed.ranks import Ranks
 from trunkline.training.flops import training_flops
 from trunkline.training.pages.report import write_report
 from trunkline.training.pages.summary import summarise
-from trunkline.training.run.compiling import sample_of, to_be_compiled
+from trunkline.training.run.compiling import sample_of, to_be_compiled, warm_up
 from trunkline.training.run.faults import Guard, Parts, named_culprits
 from trunkline.training.run.faults import in_words as left_out_in_words
 from trunkline.training.run.folder import RunFolder, fingerprint
@@ -97,7 +97,7 @@ class Run:
         audience.tell_user = self.display.tell
         self.parts = Parts(self.packer, self.corpus.tokenizer, self.progress, self.display.tell, self.compiled, sample)
         self.ran_uncompiled = self.progress.uncompiled  # before this process
-        self._warm_up(sample[0])
+        warm_up(self, sample[0])
 
         audience.start(config, self.folder)
         if ranks.first:
@@ -128,21 +128,6 @@ class Run:
         on_gpu = engine.device.type == "cuda" and torch.cuda.is_bf16_supported()
         freeze(model, config.optimizer.freeze, torch.bfloat16 if on_gpu else None)
         return model
-
-    def _warm_up(self, members: Members) -> None:
-        """Compiles, with a batch or, where memory is too short for it, a part of one."""
-        if not (compiled := self.compiled):
-            return
-        known = torch.ones_like(self.weights) if self.balancer.knows_factors else None
-
-        def work(batches: Sequence[PackedBatch]) -> None:
-            with self.engine.autocast():
-                compiled.warm_up(batches[0].to(self.engine.device), known)
-
-        self.parts.run(work, [self.packer.pack(members, self.config.batch.tokens)], [members])
-        self.progress.compile_seconds += compiled.seconds
-        compiled.uncompiled = 0  # of a single example, which is longer than a part
-        self.display.tell(f"compiled the model in {compiled.seconds:.0f} s")
 
     def __enter__(self) -> "Run":
         for line in introduction(self) if self.ranks.first else ():
@@ -347,7 +332,7 @@ class Run:
 
     def _evaluation(self, examples: int, texts: int) -> dict[str, Scored]:
         step, scored = self.progress.step, self._scores(examples, texts)
-        scored = self.ranks.said_by_first(scored)  # every rank makes them, and all go by the first one's
+        scored = self.ranks.said_by_first(scored)  # machines that differ round differently, and all go by one
         metrics = {name: task.metrics for name, task in scored.items()}
         counts = {
             name: {"loss": task.counted, "scores": len(task.examples) or task.counted} for name, task in scored.items()
@@ -368,6 +353,7 @@ class Run:
                 search=self.config.search,
                 examples=examples,
                 texts=texts,
+                ranks=self.ranks,
             )
 
     def save(self) -> None:
@@ -391,6 +377,9 @@ class Run:
         most = self.config.evaluation.last_examples
         self.display.tell(f"scoring on {most or 'all'} validation examples" + " of each task" * (most > 0))
         final = self._scores(most, texts=None)
+        return self.ranks.of_first(lambda: self._conclude(final))
+
+    def _conclude(self, final: dict[str, Scored]) -> dict[str, Any]:
         final, calibration = calibrate(heads_of(self.model), self.corpus.validation, final)
         self.engine.save(self.folder / "model")
         self.progress.wall_seconds = time.perf_counter() - self.began

@@ -44,7 +44,7 @@ def start(
 
     Args:
         runs: of each the file of its 'config', 'values' that change it (key=value), and where there is any 'more' of
-            them on the last rank, 'resume' and a 'fault'.
+            them on the last rank, 'resume' and a 'fault'; or an 'engine' and a 'file' that it is asked about.
         folder: for what the ranks tell.
         killed: the rank that a fault of the last run kills.
     """
@@ -80,7 +80,10 @@ def main(file: Path) -> None:
 
 
 def outcome(run: dict[str, Any], rank: int) -> dict[str, Any]:
-    """Trains; 'bits' of the weights after every step, and the 'error' that ended it or its 'steps'."""
+    """Trains; 'bits' of the weights after every step, and the 'error' that ended it or its 'steps'. Or, where there is
+    an 'engine', puts it to use."""
+    if "engine" in run:
+        return answers(Path(run["engine"]), Path(run["file"]))
     from trunkline import Engine
     from trunkline.training.config_file import load_config
     from trunkline.training.run.run import Run
@@ -104,6 +107,27 @@ def outcome(run: dict[str, Any], rank: int) -> dict[str, Any]:
             except (Exception, SystemExit) as error:
                 return {"bits": bits, "error": f"{type(error).__name__}: {error}"}
     return {"bits": bits, "steps": summary["steps"], "left_out": summary["steps_left_out"]}
+
+
+def answers(folder: Path, file: Path) -> dict[str, Any]:
+    """What an engine scores, and says of the rows of a file, 'together' with the other ranks and 'alone'; and how many
+    batches it 'scored' for each."""
+    from trunkline import Engine
+    from trunkline.engine.network.model import MultiTaskModel
+    from trunkline.training import predict
+    from trunkline.training.distributed.ranks import ONE, Ranks
+    from trunkline.training.scoring.evaluation import evaluate_engine
+
+    engine, score, said = Engine.load(folder, device="cpu"), MultiTaskModel.score, {}
+    with pytest.MonkeyPatch.context() as patch, Ranks(None) as several:
+        patch.setattr(predict, "AT_ONCE", 8)
+        patch.setattr(MultiTaskModel, "score", lambda *arguments: scored.append(0) or score(*arguments))
+        for name, ranks in (("together", several), ("alone", ONE)):
+            scored: list[int] = []
+            scores = evaluate_engine(engine, ranks=ranks)
+            rows = list(predict.of_file(engine, file, ["colour", "parts"], scores=True, ranks=ranks))
+            said[name] = {"scores": scores, "rows": rows, "scored": len(scored)}
+    return said
 
 
 def digest(model: Any) -> str:
