@@ -109,6 +109,10 @@ class Config:
     """GPUs of this machine, or processes on a CPU, that work on the run together, each on some of a step's batches;
     all: every GPU there is. The run is the same with any number of them, up to `batch.accumulate`. Under torchrun it is
     torchrun that says how many there are."""
+    parallel: Literal["replicate", "shard"] = "replicate"
+    """What each of several processes holds. replicate: all of the model. shard: a slice of every weight, gradient and
+    moment of the optimizer (FSDP2), for trunks that do not fit; a block is whole where it is computed. The run is the
+    same, and may go on with the other. Of balancing 'fixed' alone."""
     rank_timeout: float = 600.0
     """Seconds after which a process that does not answer the others ends the run."""
     compile: bool | Literal["auto"] = "auto"
@@ -147,6 +151,8 @@ class Config:
         elif following := [task.name for task in tasks if HEADS[task.head].follows and not self.trunk.causal]:
             of = f"the one of '{self.init}' is not" if self.init else "trunk.causal is false"
             yield f"task '{following[0]}' predicts next tokens, which needs a causal trunk: {of}"
+        if self.parallel == "shard":
+            yield from self._not_in_slices(names)
         yield from self._too_long()
         if source := self.tokenizer or self.init:
             for name in TRAINED:
@@ -223,6 +229,24 @@ class Config:
             yield (
                 "balancing weighs tasks by what they share, and adapters of their own share nothing: use adapters.of "
                 "shared or groups, or balancing fixed"
+            )
+
+    def _not_in_slices(self, names: list[str]) -> Iterator[str]:
+        """What parallel shard cannot do, and why."""
+        if self.architecture != "trunk":
+            yield "parallel shard puts a trunk's blocks together one at a time; architecture bilstm has none"
+        if self.balancing.method != "fixed" or self.balancing.watch:
+            what = "balancing.watch" if self.balancing.method == "fixed" else f"balancing {self.balancing.method}"
+            yield (
+                f"parallel shard does not go with {what}, which holds all batches of a step until its weights are "
+                "known, and then needs every block again: use balancing fixed, or parallel replicate"
+            )
+        if self.compile is True:
+            yield "parallel shard does not go with compile true: a graph would have to hold the exchange; leave it out"
+        if self.mixing.patience is not None or any(name in names for name in self.optimizer.freeze):
+            yield (
+                "parallel shard cannot hold the heads of single tasks still, which lie in slices: leave out "
+                "mixing.patience, and tasks in optimizer.freeze"
             )
 
     def _not_for_bilstm(self) -> Iterator[str]:

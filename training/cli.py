@@ -124,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
 
     estimate = command("estimate", _estimate, "print memory, arithmetic and time of a run, before it is started")
     estimate.add_argument("config", metavar="CONFIG.yaml", type=Path)
-    estimate.add_argument("values", nargs="*", default=[], metavar="key=value")
+    estimate.add_argument(
+        "values", nargs="*", default=[], metavar="key=value", help="also devices=64 nodes=8: of so many, on 8 machines"
+    )
 
     card = command("card", _card, "print a model card of a finished run, in Markdown")
     card.add_argument("run", type=Path)
@@ -298,11 +300,14 @@ def _doctor(options: argparse.Namespace) -> None:
 def _estimate(options: argparse.Namespace) -> None:
     from trunkline.training.config_file import load_config
 
-    config = load_config(options.config, options.values)
+    nodes = [value.removeprefix("nodes=") for value in options.values if value.startswith("nodes=")]
+    if nodes and not nodes[-1].isdecimal():
+        raise ValueError(f"estimate: nodes is a number of machines, got {nodes[-1]!r}")
+    config = load_config(options.config, [value for value in options.values if not value.startswith("nodes=")])
 
     from trunkline.training.estimate import estimate
 
-    estimate(config, tell=tell)
+    estimate(config, tell=tell, machines=int(nodes[-1]) if nodes else 1)
 
 
 def _report(options: argparse.Namespace) -> None:

@@ -14,7 +14,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -50,6 +50,7 @@ class Ranks:
 
     Attributes:
         rank, size: this one's number, and how many there are.
+        shards: whether each holds a slice of the model, and not all of it.
         first: whether this is the one that writes the run and speaks.
         step: steps done, for who asks when a rank was lost.
 
@@ -69,6 +70,7 @@ class Ranks:
         self.rank = int(os.environ["RANK"]) if self.active else 0
         self.size = int(os.environ["WORLD_SIZE"]) if self.active else 1
         self.first = self.rank == 0
+        self.shards = self.size > 1 and config is not None and config.parallel == "shard"
         self.open = ExitStack()
 
     @property
@@ -146,7 +148,7 @@ class Ranks:
     def sum(self, values: Tensor) -> Tensor:
         """Their sums over all ranks, in place; on any device."""
         if self.active:
-            with self._heard():
+            with self.heard():
                 dist.all_reduce(values, group=self._group(values))
         return values
 
@@ -158,19 +160,19 @@ class Ranks:
     def largest(self, values: Tensor) -> Tensor:
         """The largest of each over all ranks, in place; on any device."""
         if self.active:
-            with self._heard():
+            with self.heard():
                 dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group(values))
         return values
 
     def begin_sum(self, values: Tensor) -> Callable[[], None]:
         """Begins `sum` of a tensor on the model's device. What comes back, once it is called, has waited for the sums;
         on a GPU the stream waits, not the host."""
-        with self._heard():
+        with self.heard():
             work = dist.all_reduce(values, group=self.device, async_op=True)
         assert work is not None
 
         def wait() -> None:
-            with self._heard():
+            with self.heard():
                 work.wait()
 
         return wait
@@ -180,7 +182,7 @@ class Ranks:
         if not self.active:
             return [value]
         values: list[Any] = [None] * self.size
-        with self._heard():
+        with self.heard():
             dist.all_gather_object(values, value, group=self.waiting if patient else self.host)
         return values
 
@@ -203,7 +205,7 @@ class Ranks:
 
     def _broadcast(self, value: Any, group: dist.ProcessGroup) -> Any:
         values = [value]
-        with self._heard():
+        with self.heard():
             dist.broadcast_object_list(values, src=0, group=group)
         return values[0]
 
@@ -216,7 +218,7 @@ class Ranks:
         goes_before = int(os.environ.get("LOCAL_RANK", self.rank)) == 0
         if goes_before:
             yield
-        with self._heard():
+        with self.heard():
             dist.barrier(group=self.waiting)
         if not goes_before:
             yield
@@ -224,10 +226,10 @@ class Ranks:
     def copy_of_first(self, model: nn.Module) -> None:
         """Gives the model of every rank the weights that the first one's has."""
         if self.active:
-            with self._heard(), torch.no_grad():
+            with self.heard(), torch.no_grad():
                 for tensor in model.state_dict().values():
                     whole = tensor.contiguous()
-                    dist.broadcast(whole, src=0, group=self.device)
+                    dist.broadcast(whole, src=0, group=self._group(whole))
                     tensor.copy_(whole)
 
     def check_settings(self) -> None:
@@ -238,7 +240,14 @@ class Ranks:
         assert self.config is not None
         if self.size > (batches := self.config.batch.accumulate):
             raise ValueError(too_few_batches(batches, self.size))
-        self.check_same("versions or settings", versions() | settings_that_count(self.config))
+        if self.shards and batches % self.size:
+            raise ValueError(
+                f"parallel shard: every rank needs as many batches of a step as the others, and batch.accumulate "
+                f"{batches} is no multiple of {self.size} ranks"
+            )
+        self.check_same(
+            "versions or settings", versions() | settings_that_count(self.config) | {"parallel": self.config.parallel}
+        )
 
     def check_same(self, what: str, values: dict[str, Any]) -> None:
         """
@@ -266,9 +275,13 @@ class Ranks:
 
     # A rank that is lost
 
+    def passes(self) -> AbstractContextManager:
+        """Around forward and backward passes, which exchange where the model lies in slices."""
+        return self.heard(alone=False) if self.shards else nullcontext()
+
     @contextmanager
-    def _heard(self) -> Iterator[None]:
-        """Around an exchange: says who is lost where it fails."""
+    def heard(self, alone: bool = True) -> Iterator[None]:
+        """Around an exchange, `alone` or with other work: says who is lost where it fails."""
         try:
             yield
         except torch.OutOfMemoryError:  # a RuntimeError as well
@@ -277,6 +290,8 @@ class Ranks:
             lost, told = self._roll_call()
             if told or (lost and self.rank != min(set(range(self.size)) - set(lost))):
                 raise SystemExit(USER_ERROR) from error  # somebody else says it
+            if not (lost or alone):
+                raise
             raise RankLost(self._in_words(lost, error)) from error
 
     def _roll_call(self) -> tuple[list[int], list[int]]:

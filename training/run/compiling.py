@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
     from trunkline.training.run.run import Run
 
+MANY = 10  # one in so many batches that do not fit the graph is told
 LOOKED_AT = 16  # batches at the beginning, in the middle and at the end of a run
 
 
@@ -54,3 +55,14 @@ def warm_up(run: "Run", members: Members) -> None:
     run.progress.compile_seconds += compiled.seconds
     compiled.uncompiled = 0  # of a single example, which is longer than a part
     run.display.tell(f"compiled the model in {compiled.seconds:.0f} s")
+
+
+def tell_of_uncompiled(run: "Run") -> None:
+    """Once, where many batches go without the graph: they are slower, and need more memory."""
+    batches = run.progress.step * run.config.batch.accumulate
+    if not run.told and run.progress.uncompiled * MANY > batches:
+        run.told = True
+        run.display.tell(
+            f"{run.progress.uncompiled} of {batches} batches so far have more sequences or rows than the compiled "
+            "model has room for, and go without it: slower, with the same gradients"
+        )

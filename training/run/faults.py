@@ -151,7 +151,7 @@ class Parts:
         work: Callable[[Sequence[PackedBatch]], Result],
         batches: Sequence[PackedBatch],
         members: Sequence[Members],
-        together: bool = False,
+        together: str = "",
     ) -> Result:
         """What `work` makes of the batches, or of their parts if it runs out of memory with them.
 
@@ -159,10 +159,10 @@ class Parts:
             work: can be called again after a torch.OutOfMemoryError.
             batches: of the step.
             members: what is in each of them.
-            together: `work` holds all of the batches until its end, so that parts would not help.
+            together: why parts would not help, as when `work` holds all of the batches until its end.
 
         Raises:
-            MemoryError: an example does not fit by itself, which is named; or the batches do not `together`.
+            MemoryError: an example does not fit by itself, which is named; or the batches do not, `together`.
         """
         while True:
             if self.progress.part_tokens:
@@ -173,8 +173,8 @@ class Parts:
                 pass  # what the exception holds on to is freed with it, at the end of this block
             if together:
                 raise MemoryError(
-                    f"out of memory with {sum(len(batch.tokens) for batch in batches)} tokens, which this balancing "
-                    "holds together until their weights are known: lower batch.tokens or batch.accumulate"
+                    f"out of memory with {sum(len(batch.tokens) for batch in batches)} tokens, {together}: lower "
+                    "batch.tokens or batch.accumulate"
                 )
             torch.cuda.empty_cache()  # does nothing without a GPU
             self._shrink(members)

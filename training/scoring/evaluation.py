@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import Model
@@ -60,7 +61,8 @@ def evaluate(
         ranks: that share the work, and all call this.
     """
     model.eval()
-    with torch.inference_mode():
+    # FSDP2 keeps what it gathers first for the steps that follow, where a tensor of inference mode is of no use
+    with torch.no_grad() if isinstance(model, FSDPModule) else torch.inference_mode():
         return {
             split.task.name: _evaluate_task(model, tokenizer, split, task, tokens, search, examples, texts, ranks)
             for task, split in enumerate(validation)

@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from hashlib import sha256
@@ -80,8 +81,8 @@ def main(file: Path) -> None:
 
 
 def outcome(run: dict[str, Any], rank: int) -> dict[str, Any]:
-    """Trains; 'bits' of the weights after every step, and the 'error' that ended it or its 'steps'. Or, where there is
-    an 'engine', puts it to use."""
+    """Trains; 'bits' of the weights after every step, the bytes that were 'held', and the 'error' that ended it or its
+    'steps'. Or, where there is an 'engine', puts it to use."""
     if "engine" in run:
         return answers(Path(run["engine"]), Path(run["file"]))
     from trunkline import Engine
@@ -90,11 +91,16 @@ def outcome(run: dict[str, Any], rank: int) -> dict[str, Any]:
 
     config = load_config(Path(run["config"]), run["values"] + (run.get("more", []) if rank else []))
     bits: list[str] = []
+    held: dict[str, int] = {}
     update = Run.update
 
     def updated(self: Run, loss: Any) -> Any:
+        learnt = [p for p in self.model.parameters() if p.grad is not None]
+        held["gradients"] = size_of(p.grad for p in learnt)
         norm = update(self, loss)
         bits.append(digest(self.model))
+        held["parameters"] = size_of(self.model.parameters())
+        held["optimizer"] = size_of(self.optimizer.state[p][key] for p in learnt for key in ("exp_avg", "exp_avg_sq"))
         return norm
 
     with pytest.MonkeyPatch.context() as patch:
@@ -105,8 +111,9 @@ def outcome(run: dict[str, Any], rank: int) -> dict[str, Any]:
             try:
                 summary = Engine.from_config(config).fit(resume=run.get("resume", False))
             except (Exception, SystemExit) as error:
-                return {"bits": bits, "error": f"{type(error).__name__}: {error}"}
-    return {"bits": bits, "steps": summary["steps"], "left_out": summary["steps_left_out"]}
+                traceback.print_exc()
+                return {"bits": bits, "held": held, "error": f"{type(error).__name__}: {error}"}
+    return {"bits": bits, "held": held, "steps": summary["steps"], "left_out": summary["steps_left_out"]}
 
 
 def answers(folder: Path, file: Path) -> dict[str, Any]:
@@ -130,10 +137,20 @@ def answers(folder: Path, file: Path) -> dict[str, Any]:
     return said
 
 
+def size_of(tensors: Any) -> int:
+    """Bytes of these tensors on this rank."""
+    from trunkline.training.distributed.sharding import local
+
+    return sum(local(tensor.detach()).nbytes for tensor in tensors)
+
+
 def digest(model: Any) -> str:
+    """Of the weights that all ranks have alike, or of this one's slices."""
+    from trunkline.training.distributed.sharding import local
+
     state = sha256()
     for tensor in model.state_dict().values():
-        state.update(tensor.contiguous().numpy().data)
+        state.update(local(tensor).contiguous().numpy().data)
     return state.hexdigest()
 
 
@@ -175,6 +192,23 @@ def _out_of_memory(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
             raise torch.OutOfMemoryError
         return sums
 
+    patch.setattr(Run, "_gradients", fail)
+    yield
+
+
+@contextmanager
+def _no_room_for_a_batch(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On the last rank, in the third step."""
+    import torch
+
+    from trunkline.training.run.run import Run
+
+    def fail(self: Run, *arguments: Any) -> Any:
+        if self.ranks.rank == self.ranks.size - 1 and self.progress.step == 2:
+            raise torch.OutOfMemoryError
+        return gradients(self, *arguments)
+
+    gradients = Run._gradients
     patch.setattr(Run, "_gradients", fail)
     yield
 
@@ -242,6 +276,7 @@ FAULTS = {
     "none": _none,
     "not finite": _not_finite,
     "out of memory": _out_of_memory,
+    "no room for a batch": _no_room_for_a_batch,
     "terminated": _terminated,
     "disk full": _disk_full,
     "killed in a save": _killed_in_a_save,
