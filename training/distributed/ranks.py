@@ -287,11 +287,12 @@ class Ranks:
         except torch.OutOfMemoryError:  # a RuntimeError as well
             raise
         except RuntimeError as error:
+            # gloo's errors have no class of their own
+            if not (alone or isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+                raise
             lost, told = self._roll_call()
             if told or (lost and self.rank != min(set(range(self.size)) - set(lost))):
                 raise SystemExit(USER_ERROR) from error  # somebody else says it
-            if not (lost or alone):
-                raise
             raise RankLost(self._in_words(lost, error)) from error
 
     def _roll_call(self) -> tuple[list[int], list[int]]:

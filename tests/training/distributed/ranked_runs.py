@@ -12,14 +12,14 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-LONGEST = 100  # seconds that all runs of a group may take
+LONGEST = 240  # seconds that all runs of a group may take, on a machine that does something else besides
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 
@@ -55,6 +55,7 @@ def start(
     ranks = []
     for rank, environment in enumerate(environments(size)):
         with (folder / f"output-{rank}").open("w") as output, (folder / f"errors-{rank}").open("w") as errors:
+            environment["KILLED"] = str(killed)
             ranks.append(subprocess.Popen(program, env=environment, stdout=output, stderr=errors))
     codes = [rank.wait(LONGEST + 20) for rank in ranks]
     said = [[(folder / f"{kind}-{rank}").read_text() for rank in range(size)] for kind in ("output", "errors")]
@@ -71,13 +72,21 @@ def main(file: Path) -> None:
     import torch.distributed as dist
 
     faulthandler.dump_traceback_later(LONGEST, exit=True)  # a rank that hangs says where
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo")
+    rank, size, runs = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), json.loads(file.read_text())
+    # DTensor remembers groups by their names, which repeat only where every run has a default group of its own
+    each_its_own = any("parallel=shard" in run.get("values", ()) for run in runs)
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*where, is_master=rank == 0, multi_tenant=True, wait_for_workers=False)
+    if not each_its_own:
+        dist.init_process_group("gloo", store=dist.PrefixStore("all", store), rank=rank, world_size=size)
     outcomes = []
-    for run in json.loads(file.read_text()):
+    for run in runs:
         outcomes.append(outcome(run, rank))
         (file.parent / f"rank-{rank}.json").write_text(json.dumps(outcomes))  # before the next one kills it
-    dist.destroy_process_group()
+    with suppress(RuntimeError):  # of a store that was killed
+        store.set(f"ended/{rank}", "")
+    if rank == 0:  # whose store it is
+        store.wait([f"ended/{other}" for other in range(size) if str(other) != os.environ["KILLED"]])
 
 
 def outcome(run: dict[str, Any], rank: int) -> dict[str, Any]:
@@ -103,17 +112,42 @@ def outcome(run: dict[str, Any], rank: int) -> dict[str, Any]:
         held["optimizer"] = size_of(self.optimizer.state[p][key] for p in learnt for key in ("exp_avg", "exp_avg_sq"))
         return norm
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, grams_seen() as grams:
         patch.setattr(Run, "update", updated)
         patch.setattr("trunkline.training.distributed.gradient_exchange.BUCKET", 20_000)  # several of a tiny trunk
         patch.setattr("trunkline.training.run.run.write_report", lambda folder: None)  # which takes longer than the run
+        if config.parallel == "shard":  # where every batch of an evaluation is every rank's
+            patch.setattr("trunkline.training.run.run.FIRST_LOOK", 2)
         with FAULTS[run.get("fault", "none")](rank, patch):
             try:
                 summary = Engine.from_config(config).fit(resume=run.get("resume", False))
             except (Exception, SystemExit) as error:
                 traceback.print_exc()
                 return {"bits": bits, "held": held, "error": f"{type(error).__name__}: {error}"}
-    return {"bits": bits, "held": held, "steps": summary["steps"], "left_out": summary["steps_left_out"]}
+    return {
+        "bits": bits,
+        "held": held,
+        "grams": grams,
+        "steps": summary["steps"],
+        "left_out": summary["steps_left_out"],
+    }
+
+
+@contextmanager
+def grams_seen() -> Iterator[list[list[list[float]]]]:
+    """The Gram matrices that tasks are weighed by, one a step."""
+    from trunkline.training.balancing.balancer import Balancer
+
+    seen: list[list[list[float]]] = []
+    weigh = Balancer._weigh
+
+    def weighed(self: Balancer, losses: Any, counts: Any, gram: Any, step: int) -> Any:
+        seen.append(gram.tolist())
+        return weigh(self, losses, counts, gram, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Balancer, "_weigh", weighed)
+        yield seen
 
 
 def answers(folder: Path, file: Path) -> dict[str, Any]:

@@ -1,9 +1,13 @@
-"""A model in slices is the model that one process has, in a fourth of the memory, and its checkpoints are any run's."""
+"""A model in slices is the model that one process has, in a fourth of the memory, and its checkpoints are any run's.
+
+And what else takes four ranks.
+"""
 
 from pathlib import Path
 
 import pytest
 import ranked_runs
+import torch
 from test_replicate import Runs, error, on_ranks, weights
 
 from run_folders import lines
@@ -14,14 +18,15 @@ from trunkline.training.config_file import load_config
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 # small batches, which lack one task or another
-SMALL = "batch.tokens=72 batch.max_length=72 batch.accumulate=4 steps=20 evaluation.every=10 evaluation.texts=1"
+SMALL = "batch.tokens=72 batch.max_length=72 batch.accumulate=4 steps=20 evaluation.every=20 evaluation.texts=1"
 SMALL = f"{SMALL} evaluation.examples=2 evaluation.last_examples=2 search.max_new_tokens=2"
-SHORT = "steps=8"
+SHORT = "steps=5"
 RUNS = {
     "full": "",
     "adapters": f"{SHORT} adapters.rank=4",
     "recomputed": f"{SHORT} checkpointing=block projection=",
 }
+GRAM = "steps=1 balancing=pcgrad batch.tokens=256"  # with weights that are still the same
 STOPPED = {"stopped in slices": "shard", "stopped whole": "replicate"}  # after the third step
 
 
@@ -37,7 +42,8 @@ def four(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     for name, parallel in STOPPED.items():
         runs[name] = described(tiny_config, folder / name, SHORT, parallel, fault="terminated")
     runs["goes on in slices"] = described(tiny_config, folder / "stopped whole", SHORT, resume=True)
-    runs["not finite"] = described(tiny_config, folder / "not finite", "steps=6", fault="not finite")
+    runs["not finite"] = described(tiny_config, folder / "not finite", SHORT, fault="not finite")
+    runs["gram"] = described(tiny_config, folder / "gram", GRAM, "replicate")
     runs["uneven"] = described(tiny_config, folder / "uneven", "batch.accumulate=6")
     runs["no room"] = described(tiny_config, folder / "no room", SHORT, fault="no room for a batch")
     return on_ranks(4, runs, folder, tiny_config)
@@ -48,11 +54,12 @@ def one(four: Runs, tmp_path_factory: pytest.TempPathFactory):
     """Runs in this process, each made once."""
     folder = tmp_path_factory.mktemp("one")
 
-    def run(name: str, values: str) -> Path:
+    def run(name: str, values: str, parallel: str = "shard") -> Path:  # which of one process is no other
         if not (folder / name).exists():
-            config = load_config(four.config, described(four.config, folder / name, values)["values"])
+            config = load_config(four.config, described(four.config, folder / name, values, parallel)["values"])
             with pytest.MonkeyPatch.context() as patch:
                 patch.setattr("trunkline.training.run.run.write_report", lambda folder: None)
+                patch.setattr("trunkline.training.run.run.FIRST_LOOK", 2)
                 Engine.from_config(config).fit()
         return folder / name
 
@@ -61,8 +68,8 @@ def one(four: Runs, tmp_path_factory: pytest.TempPathFactory):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_weights_and_losses_are_those_of_one_process(name, four, one):
-    assert [outcome.get("steps") for outcome in four.outcomes[name]] == [20 if name == "full" else 8] * 4
-    expected, start = weights(one(name, RUNS[name])), {}
+    assert [outcome.get("steps") for outcome in four.outcomes[name]] == [20 if name == "full" else 5] * 4
+    expected = weights(one(name, RUNS[name]))
     found = four.weights(name)
     start = {key: 0 * value for key, value in expected.items()}
     assert found.keys() == expected.keys()
@@ -91,16 +98,16 @@ def test_a_rank_of_four_holds_a_fourth(name, four, one):
 def test_a_run_goes_on_whole_or_in_slices_on_any_number_of_ranks(four, one, tmp_path):
     plain = weights(one("plain", SHORT))
     assert [outcome["error"] for outcome in four.outcomes["stopped whole"]] == ["SystemExit: 143"] * 4
-    assert [len(outcome["bits"]) for outcome in four.outcomes["goes on in slices"]] == [5] * 4
+    assert [len(outcome["bits"]) for outcome in four.outcomes["goes on in slices"]] == [2] * 4
     assert error(four.weights("stopped whole"), plain) < 1e-3
 
     run = four.folder / "stopped in slices"
     assert (run / "checkpoints" / "step-3").is_dir()
     two = ranked_runs.start(2, [described(four.config, run, SHORT, resume=True)], tmp_path / "two")
-    assert [outcome["steps"] for (outcome,) in two] == [8, 8]
+    assert [outcome["steps"] for (outcome,) in two] == [5, 5]
     assert error(weights(run), plain) < 1e-3
-    again = load_config(four.config, described(four.config, run, "steps=9", "replicate")["values"])
-    assert Engine.from_config(again).fit(resume=True)["steps"] == 9
+    again = load_config(four.config, described(four.config, run, "steps=6", "replicate")["values"])
+    assert Engine.from_config(again).fit(resume=True)["steps"] == 6
 
 
 def test_its_files_are_those_of_any_run(four, one):
@@ -132,3 +139,14 @@ def test_memory_that_is_short_ends_the_run_with_what_to_lower(four):
     assert "MemoryError: out of memory with" in short["error"]
     assert "the ranks that have the other slices of the model make no parts: lower batch.tokens" in short["error"]
     assert {outcome["error"].split(":")[0] for outcome in others} == {"SystemExit"}
+
+
+def test_the_gram_matrix_of_four_ranks_is_that_of_one(four, one):
+    with ranked_runs.grams_seen() as seen:
+        one("gram", GRAM, "replicate")
+    expected = torch.tensor(seen[0], dtype=torch.float64)
+    norms = expected.diagonal().sqrt()
+    assert (norms > 0).all()
+    for outcome in four.outcomes["gram"]:
+        found = torch.tensor(outcome["grams"][0], dtype=torch.float64)
+        assert float(((found - expected) / norms / norms[:, None]).abs().max()) < 1e-6
