@@ -21,6 +21,7 @@ from trunkline.engine.settings import (
     Mixing,
     Optimizer,
     Tracking,
+    not_in_slices,
 )
 from trunkline.engine.tasks.builtin import BUILTIN, get_task
 from trunkline.engine.tasks.task import Task
@@ -152,7 +153,7 @@ class Config:
             of = f"the one of '{self.init}' is not" if self.init else "trunk.causal is false"
             yield f"task '{following[0]}' predicts next tokens, which needs a causal trunk: {of}"
         if self.parallel == "shard":
-            yield from self._not_in_slices(names)
+            yield from not_in_slices(self, names)
         yield from self._too_long()
         if source := self.tokenizer or self.init:
             for name in TRAINED:
@@ -229,24 +230,6 @@ class Config:
             yield (
                 "balancing weighs tasks by what they share, and adapters of their own share nothing: use adapters.of "
                 "shared or groups, or balancing fixed"
-            )
-
-    def _not_in_slices(self, names: list[str]) -> Iterator[str]:
-        """What parallel shard cannot do, and why."""
-        if self.architecture != "trunk":
-            yield "parallel shard puts a trunk's blocks together one at a time; architecture bilstm has none"
-        if self.balancing.method != "fixed" or self.balancing.watch:
-            what = "balancing.watch" if self.balancing.method == "fixed" else f"balancing {self.balancing.method}"
-            yield (
-                f"parallel shard does not go with {what}, which holds all batches of a step until its weights are "
-                "known, and then needs every block again: use balancing fixed, or parallel replicate"
-            )
-        if self.compile is True:
-            yield "parallel shard does not go with compile true: a graph would have to hold the exchange; leave it out"
-        if self.mixing.patience is not None or any(name in names for name in self.optimizer.freeze):
-            yield (
-                "parallel shard cannot hold the heads of single tasks still, which lie in slices: leave out "
-                "mixing.patience, and tasks in optimizer.freeze"
             )
 
     def _not_for_bilstm(self) -> Iterator[str]:

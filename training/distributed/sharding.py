@@ -11,7 +11,7 @@ Every forward and backward pass exchanges, so all ranks have as many of them.
 W ranks
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -26,14 +26,18 @@ from trunkline.training.distributed.ranks import Ranks
 ENTERED = ("score", "generate")  # methods besides forward that all ranks call, with equal arguments
 
 
-def shard(model: MultiTaskModel, ranks: Ranks, device: torch.device) -> None:
-    """Leaves of every parameter this rank's slice, on the device; the model may be on the host until then.
+def shard(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
+    """Leaves of every parameter, as the first rank has it, this rank's slice, on the device.
+
+    Until then the model may be on the host: a block at a time goes to the device whole.
 
     Raises:
         ValueError: adapters of a width that the ranks do not divide; or a model that lies in slices already.
     """
     if isinstance(model, FSDPModule):
         raise ValueError("parallel shard: the model lies in slices of an earlier run: use Engine.load")
+    assert isinstance(model, MultiTaskModel)  # as the config says
+    ranks.copy_of_first(model)
     mesh = DeviceMesh.from_group(ranks.device, device.type)
     place = partial(placement, ranks.size)
     if model.adapters is not None and any(place(parameter).dim == 0 for parameter in model.adapters.parameters()):
@@ -75,16 +79,12 @@ def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return together
 
 
-def sliced(tensors: Mapping[str, Tensor], like: Callable[[str], Tensor]) -> dict[str, Tensor]:
-    """Of whole tensors, which may lie in a file that is mapped, the slices of this rank.
-
-    Args:
-        like: by name, what each is to lie as.
-    """
-    return {name: _slice(tensor, like(name)) for name, tensor in tensors.items()}
+def sliced(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of whole tensors, which may lie in a file that is mapped, the slices of this rank; `like`: how each is to lie."""
+    return {name: _slice(tensor, like.get(name)) for name, tensor in tensors.items()}
 
 
-def _slice(tensor: Tensor, like: Tensor) -> Tensor:
+def _slice(tensor: Tensor, like: Tensor | None) -> Tensor:
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:
         return tensor  # of other shapes, and so an error where it is loaded; or a count of steps
     (placement,), mesh = like.placements, like.device_mesh

@@ -114,9 +114,11 @@ def first_words(packer: Packer, tokenizer: Tokenizer, task: int, i: int) -> str:
     return " ".join(words[:WORDS]) + (" ..." if len(words) > WORDS else "")
 
 
-def in_words(step: int, tasks: Sequence[str], examples: Sequence[dict[str, Any]]) -> str:
-    """What the console says of a step that was left out."""
+def in_words(step: int, tasks: Sequence[str], examples: Sequence[dict[str, Any]] | None) -> str:
+    """What the console says of a step that was left out; `examples`: None: nobody has looked for them."""
     what = f"the loss of {', '.join(tasks)}" if tasks else "the gradient"
+    if examples is None:
+        return f"step {step} is left out: {what} is not finite"
     named = "".join(f"\n  {e['task']}, training example {e['example']}: {e['text']}" for e in examples)
     return f"step {step} is left out: {what} is not finite{named or '; no example is to blame by itself'}"
 

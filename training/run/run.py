@@ -23,7 +23,6 @@ from trunkline.engine.console import tell
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import Model, heads_of
 from trunkline.engine.network.memory import keep_freed_memory
-from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.packing import PackedBatch
 from trunkline.engine.saved import own_tensors, write_saved
 from trunkline.training.balancing.adaptive import Adaptive
@@ -128,10 +127,10 @@ class Run:
             engine.added = []
         on_gpu = engine.device.type == "cuda" and torch.cuda.is_bf16_supported()
         freeze(model, config.optimizer.freeze, torch.bfloat16 if on_gpu else None)
-        self.ranks.copy_of_first(model)
         if self.ranks.shards:
-            assert isinstance(model, MultiTaskModel)  # as the config says
             shard(model, self.ranks, engine.device)
+        else:
+            self.ranks.copy_of_first(model)
         return model
 
     def __enter__(self) -> "Run":
@@ -281,7 +280,7 @@ class Run:
                 continue
             numbers = range((step - 1) * self.config.batch.accumulate, step * self.config.batch.accumulate)
             members = [member for number in numbers for member in self.mixer.batch(number)]
-            examples = []  # of a model in slices no rank can look for them by itself
+            examples = None  # of a model in slices no rank can look for them by itself
             if not self.ranks.shards:
                 with self.engine.autocast():
                     examples = named_culprits(self.model, self.packer, self.corpus.tokenizer, members)

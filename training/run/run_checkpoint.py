@@ -55,10 +55,10 @@ def resume_run(run: "Run") -> Progress:
     tensors, state = checkpoint.load(path)
     progress = Progress(**state["progress"])
     check_goes_on(state["settings"], run.fingerprint, progress.step)
-    here, learnt = run.model.state_dict(), dict(run.model.named_parameters())
-    own = sliced(tensors["model"], lambda name: here.get(name, run.weights))
+    own = sliced(tensors["model"], run.model.state_dict())
     run.model.load_state_dict(all_tensors(own, run.model, run.config))
-    moments = sliced(tensors.get("optimizer", {}), lambda name: learnt.get(name.rpartition(".")[0], run.weights))
+    as_weights = {f"{name}.{entry}": p for name, p in run.model.named_parameters() for entry in checkpoint.ENTRIES}
+    moments = sliced(tensors.get("optimizer", {}), as_weights)
     checkpoint.load_optimizer_tensors(run.optimizer, run.model.named_parameters(), moments)
     run.balancer.load_state_dict(state["balancing"])
     run.adaptive.load_state_dict(state["mixing"])

@@ -43,7 +43,7 @@ def rank_of(ranks: int) -> Iterator[SimpleNamespace]:
     """The first of so many, whose group sends nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        yield SimpleNamespace(device=dist.group.WORLD, size=ranks)
+        yield SimpleNamespace(device=dist.group.WORLD, size=ranks, copy_of_first=lambda model: None)
     finally:
         dist.destroy_process_group()
 
