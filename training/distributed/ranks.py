@@ -33,7 +33,8 @@ from trunkline.training.run.folder import settings_that_count
 ALONE = timedelta(days=1)  # that a rank may work by itself while the others wait: encoding, generated texts
 ROLL_CALL = 5.0  # seconds within which every rank that is still there hears of one that is not
 AGREED = 1.0  # seconds within which all ranks find the same fault, if they all find it
-Item, Result = TypeVar("Item"), TypeVar("Result")
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 runs = count()  # of this process: each has names of its own in the store
 
 

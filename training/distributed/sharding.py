@@ -87,8 +87,9 @@ def sliced(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[st
 def _slice(tensor: Tensor, like: Tensor | None) -> Tensor:
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:
         return tensor  # of other shapes, and so an error where it is loaded; or a count of steps
-    (placement,), mesh = like.placements, like.device_mesh
-    side, ranks = placement.dim, mesh.size()
+    (cut,), mesh = like.placements, like.device_mesh
+    assert isinstance(cut, Shard)
+    side, ranks = cut.dim, mesh.size()
     most = -(-tensor.shape[side] // ranks)
     first = min(mesh.get_local_rank() * most, tensor.shape[side])
     part = tensor.narrow(side, first, min(most, tensor.shape[side] - first)).to(like.device).contiguous()
