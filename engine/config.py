@@ -21,6 +21,7 @@ from trunkline.engine.settings import (
     Mixing,
     Optimizer,
     Tracking,
+    not_in_slices,
 )
 from trunkline.engine.tasks.builtin import BUILTIN, get_task
 from trunkline.engine.tasks.task import Task
@@ -109,6 +110,10 @@ class Config:
     """GPUs of this machine, or processes on a CPU, that work on the run together, each on some of a step's batches;
     all: every GPU there is. The run is the same with any number of them, up to `batch.accumulate`. Under torchrun it is
     torchrun that says how many there are."""
+    parallel: Literal["replicate", "shard"] = "replicate"
+    """What each of several processes holds. replicate: all of the model. shard: a slice of every weight, gradient and
+    moment of the optimizer (FSDP2), for trunks that do not fit; a block is whole where it is computed. The run is the
+    same, and may go on with the other. Of balancing 'fixed' alone."""
     rank_timeout: float = 600.0
     """Seconds after which a process that does not answer the others ends the run."""
     compile: bool | Literal["auto"] = "auto"
@@ -147,6 +152,8 @@ class Config:
         elif following := [task.name for task in tasks if HEADS[task.head].follows and not self.trunk.causal]:
             of = f"the one of '{self.init}' is not" if self.init else "trunk.causal is false"
             yield f"task '{following[0]}' predicts next tokens, which needs a causal trunk: {of}"
+        if self.parallel == "shard":
+            yield from not_in_slices(self, names)
         yield from self._too_long()
         if source := self.tokenizer or self.init:
             for name in TRAINED:

@@ -34,7 +34,15 @@ from trunkline.engine.network.generate import Search
 from trunkline.engine.network.kept_heads import keep_heads
 from trunkline.engine.network.model import MultiTaskModel, in_model_order
 from trunkline.engine.network.trunk import Trunk, TrunkConfig
-from trunkline.engine.saved import NoInitialisation, all_tensors, check_weights, read_saved, summary_beside, write_saved
+from trunkline.engine.saved import (
+    NoInitialisation,
+    all_tensors,
+    check_weights,
+    own_tensors,
+    read_saved,
+    summary_beside,
+    write_saved,
+)
 from trunkline.engine.shown import engine_html, with_metrics
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.given import listed
@@ -116,8 +124,9 @@ class Engine:
             raise ValueError("this engine has no weights yet: call fit(), or Engine.load(folder)")
         return self._model
 
-    def build(self, tokenizer: Tokenizer) -> Model:
-        """The model for this tokenizer: the one there is, or a new one from the config's seed."""
+    def build(self, tokenizer: Tokenizer, on_host: bool = False) -> Model:
+        """The model for this tokenizer: the one there is, or a new one from the config's seed; on the device, unless a
+        new one is to stay `on_host`."""
         self.tokenizer = tokenizer
         if self._model is None:
             torch.manual_seed(self.config.seed)
@@ -138,7 +147,7 @@ class Engine:
             self._model = make_model(self.config, self._trunk)
             if starts:
                 self._go_on_from(self.config.init)
-            self._model.to(self.device)
+            self._model.to("cpu" if on_host else self.device)
         if isinstance(self._model, MultiTaskModel):
             self._model.trunk.checkpointing = self.config.checkpointing
         return self._model
@@ -159,7 +168,10 @@ class Engine:
 
     @property
     def compiles(self) -> bool:
-        """Whether training compiles the model; not with flash-attn, whose part of a batch is chosen on the host."""
+        """Whether training compiles the model; not in slices, nor with flash-attn, whose part of a batch is chosen on
+        the host."""
+        if self.config.parallel == "shard":
+            return False
         if attention_elsewhere.FORCED == "flash_attn":
             if self.config.compile is True:
                 raise ValueError("TRUNKLINE_LONG_ATTENTION=flash_attn cannot be compiled: leave it or compile=true out")
@@ -205,21 +217,9 @@ class Engine:
         Args:
             examples: of each task, evenly spaced; 0: all.
         """
-        from trunkline.training.data.corpus import load_corpus
-        from trunkline.training.scoring.evaluation import evaluate
+        from trunkline.training.scoring.evaluation import evaluate_engine
 
-        config = self.config
-        corpus = load_corpus(config, self.known_tokenizer)
-        with self.autocast():
-            scored = evaluate(
-                self.model,
-                corpus.tokenizer,
-                corpus.validation,
-                tokens=config.batch.tokens,
-                search=config.search,
-                examples=examples,
-            )
-        metrics = {name: task.metrics for name, task in scored.items()}
+        metrics = evaluate_engine(self, examples)
         self.summary = with_metrics(self.summary, metrics)
         return metrics
 
@@ -283,7 +283,7 @@ class Engine:
             ValueError: the folder holds the weights of something else.
             OSError: the disk is full, not writable, ...
         """
-        write_saved(Path(folder), self.model, self.config, self.known_tokenizer)
+        write_saved(Path(folder), own_tensors(self.model, self.config), self.config, self.known_tokenizer)
         return Path(folder)
 
     def save_adapters(self, folder: str | Path, tasks: Sequence[str] = ()) -> Path:

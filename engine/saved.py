@@ -89,14 +89,14 @@ def _read_checkpoint(folder: Path) -> tuple[Config, Tokenizer, dict[str, Tensor]
     return config, tokenizer, weights, folder / "model.safetensors"
 
 
-def write_saved(folder: Path, model: nn.Module, config: Config, tokenizer: Tokenizer) -> None:
-    """See `Engine.save`."""
+def write_saved(folder: Path, tensors: Mapping[str, Tensor], config: Config, tokenizer: Tokenizer) -> None:
+    """See `Engine.save`; `tensors` as `own_tensors` gives them."""
     if (folder / WEIGHTS).exists() and not (folder / SETTINGS).exists():
         raise ValueError(f"engine: {folder} holds a checkpoint that is not ours: name another folder")
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / f".{WEIGHTS}.partial"
     try:
-        save_file(own_tensors(model, config), partial)
+        save_file(dict(tensors), partial)
     except SafetensorError as error:  # how safetensors tells of a full disk
         partial.unlink(missing_ok=True)
         raise OSError(f"engine: {folder / WEIGHTS} is not saved: {error}") from error

@@ -1,11 +1,14 @@
 """The parts of a config: what is in a step, how the tasks are mixed and weighed, the optimizer, the evaluations."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 from trunkline.engine.checks import above, at_least, check, from_to_below, nearest, raise_all
+
+if TYPE_CHECKING:
+    from trunkline.engine.config import Config
 
 MixingMethod = Literal["proportional", "temperature", "annealed", "fixed", "progress", "loss_ratio"]
 ADAPTIVE = ("progress", "loss_ratio")  # methods whose shares react to training
@@ -223,3 +226,22 @@ class Balancing:
             methods = ", ".join(get_args(BalancingMethod))
             raise ValueError(f"balancing: method must be one of {methods}, got '{self.method}'")
         check(self, "balancing.", watch=at_least(0))
+
+
+def not_in_slices(config: "Config", tasks: Sequence[str]) -> Iterator[str]:
+    """What parallel shard cannot do of what a config with these tasks asks for, and why."""
+    if config.architecture != "trunk":
+        yield "parallel shard puts a trunk's blocks together one at a time; architecture bilstm has none"
+    if config.balancing.method != "fixed" or config.balancing.watch:
+        what = "balancing.watch" if config.balancing.method == "fixed" else f"balancing {config.balancing.method}"
+        yield (
+            f"parallel shard does not go with {what}, which holds all batches of a step until its weights are known, "
+            "and then needs every block again: use balancing fixed, or parallel replicate"
+        )
+    if config.compile is True:
+        yield "parallel shard does not go with compile true: a graph would have to hold the exchange; leave it out"
+    if config.mixing.patience is not None or any(name in tasks for name in config.optimizer.freeze):
+        yield (
+            "parallel shard cannot hold the heads of single tasks still, which lie in slices: leave out "
+            "mixing.patience, and tasks in optimizer.freeze"
+        )

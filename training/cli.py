@@ -15,9 +15,9 @@ from typing import Any
 
 from trunkline import __version__
 from trunkline.engine.console import harmless, tell, warn
+from trunkline.training.distributed.launch import USER_ERROR, check_shared
 from trunkline.training.using import add_commands
 
-USER_ERROR = 2  # exit code for what the user can put right
 INTERRUPTED = 130  # exit code that shells give Ctrl-C
 UNREAD = 141  # and what ends because nobody reads its output
 
@@ -42,6 +42,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a console that cannot show a character shows its number
     try:
+        check_shared(options.name_of_command)
         options.command(options)
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads on, as in `trunkline predict ... | head`
@@ -66,7 +67,7 @@ def _parser() -> argparse.ArgumentParser:
         name: str, function: Callable[[argparse.Namespace], None], text: str, **settings: Any
     ) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text, **settings)
-        sub.set_defaults(command=function)
+        sub.set_defaults(command=function, name_of_command=name)
         return sub
 
     init = command("init", _init, "look at tables of yours and write a config for them")
@@ -123,7 +124,9 @@ def _parser() -> argparse.ArgumentParser:
 
     estimate = command("estimate", _estimate, "print memory, arithmetic and time of a run, before it is started")
     estimate.add_argument("config", metavar="CONFIG.yaml", type=Path)
-    estimate.add_argument("values", nargs="*", default=[], metavar="key=value")
+    estimate.add_argument(
+        "values", nargs="*", default=[], metavar="key=value", help="also devices=64 nodes=8: of so many, on 8 machines"
+    )
 
     tune = command("tune", _tune, "time the ways in which every op can go on this GPU, and keep the fastest")
     tune.add_argument("config", metavar="CONFIG.yaml", type=Path)
@@ -301,11 +304,14 @@ def _doctor(options: argparse.Namespace) -> None:
 def _estimate(options: argparse.Namespace) -> None:
     from trunkline.training.config_file import load_config
 
-    config = load_config(options.config, options.values)
+    nodes = [value.removeprefix("nodes=") for value in options.values if value.startswith("nodes=")]
+    if nodes and not nodes[-1].isdecimal():
+        raise ValueError(f"estimate: nodes is a number of machines, got {nodes[-1]!r}")
+    config = load_config(options.config, [value for value in options.values if not value.startswith("nodes=")])
 
     from trunkline.training.estimate import estimate
 
-    estimate(config, tell=tell)
+    estimate(config, tell=tell, machines=int(nodes[-1]) if nodes else 1)
 
 
 def _tune(options: argparse.Namespace) -> None:

@@ -10,7 +10,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from statistics import fmean
 
@@ -28,6 +28,8 @@ from trunkline.kernels.attention.pack_plan import TILE_SIZES
 from trunkline.kernels.vocabulary.chunks import chunk_rows
 from trunkline.training.data.batches import Packer, make_mixer
 from trunkline.training.data.corpus import load_corpus
+from trunkline.training.distributed.cost import LINKS, replicated, sharded
+from trunkline.training.distributed.launch import too_few_batches
 from trunkline.training.flops import training_flops
 from trunkline.training.pages.units import duration, quantity
 from trunkline.training.run.optimizer import freeze
@@ -175,12 +177,17 @@ def matrix_rate(seconds: float = 1.0) -> float:
     return 2 * 1024**3 * count / took
 
 
-def estimate(config: Config, tell: Callable[[str], None]) -> dict[str, Memory]:
+def estimate(config: Config, tell: Callable[[str], None], machines: int = 1) -> dict[str, Memory]:
     """Reads the data of a run, tells what the run will take, and returns the memory by kind of device.
 
+    Args:
+        machines: that `config.devices` are shared out over.
+
     Raises:
-        ValueError: the data cannot be used, as when the run is started; or the model is no trunk.
+        ValueError: the data cannot be used, as when the run is started; the model is no trunk; or devices that cannot
+            be shared out so.
     """
+    ranks = _ranks(config, machines)
     if config.architecture != "trunk":
         raise ValueError(f"estimate: what architecture '{config.architecture}' takes is not known beforehand")
     corpus = load_corpus(config, tell=tell)
@@ -188,7 +195,8 @@ def estimate(config: Config, tell: Callable[[str], None]) -> dict[str, Memory]:
     mixer, packer = make_mixer(config, corpus), Packer(corpus.train, config)
     numbers = range(min(LOOKED_AT, config.steps * config.batch.accumulate))
     batches = packer.batches(mixer, numbers)
-    memory = {device: step_memory(config, batches, device) for device in ("cpu", "cuda")}
+    of_rank = replace(config, batch=replace(config.batch, accumulate=-(-config.batch.accumulate // ranks)))
+    memory = {device: step_memory(of_rank, batches, device) for device in ("cpu", "cuda")}
     with FakeTensorMode():
         model = make_model(config)
         assert isinstance(model, MultiTaskModel)
@@ -216,12 +224,44 @@ def estimate(config: Config, tell: Callable[[str], None]) -> dict[str, Memory]:
     rates |= {name: ("cuda", peak * 1e12, gigabytes * 1e9) for name, (peak, gigabytes) in DEVICES.items()}
     tell(f"\n{'device':24} {'TFLOP/s':>8} {'of which':>8} {'ms a step':>10} {'the run':>12}")
     for name, (device, rate, room) in rates.items():
-        seconds = flops / (UTILISATION[device] * rate)
+        seconds = flops / ranks / (UTILISATION[device] * rate)
         fits = memory[device].peak < room
         tell(
             f"{name:24} {rate / 1e12:8.4g} {UTILISATION[device]:8.0%} {1e3 * seconds:10.3g} "
             f"{duration(seconds * config.steps):>12}{'' if fits else '   does not fit'}"
         )
     tell("rates: of a GPU as its maker states, of this CPU as just measured; the share that is reached is assumed")
+    if ranks > 1:
+        tell(f"time: of {ranks} such devices; what they exchange comes to it where it is not hidden")
+        _tell_of_ranks(of_rank, memory["cuda"], ranks, machines, tell)
     tell("time: of the arithmetic of training; small models take longer, and evaluation and reading data are not in it")
     return memory
+
+
+def _ranks(config: Config, machines: int) -> int:
+    ranks = config.devices
+    if ranks == "all":
+        raise ValueError("estimate: devices must be a number, for of how many 'all' would be nobody knows here")
+    if machines < 1 or ranks % machines:
+        raise ValueError(f"estimate: nodes must be a number that divides devices {ranks}, got {machines}")
+    if ranks > config.batch.accumulate:
+        raise ValueError(too_few_batches(config.batch.accumulate, ranks))
+    return ranks
+
+
+def _tell_of_ranks(config: Config, memory: Memory, ranks: int, machines: int, tell: Callable[[str], None]) -> None:
+    """`config`: of one rank, with as many batches as it has in a step."""
+    with torch.device("meta"):
+        model = make_model(config)
+    freeze(model, config.optimizer.freeze, torch.bfloat16)
+    assert isinstance(model, MultiTaskModel)
+    costs = {
+        "replicate": replicated(memory, ranks),
+        "shard": sharded(model, memory, ranks, config.batch.accumulate),
+    }
+    tell(f"\n{ranks} GPUs on {machines} machines, products in bfloat16; exchange where nothing hides it")
+    links = "".join(f" {link:>22}" for link in LINKS)
+    tell(f"{'parallel':12} {'a GPU holds':>12} {'sends a step':>13}{links}")
+    for name, cost in costs.items():
+        took = "".join(f" {1e3 * cost.seconds(link, ranks // machines):19.3g} ms" for link in LINKS)
+        tell(f"{name:12} {quantity(cost.memory, 'B'):>12} {quantity(cost.exchanged, 'B'):>13}{took}")

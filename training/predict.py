@@ -17,6 +17,7 @@ from trunkline.engine.text.cells import text_of
 from trunkline.engine.text.given import fits, misfit, text_rows
 from trunkline.training.data.sources import rows_of_file
 from trunkline.training.data.tables import Choose, MissingColumnError, choose_columns, format_of
+from trunkline.training.distributed.ranks import ONE, Ranks
 
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
@@ -66,7 +67,12 @@ def of_lines(
 
 
 def of_file(
-    engine: "Engine", path: Path, names: Sequence[str], encoding: str = "", scores: bool = False
+    engine: "Engine",
+    path: Path,
+    names: Sequence[str],
+    encoding: str = "",
+    scores: bool = False,
+    ranks: Ranks = ONE,
 ) -> Iterator[dict[str, Any]]:
     """The rows of a file, all columns of them, with the answers under the names of the tasks; a column that has such a
     name is called 'NAME (given)'. The file is read twice: once to check every row, and once for the answers; so its
@@ -76,6 +82,7 @@ def of_file(
         names: of tasks; none: all whose text columns the file has.
         encoding: of a text file; empty: that of the tasks' own.
         scores: whether answers come with their probabilities.
+        ranks: as of `answers`.
 
     Raises:
         ValueError: a file that cannot be read, that lacks the columns of a task, or with a row without text; before any
@@ -94,7 +101,7 @@ def of_file(
             waiting.append(cells)
             yield row
 
-    for row, said in answers(engine, texts(), scores):
+    for row, said in answers(engine, texts(), scores, ranks):
         yield {f"{name} (given)" if name in row else name: cell for name, cell in waiting.popleft().items()} | said
 
 
@@ -164,19 +171,24 @@ def _write_csv(answers: Iterable[dict[str, Any]], file: TextIO) -> None:
 
 
 def answers(
-    engine: "Engine", rows: Iterable[dict[str, Text]], scores: bool = False
+    engine: "Engine", rows: Iterable[dict[str, Text]], scores: bool = False, ranks: Ranks = ONE
 ) -> Iterator[tuple[dict[str, Text], dict[str, Any]]]:
-    """Each row with what the tasks say of it; at most `AT_ONCE` rows are taken before their answers are.
+    """Each row with what the tasks say of it; at most `AT_ONCE` rows a rank are taken before their answers are.
 
     Args:
         rows: by task, the texts that it reads; the tasks are the same in all of them.
         scores: whether answers come with their probabilities.
+        ranks: that share the work; all take all of the answers.
     """
+
+    def ask(chunk: list[dict[str, Text]]) -> dict[str, list[Any]]:
+        return _ask(engine, {name: [row[name] for row in chunk] for name in chunk[0]}, scores)
+
     rows = iter(rows)
-    while chunk := list(islice(rows, AT_ONCE)):
-        said = _ask(engine, {name: [row[name] for row in chunk] for name in chunk[0]}, scores)
-        for place, row in enumerate(chunk):
-            yield row, {name: said[name][place] for name in row}
+    while chunks := [chunk for _ in range(ranks.size) if (chunk := list(islice(rows, AT_ONCE)))]:
+        for chunk, said in zip(chunks, ranks.spread(ask, chunks), strict=True):
+            for place, row in enumerate(chunk):
+                yield row, {name: said[name][place] for name in row}
 
 
 def _known(engine: "Engine", names: Sequence[str]) -> dict[str, Task]:

@@ -4,15 +4,16 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from trunkline.engine.console import harmless, tell
 from trunkline.engine.foreign.formats import Format
 
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
+    from trunkline.training.distributed.ranks import Ranks
 
 
 def add_commands(command: Callable[..., argparse.ArgumentParser]) -> None:
@@ -89,37 +90,48 @@ def _load(options: argparse.Namespace) -> "Engine":
 
 
 def _evaluate(options: argparse.Namespace) -> None:
-    print(json.dumps(_load(options).evaluate(options.examples), indent=1))
+    from trunkline.training.distributed.ranks import Ranks
+    from trunkline.training.scoring.evaluation import evaluate_engine
+
+    with Ranks(None) as ranks:
+        print(json.dumps(evaluate_engine(_load(options), options.examples, ranks), indent=1))
 
 
 def _predict(options: argparse.Namespace) -> None:
     from trunkline.training.data.tables import check_encoding
-    from trunkline.training.predict import as_json, check_out, of_file, of_lines, write_answers
+    from trunkline.training.distributed.ranks import Ranks
+    from trunkline.training.predict import as_json, check_out, write_answers
 
     check_encoding("predict", options.encoding)
     if options.out:
         check_out(options.out, options.file)
-    engine = _load(options)
+    with Ranks(None) as ranks:
+        answers = _answers(options, ranks)
+        if options.out and ranks.first:
+            write_answers(answers, options.out)
+            print(f"wrote {options.out}")
+            return
+        shown = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
+        for answer in answers:  # of the other ranks nobody sees what they print
+            print(harmless(json.dumps(as_json(answer), ensure_ascii=not shown)))
+
+
+def _answers(options: argparse.Namespace, ranks: "Ranks") -> Iterator[dict[str, Any]]:
+    """To the rows of a file, to texts, or to the lines of standard input."""
+    from trunkline.training.predict import of_file, of_lines
+
     if options.file:
         if options.values:
             raise ValueError(f"predict: a text {options.values[0]!r} and --file {options.file}: give one of them")
-        answers = of_file(engine, options.file, options.task, options.encoding, options.scores)
-    else:
-        if broken := [
-            value for value in options.values if any("\udc80" <= character <= "\udcff" for character in value)
-        ]:
-            raise ValueError(f"predict: a text has bytes that are no characters here: {os.fsencode(broken[0])!r:.60}")
-        lines = options.values or _lines(sys.stdin.buffer.read())
-        if not lines:
-            raise ValueError("predict: no text, neither as an argument nor on standard input")
-        answers = of_lines(engine, lines, options.task, "text" if options.values else "line", options.scores)
-    if options.out:
-        write_answers(answers, options.out)
-        print(f"wrote {options.out}")
-        return
-    shown = (sys.stdout.encoding or "utf-8").lower().startswith("utf")
-    for answer in answers:
-        print(harmless(json.dumps(as_json(answer), ensure_ascii=not shown)))
+        return of_file(_load(options), options.file, options.task, options.encoding, options.scores, ranks)
+    if ranks.size > 1:
+        raise ValueError(f"predict: what {ranks.size} ranks share are the rows of a file: give --file FILE")
+    if broken := [value for value in options.values if any("\udc80" <= character <= "\udcff" for character in value)]:
+        raise ValueError(f"predict: a text has bytes that are no characters here: {os.fsencode(broken[0])!r:.60}")
+    engine, lines = _load(options), options.values or _lines(sys.stdin.buffer.read())
+    if not lines:
+        raise ValueError("predict: no text, neither as an argument nor on standard input")
+    return of_lines(engine, lines, options.task, "text" if options.values else "line", options.scores)
 
 
 def _serve(options: argparse.Namespace) -> None:

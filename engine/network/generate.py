@@ -8,6 +8,7 @@ B prompts, W beams, S = B * W texts, L slots of the cache, G key/value heads, E 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from itertools import takewhile
 
@@ -211,7 +212,8 @@ def generate(
     slots = int(lengths.max()) + search.max_new_tokens
     check_room(trunk, int(lengths.max()), search.max_new_tokens)
     longest_first = np.argsort(-lengths, kind="stable")
-    with torch.inference_mode():
+    # who has switched gradients off already may be unable to do so in this way: FSDP2 cannot gather what it then trains
+    with torch.inference_mode() if torch.is_grad_enabled() else nullcontext():
         x, cache = prefill(trunk, [prompts[i] for i in longest_first], slots, adapt)
         writer = writer_of(len(prompts), search, end, x.device)
         while len(kept := writer.step(logits(x).float())):

@@ -145,7 +145,8 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor, layout: Layout) -> Tensor:
     # the derivative of a bag's sum by its factors: x[row] . weight[column] without a copy of either
     products = torch.ops.aten._embedding_bag_per_sample_weights_backward(x, weight, column, starts, row, mode=0)
     logits = torch.full((len(x), layout.width), float("-inf"), dtype=dtype)
-    _numpy(logits).reshape(-1)[_numpy(place)] = _numpy(products) + _numpy(bias)[_numpy(column)]
+    # not an array of the bias itself: FSDP2 lets go of a parameter's memory, which it cannot once NumPy has it
+    _numpy(logits).reshape(-1)[_numpy(place)] = _numpy(products) + _numpy(bias[column])
     for rows, columns, classes in layout.large():
         logits[rows, classes] = F.linear(x[rows], weight[columns], bias[columns])
     return logits

@@ -49,6 +49,21 @@ def error_of(settings: dict) -> str:
             {"tasks": ["sst2", "rte"], "mixing": {"method": "progress", "shares": {"rte": 1}}},
             "config: mixing.method progress needs mixing.shares for every task; sst2 lack",
         ),
+        (
+            {"parallel": "shard", "balancing": "pcgrad"},
+            "config: parallel shard does not go with balancing pcgrad, which holds all batches of a step",
+        ),
+        (
+            {"parallel": "shard", "balancing": {"watch": 5}},
+            "config: parallel shard does not go with balancing.watch, which holds",
+        ),
+        ({"parallel": "shard", "compile": True}, "config: parallel shard does not go with compile true"),
+        ({"parallel": "shard", "mixing": {"patience": 2}}, "config: parallel shard cannot hold the heads of single "),
+        (
+            {"parallel": "shard", "tasks": ["sst2", "rte"], "optimizer": {"freeze": ["rte"]}},
+            "config: parallel shard cannot hold the heads of single tasks still",
+        ),
+        ({"parallel": "shard", "architecture": "bilstm"}, "config: parallel shard puts a trunk's blocks together "),
         ({"mixing": {"patience": 0}}, "config: mixing.patience must be at least 1, got 0"),
         (
             {"mixing": {"shares": {"sst2": 1, "rte": 1}}},

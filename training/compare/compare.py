@@ -69,6 +69,10 @@ class Comparison(Config):
             raise ValueError(f"compare: warm_up must be at least 0 and below 1, got {self.warm_up}")
         if self.architecture != "trunk" or not self.trunk.causal or self.seed:
             raise ValueError("compare: architecture, trunk.causal and seed are set for every system; leave them out")
+        if self.devices != 1:
+            raise ValueError(
+                f"compare: its runs follow one another on one device, and devices is {self.devices}: leave it out"
+            )
         if language := [task.name for task in self.all_tasks if not HEADS[task.head].labelled]:
             raise ValueError(f"compare: '{language[0]}' is a language model, which not every system can be")
         if self.steps < 2 * len(self.tasks):

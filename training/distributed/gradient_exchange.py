@@ -36,14 +36,14 @@ class GradientExchange:
 
     Args:
         model: its parameters that learn have their gradients summed.
-        ranks: with one alone there is nothing to do.
+        ranks: with one alone, or with a model in slices, there is nothing to do.
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks):
         self.ranks, self.watches, self.sent = ranks, False, 0
         self.buckets: list[_Bucket] = []
         self.hooks: list[Any] = []
-        if not ranks.active:
+        if not ranks.active or ranks.shards:
             return
         room, dtype = 0, None
         for parameter in reversed([p for p in model.parameters() if p.requires_grad]):  # as the backward pass goes

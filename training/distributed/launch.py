@@ -5,12 +5,17 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from trunkline.engine.config import Config
 from trunkline.engine.console import warn
 from trunkline.training.run.interruption import EXIT_CODE
 
+if TYPE_CHECKING:
+    from trunkline.engine.config import Config
+
 SAID = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # by torchrun, to every process
+USER_ERROR = 2  # exit code for what the user can put right, and of a rank that leaves it to another one to say so
+SHARED = ("train", "eval", "predict")  # commands whose work several ranks share
 
 
 def is_rank() -> bool:
@@ -23,7 +28,22 @@ def is_first() -> bool:
     return not is_rank() or os.environ["RANK"] == "0"
 
 
-def number_of_ranks(config: Config) -> int:
+def check_shared(command: str) -> None:
+    """
+    Raises:
+        ValueError: there are several ranks, and this command is one process's: each would do all of it, into one place.
+        SystemExit: this is another rank than the one that says so.
+    """
+    if command not in SHARED and is_rank() and (ranks := int(os.environ["WORLD_SIZE"])) > 1:
+        if not is_first():
+            raise SystemExit(USER_ERROR)
+        raise ValueError(
+            f"{command} is the work of one process, and torchrun started {ranks}: start it without torchrun; what "
+            f"several share is {', '.join(SHARED)}"
+        )
+
+
+def number_of_ranks(config: "Config") -> int:
     """How many processes a config asks for, each with a device of its own.
 
     Raises:

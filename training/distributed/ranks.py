@@ -13,8 +13,8 @@ import json
 import os
 import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, redirect_stdout
 from datetime import timedelta
 from itertools import count
 from pathlib import Path
@@ -26,14 +26,14 @@ from torch import Tensor, nn
 
 from trunkline.engine import checkpoint
 from trunkline.engine.config import Config
-from trunkline.training.distributed.launch import is_rank, too_few_batches
+from trunkline.training.distributed.launch import USER_ERROR, is_rank, too_few_batches
 from trunkline.training.environment import versions
 from trunkline.training.run.folder import settings_that_count
 
-ALONE = timedelta(days=1)  # that a rank may work by itself while the others wait: encoding, the last evaluation
+ALONE = timedelta(days=1)  # that a rank may work by itself while the others wait: encoding, generated texts
 ROLL_CALL = 5.0  # seconds within which every rank that is still there hears of one that is not
 AGREED = 1.0  # seconds within which all ranks find the same fault, if they all find it
-USER_ERROR = 2  # exit code of a rank that has nothing to add to what another one says
+Item = TypeVar("Item")
 Result = TypeVar("Result")
 runs = count()  # of this process: each has names of its own in the store
 
@@ -46,10 +46,12 @@ class Ranks:
     """A context, around all that a run does.
 
     Args:
-        config: of the run.
+        config: of the run; None: of what is done with a finished one.
+        active: whether there are other ranks; None: if torchrun started this process.
 
     Attributes:
         rank, size: this one's number, and how many there are.
+        shards: whether each holds a slice of the model, and not all of it.
         first: whether this is the one that writes the run and speaks.
         step: steps done, for who asks when a rank was lost.
 
@@ -57,10 +59,10 @@ class Ranks:
         ValueError: `config.devices` asks for several ranks, and this process is none of them.
     """
 
-    def __init__(self, config: Config):
+    def __init__(self, config: Config | None, active: bool | None = None):
         self.config, self.step = config, 0
-        self.active = is_rank()
-        if not self.active and config.devices not in (1, "all"):
+        self.active = is_rank() if active is None else active
+        if not self.active and config is not None and config.devices not in (1, "all"):
             raise ValueError(
                 f"devices={config.devices} needs a process for each of them: 'trunkline train CONFIG "
                 f"devices={config.devices}' starts them, or 'torchrun --nproc-per-node={config.devices}' a script of "
@@ -69,6 +71,7 @@ class Ranks:
         self.rank = int(os.environ["RANK"]) if self.active else 0
         self.size = int(os.environ["WORLD_SIZE"]) if self.active else 1
         self.first = self.rank == 0
+        self.shards = self.size > 1 and config is not None and config.parallel == "shard"
         self.open = ExitStack()
 
     @property
@@ -80,7 +83,7 @@ class Ranks:
         if not self.active:
             return self
         try:
-            self._meet(timedelta(seconds=self.config.rank_timeout))
+            self._meet(timedelta(seconds=(self.config or Config).rank_timeout))
         except RuntimeError as error:
             where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
             raise RankLost(f"the {self.size} ranks did not meet at {where}: {str(error).splitlines()[0]}") from error
@@ -134,6 +137,7 @@ class Ranks:
         return self._noted("left", 0) and self.store.get("left/0") == why.encode()
 
     def in_words(self) -> str:
+        assert self.config is not None
         hosts = sorted(set(self.hosts))
         where = hosts[0] if len(hosts) == 1 else f"{len(hosts)} machines, {', '.join(hosts)}"
         least, rest = divmod(self.config.batch.accumulate, self.size)
@@ -145,7 +149,7 @@ class Ranks:
     def sum(self, values: Tensor) -> Tensor:
         """Their sums over all ranks, in place; on any device."""
         if self.active:
-            with self._heard():
+            with self.heard():
                 dist.all_reduce(values, group=self._group(values))
         return values
 
@@ -157,30 +161,30 @@ class Ranks:
     def largest(self, values: Tensor) -> Tensor:
         """The largest of each over all ranks, in place; on any device."""
         if self.active:
-            with self._heard():
+            with self.heard():
                 dist.all_reduce(values, dist.ReduceOp.MAX, group=self._group(values))
         return values
 
     def begin_sum(self, values: Tensor) -> Callable[[], None]:
         """Begins `sum` of a tensor on the model's device. What comes back, once it is called, has waited for the sums;
         on a GPU the stream waits, not the host."""
-        with self._heard():
+        with self.heard():
             work = dist.all_reduce(values, group=self.device, async_op=True)
         assert work is not None
 
         def wait() -> None:
-            with self._heard():
+            with self.heard():
                 work.wait()
 
         return wait
 
-    def gather(self, value: Any) -> list[Any]:
-        """What every rank gives, by rank."""
+    def gather(self, value: Any, patient: bool = False) -> list[Any]:
+        """What every rank gives, by rank; `patient`: of work that takes some ranks longer than others."""
         if not self.active:
             return [value]
         values: list[Any] = [None] * self.size
-        with self._heard():
-            dist.all_gather_object(values, value, group=self.host)
+        with self.heard():
+            dist.all_gather_object(values, value, group=self.waiting if patient else self.host)
         return values
 
     def of_first(self, make: Callable[[], Result]) -> Result:
@@ -190,13 +194,19 @@ class Ranks:
         made = make() if self.first else None
         return self._broadcast(made, self.waiting)
 
+    def spread(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+        """What `work` makes of every item, in their order, on all ranks; each rank does some of them."""
+        own = [work(item) for number, item in enumerate(items) if number % self.size == self.rank]
+        by_rank = self.gather(own, patient=True)
+        return [by_rank[number % self.size][number // self.size] for number in range(sum(map(len, by_rank)))]
+
     def said_by_first(self, value: Result) -> Result:
         """What the first rank gives."""
         return self._broadcast(value, self.host) if self.active else value
 
     def _broadcast(self, value: Any, group: dist.ProcessGroup) -> Any:
         values = [value]
-        with self._heard():
+        with self.heard():
             dist.broadcast_object_list(values, src=0, group=group)
         return values[0]
 
@@ -209,7 +219,7 @@ class Ranks:
         goes_before = int(os.environ.get("LOCAL_RANK", self.rank)) == 0
         if goes_before:
             yield
-        with self._heard():
+        with self.heard():
             dist.barrier(group=self.waiting)
         if not goes_before:
             yield
@@ -217,10 +227,10 @@ class Ranks:
     def copy_of_first(self, model: nn.Module) -> None:
         """Gives the model of every rank the weights that the first one's has."""
         if self.active:
-            with self._heard(), torch.no_grad():
+            with self.heard(), torch.no_grad():
                 for tensor in model.state_dict().values():
                     whole = tensor.contiguous()
-                    dist.broadcast(whole, src=0, group=self.device)
+                    dist.broadcast(whole, src=0, group=self._group(whole))
                     tensor.copy_(whole)
 
     def check_settings(self) -> None:
@@ -228,9 +238,17 @@ class Ranks:
         Raises:
             ValueError: a step has fewer batches than there are ranks, or the ranks do not agree on what they are to do.
         """
+        assert self.config is not None
         if self.size > (batches := self.config.batch.accumulate):
             raise ValueError(too_few_batches(batches, self.size))
-        self.check_same("versions or settings", versions() | settings_that_count(self.config))
+        if self.shards and batches % self.size:
+            raise ValueError(
+                f"parallel shard: every rank needs as many batches of a step as the others, and batch.accumulate "
+                f"{batches} is no multiple of {self.size} ranks"
+            )
+        self.check_same(
+            "versions or settings", versions() | settings_that_count(self.config) | {"parallel": self.config.parallel}
+        )
 
     def check_same(self, what: str, values: dict[str, Any]) -> None:
         """
@@ -258,14 +276,21 @@ class Ranks:
 
     # A rank that is lost
 
+    def passes(self) -> AbstractContextManager:
+        """Around forward and backward passes, which exchange where the model lies in slices."""
+        return self.heard(alone=False) if self.shards else nullcontext()
+
     @contextmanager
-    def _heard(self) -> Iterator[None]:
-        """Around an exchange: says who is lost where it fails."""
+    def heard(self, alone: bool = True) -> Iterator[None]:
+        """Around an exchange, `alone` or with other work: says who is lost where it fails."""
         try:
             yield
         except torch.OutOfMemoryError:  # a RuntimeError as well
             raise
         except RuntimeError as error:
+            # gloo's errors have no class of their own
+            if not (alone or isinstance(error, dist.DistError) or "/gloo/" in str(error)):
+                raise
             lost, told = self._roll_call()
             if told or (lost and self.rank != min(set(range(self.size)) - set(lost))):
                 raise SystemExit(USER_ERROR) from error  # somebody else says it
@@ -293,10 +318,15 @@ class Ranks:
     def _in_words(self, lost: list[int], error: Exception) -> str:
         who = ", ".join(f"rank {rank} on {self.hosts[rank]}" for rank in lost)
         what = f"{who} left, or does not answer," if who else f"the ranks lost one another ({error})"
+        if self.config is None:
+            return f"{what}: start it again"
         found = checkpoint.steps(Path(self.config.run) / "checkpoints")
         saved = f"the last checkpoint is {found[0]}" if found else "there is no checkpoint yet"
         go_on = "go on with --resume, on any number of ranks" if found else "start it again"
         return f"{what} in step {self.step + 1}; {saved}: {go_on}"
+
+
+ONE = Ranks(None, active=False)  # this process by itself, whoever started it
 
 
 def _backend() -> str:

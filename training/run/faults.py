@@ -114,9 +114,11 @@ def first_words(packer: Packer, tokenizer: Tokenizer, task: int, i: int) -> str:
     return " ".join(words[:WORDS]) + (" ..." if len(words) > WORDS else "")
 
 
-def in_words(step: int, tasks: Sequence[str], examples: Sequence[dict[str, Any]]) -> str:
-    """What the console says of a step that was left out."""
+def in_words(step: int, tasks: Sequence[str], examples: Sequence[dict[str, Any]] | None) -> str:
+    """What the console says of a step that was left out; `examples`: None: nobody has looked for them."""
     what = f"the loss of {', '.join(tasks)}" if tasks else "the gradient"
+    if examples is None:
+        return f"step {step} is left out: {what} is not finite"
     named = "".join(f"\n  {e['task']}, training example {e['example']}: {e['text']}" for e in examples)
     return f"step {step} is left out: {what} is not finite{named or '; no example is to blame by itself'}"
 
@@ -151,7 +153,7 @@ class Parts:
         work: Callable[[Sequence[PackedBatch]], Result],
         batches: Sequence[PackedBatch],
         members: Sequence[Members],
-        together: bool = False,
+        together: str = "",
     ) -> Result:
         """What `work` makes of the batches, or of their parts if it runs out of memory with them.
 
@@ -159,10 +161,10 @@ class Parts:
             work: can be called again after a torch.OutOfMemoryError.
             batches: of the step.
             members: what is in each of them.
-            together: `work` holds all of the batches until its end, so that parts would not help.
+            together: why parts would not help, as when `work` holds all of the batches until its end.
 
         Raises:
-            MemoryError: an example does not fit by itself, which is named; or the batches do not `together`.
+            MemoryError: an example does not fit by itself, which is named; or the batches do not, `together`.
         """
         while True:
             if self.progress.part_tokens:
@@ -173,8 +175,8 @@ class Parts:
                 pass  # what the exception holds on to is freed with it, at the end of this block
             if together:
                 raise MemoryError(
-                    f"out of memory with {sum(len(batch.tokens) for batch in batches)} tokens, which this balancing "
-                    "holds together until their weights are known: lower batch.tokens or batch.accumulate"
+                    f"out of memory with {sum(len(batch.tokens) for batch in batches)} tokens, {together}: lower "
+                    "batch.tokens or batch.accumulate"
                 )
             torch.cuda.empty_cache()  # does nothing without a GPU
             self._shrink(members)

@@ -40,4 +40,4 @@ def train(engine: "Engine", *, resume: bool = False, overwrite: bool = False, on
                     if run.evaluates_now or run.stop:
                         run.save()
                     run.stop_if_asked()
-            return ranks.of_first(run.finish)
+            return run.finish()

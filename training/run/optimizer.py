@@ -11,6 +11,7 @@ from torch import nn
 from trunkline.engine.network.bilstm import BiLSTM, Model
 from trunkline.engine.network.trunk import Trunk
 from trunkline.engine.settings import Optimizer
+from trunkline.training.distributed.sharding import local
 from trunkline.training.pages.units import quantity
 
 FROM_SCRATCH, FROM_CHECKPOINT = 1e-3, 1e-4  # the rates of learning_rate: auto
@@ -151,8 +152,8 @@ def untouched(
             rows = torch.tensor(adapters.absent(learning), dtype=torch.int64, device=model.device)
             for parameter in adapters.parameters() if len(rows) else ():
                 state = optimizer.state.get(parameter, {})
-                moments = [state[key] for key in ("exp_avg", "exp_avg_sq") if key in state]
-                held += [(tensor, rows, tensor[rows]) for tensor in (parameter.detach(), *moments)]
+                moments = [local(state[key]) for key in ("exp_avg", "exp_avg_sq") if key in state]
+                held += [(tensor, rows, tensor[rows]) for tensor in (local(parameter.detach()), *moments)]
     yield
     for tensor, rows, values in held:
         tensor[rows] = values

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from trunkline.engine import checkpoint
 from trunkline.engine.console import tell
@@ -23,18 +24,19 @@ from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import Model, heads_of
 from trunkline.engine.network.memory import keep_freed_memory
 from trunkline.engine.network.packing import PackedBatch
-from trunkline.engine.saved import own_tensors
+from trunkline.engine.saved import own_tensors, write_saved
 from trunkline.training.balancing.adaptive import Adaptive
 from trunkline.training.balancing.balancer import Balancer
 from trunkline.training.config_file import save_config
 from trunkline.training.data.batches import Members, Packer, make_mixer, planned_and_packed, weight_sums
 from trunkline.training.data.corpus import load_corpus
 from trunkline.training.distributed.gradient_exchange import GradientExchange
-from trunkline.training.distributed.ranks import Ranks
+from trunkline.training.distributed.ranks import ONE, Ranks
+from trunkline.training.distributed.sharding import shard, whole
 from trunkline.training.flops import training_flops
 from trunkline.training.pages.report import write_report
 from trunkline.training.pages.summary import summarise
-from trunkline.training.run.compiling import sample_of, to_be_compiled
+from trunkline.training.run.compiling import sample_of, tell_of_uncompiled, to_be_compiled, warm_up
 from trunkline.training.run.faults import Guard, Parts, named_culprits
 from trunkline.training.run.faults import in_words as left_out_in_words
 from trunkline.training.run.folder import RunFolder, fingerprint
@@ -44,7 +46,7 @@ from trunkline.training.run.optimizer import freeze, make_optimizer, share_of_ra
 from trunkline.training.run.profiling import Profile
 from trunkline.training.run.progress import Interval, Log, NoLog, Progress
 from trunkline.training.run.run_checkpoint import resume_run, save_run
-from trunkline.training.scoring.calibration import calibrate
+from trunkline.training.scoring.calibration import Calibration, calibrate
 from trunkline.training.scoring.evaluation import Scored, evaluate, mean_score
 from trunkline.training.scoring.metrics import metric_names
 from trunkline.training.self_test import self_test
@@ -54,7 +56,6 @@ from trunkline.training.watching.display import make_display
 if TYPE_CHECKING:
     from trunkline.engine.engine import Engine
 
-MANY = 10  # one in so many batches that do not fit it is told
 LOG_EVERY = 10  # steps between lines of metrics.jsonl
 FIRST_LOOK = 32  # validation examples of each task before the first step: their loss is near that of a uniform guess
 
@@ -89,7 +90,6 @@ class Run:
         self.fingerprint = fingerprint(config, self.corpus)
         ranks.check_same("data", self.fingerprint)
         self.progress = resume_run(self) if folder.resume else Progress()
-        ranks.copy_of_first(self.model)
         self.exchange = GradientExchange(self.model, ranks)
         self.began -= self.progress.wall_seconds
         shown = {task.name: metric_names(task)[0] for task in self.corpus.tasks}
@@ -97,7 +97,7 @@ class Run:
         audience.tell_user = self.display.tell
         self.parts = Parts(self.packer, self.corpus.tokenizer, self.progress, self.display.tell, self.compiled, sample)
         self.ran_uncompiled = self.progress.uncompiled  # before this process
-        self._warm_up(sample[0])
+        warm_up(self, sample[0])
 
         audience.start(config, self.folder)
         if ranks.first:
@@ -119,7 +119,7 @@ class Run:
         engine, config = self.engine, self.engine.config
         is_new = engine._model is None
         self.starts = engine._trunk is not None or not is_new  # from weights that there were
-        model = engine.build(self.corpus.tokenizer)
+        model = engine.build(self.corpus.tokenizer, on_host=self.ranks.shards)
         if is_new or engine.added:
             regressions = {t: s for t, s in enumerate(self.corpus.train) if HEADS[s.task.head].squared}
             names = [name for name in self.names if name not in engine.kept] if is_new else engine.added
@@ -127,22 +127,11 @@ class Run:
             engine.added = []
         on_gpu = engine.device.type == "cuda" and torch.cuda.is_bf16_supported()
         freeze(model, config.optimizer.freeze, torch.bfloat16 if on_gpu else None)
+        if self.ranks.shards:
+            shard(model, self.ranks, engine.device)
+        else:
+            self.ranks.copy_of_first(model)
         return model
-
-    def _warm_up(self, members: Members) -> None:
-        """Compiles, with a batch or, where memory is too short for it, a part of one."""
-        if not (compiled := self.compiled):
-            return
-        known = torch.ones_like(self.weights) if self.balancer.knows_factors else None
-
-        def work(batches: Sequence[PackedBatch]) -> None:
-            with self.engine.autocast():
-                compiled.warm_up(batches[0].to(self.engine.device), known)
-
-        self.parts.run(work, [self.packer.pack(members, self.config.batch.tokens)], [members])
-        self.progress.compile_seconds += compiled.seconds
-        compiled.uncompiled = 0  # of a single example, which is longer than a part
-        self.display.tell(f"compiled the model in {compiled.seconds:.0f} s")
 
     def __enter__(self) -> "Run":
         for line in introduction(self) if self.ranks.first else ():
@@ -209,12 +198,19 @@ class Run:
         total_weight = weights.float().to(device, non_blocking=True)
         share = self._shares(examples.float()).to(device, non_blocking=True)
         work = partial(self._gradients, total_weight, share)
-        loss, weight = self.parts.run(work, batches, members, self.balancer.holds(step))
+        with self.ranks.passes():
+            loss, weight = self.parts.run(work, batches, members, self._together(step))
         if self.ranks.active:
             with self.profile.part("exchange"):
                 self.exchange.finish()
                 loss, weight = self.ranks.sum(torch.stack([loss, weight]))
         return loss, weight
+
+    def _together(self, step: int) -> str:
+        """Why a batch cannot be worked on in parts; empty: it can."""
+        if self.ranks.shards:
+            return "and the ranks that have the other slices of the model make no parts"
+        return "which this balancing holds together until their weights are known" if self.balancer.holds(step) else ""
 
     def _shares(self, examples: Tensor) -> Tensor:
         """(N,) what each task's loss counts in a step, besides the weights of the config.
@@ -253,6 +249,7 @@ class Run:
         """Clips the gradient, whose norm comes back, and takes the step where both are finite."""
         with self.profile.part("optimizer"):
             norm = nn.utils.clip_grad_norm_(self.model.parameters(), self.config.optimizer.clip)
+            norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
             self.guard.judge(self.progress.step + 1, loss, norm)
             with untouched(self.optimizer, self.model, self.examples, self.config.optimizer.freeze):
                 self.optimizer.step()  # a step that is not finite changes nothing
@@ -283,8 +280,10 @@ class Run:
                 continue
             numbers = range((step - 1) * self.config.batch.accumulate, step * self.config.batch.accumulate)
             members = [member for number in numbers for member in self.mixer.batch(number)]
-            with self.engine.autocast():
-                examples = named_culprits(self.model, self.packer, self.corpus.tokenizer, members)
+            examples = None  # of a model in slices no rank can look for them by itself
+            if not self.ranks.shards:
+                with self.engine.autocast():
+                    examples = named_culprits(self.model, self.packer, self.corpus.tokenizer, members)
             self.log.write(event="left_out", step=step, tasks=tasks, examples=examples)
             self.display.tell(left_out_in_words(step, tasks, examples))
         self.guard.check()
@@ -320,18 +319,8 @@ class Run:
             **self.balancer.log(),
         )
         self.display.step(progress.step, losses, interval.tokens_per_second)
-        self._tell_of_uncompiled()
+        tell_of_uncompiled(self)
         self.interval = Interval(self.names, self.engine.device)
-
-    def _tell_of_uncompiled(self) -> None:
-        """Once, where many batches go without the graph: they are slower, and need more memory."""
-        batches = self.progress.step * self.config.batch.accumulate
-        if not self.told and self.progress.uncompiled * MANY > batches:
-            self.told = True
-            self.display.tell(
-                f"{self.progress.uncompiled} of {batches} batches so far have more sequences or rows than the compiled "
-                "model has room for, and go without it: slower, with the same gradients"
-            )
 
     def evaluate(self) -> None:
         """Scores on a part of the validation splits; the best weights so far are kept."""
@@ -339,7 +328,7 @@ class Run:
         progress, mean = self.progress, mean_score(self.corpus.tasks, scored)
         if mean > progress.best_score:
             progress.best_score, progress.best_step = mean, progress.step
-            tensors = {"model": own_tensors(self.model, self.config)}
+            tensors = {"model": self._tensors()}
             if self.ranks.first:
                 checkpoint.save(self.folder / "checkpoints", "best", tensors, {"step": progress.step})
         if self.config.mixing.reacts:  # what is packed already is of the mix before
@@ -347,7 +336,7 @@ class Run:
 
     def _evaluation(self, examples: int, texts: int) -> dict[str, Scored]:
         step, scored = self.progress.step, self._scores(examples, texts)
-        scored = self.ranks.said_by_first(scored)  # every rank makes them, and all go by the first one's
+        scored = self.ranks.said_by_first(scored)  # machines that differ round differently, and all go by one
         metrics = {name: task.metrics for name, task in scored.items()}
         counts = {
             name: {"loss": task.counted, "scores": len(task.examples) or task.counted} for name, task in scored.items()
@@ -359,7 +348,7 @@ class Run:
         return scored
 
     def _scores(self, examples: int, texts: int | None) -> dict[str, Scored]:
-        with self.engine.autocast():
+        with self.engine.autocast(), self.ranks.passes():
             return evaluate(
                 self.model,
                 self.corpus.tokenizer,
@@ -368,13 +357,18 @@ class Run:
                 search=self.config.search,
                 examples=examples,
                 texts=texts,
+                ranks=ONE if self.ranks.shards else self.ranks,  # in slices all compute all
             )
+
+    def _tensors(self) -> dict[str, Tensor]:
+        """What is saved of the model, whole; on the first rank."""
+        return whole(own_tensors(self.model, self.config), self.ranks.first)
 
     def save(self) -> None:
         self.saved = self.folder / "checkpoints" / f"step-{self.progress.step}"
+        self.progress.wall_seconds = time.perf_counter() - self.began
+        save_run(self, self.saved)
         if self.ranks.first:
-            self.progress.wall_seconds = time.perf_counter() - self.began
-            save_run(self, self.saved)
             self.audience.tell("saved", self.progress.step, self.saved)
 
     def stop_if_asked(self) -> None:
@@ -392,7 +386,13 @@ class Run:
         self.display.tell(f"scoring on {most or 'all'} validation examples" + " of each task" * (most > 0))
         final = self._scores(most, texts=None)
         final, calibration = calibrate(heads_of(self.model), self.corpus.validation, final)
-        self.engine.save(self.folder / "model")
+        tensors = self._tensors()
+        return self.ranks.of_first(lambda: self._conclude(final, calibration, tensors))
+
+    def _conclude(
+        self, final: dict[str, Scored], calibration: dict[str, Calibration], tensors: dict[str, Tensor]
+    ) -> dict[str, Any]:
+        write_saved(self.folder / "model", tensors, self.config, self.corpus.tokenizer)
         self.progress.wall_seconds = time.perf_counter() - self.began
         summary = summarise(self.engine, self.corpus, self.progress, final, calibration)
         write_report(self.folder)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from trunkline.engine import checkpoint
 from trunkline.engine.console import tell
 from trunkline.engine.saved import all_tensors, own_tensors
+from trunkline.training.distributed.sharding import sliced, whole
 from trunkline.training.run.folder import check_goes_on
 from trunkline.training.run.progress import Progress
 
@@ -17,15 +18,20 @@ CHECKPOINTS = 2  # of the newest that are kept: one to fall back to
 
 
 def save_run(run: "Run", path: Path) -> None:
-    """Writes model, optimizer, balancing, mix and progress, and removes older checkpoints.
+    """Writes model, optimizer, balancing, mix and progress, and removes older checkpoints; the first rank does.
+
+    A model in slices is written as any other: what it goes on with is for the next run to say.
 
     Raises:
         OSError: the disk is full, not writable, ...; earlier checkpoints stay.
     """
+    keep = run.ranks.first
     tensors = {
-        "model": own_tensors(run.model, run.config),
-        "optimizer": checkpoint.optimizer_tensors(run.optimizer, run.model.named_parameters()),
+        "model": whole(own_tensors(run.model, run.config), keep),
+        "optimizer": whole(checkpoint.optimizer_tensors(run.optimizer, run.model.named_parameters()), keep),
     }
+    if not keep:
+        return
     state = {
         "progress": asdict(run.progress),
         "balancing": run.balancer.state_dict(),
@@ -49,8 +55,11 @@ def resume_run(run: "Run") -> Progress:
     tensors, state = checkpoint.load(path)
     progress = Progress(**state["progress"])
     check_goes_on(state["settings"], run.fingerprint, progress.step)
-    run.model.load_state_dict(all_tensors(tensors["model"], run.model, run.config))
-    checkpoint.load_optimizer_tensors(run.optimizer, run.model.named_parameters(), tensors.get("optimizer", {}))
+    own = sliced(tensors["model"], run.model.state_dict())
+    run.model.load_state_dict(all_tensors(own, run.model, run.config))
+    as_weights = {f"{name}.{entry}": p for name, p in run.model.named_parameters() for entry in checkpoint.ENTRIES}
+    moments = sliced(tensors.get("optimizer", {}), as_weights)
+    checkpoint.load_optimizer_tensors(run.optimizer, run.model.named_parameters(), moments)
     run.balancer.load_state_dict(state["balancing"])
     run.adaptive.load_state_dict(state["mixing"])
     tell(f"resuming at step {progress.step}")

@@ -3,11 +3,12 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import Model
@@ -15,8 +16,13 @@ from trunkline.engine.network.generate import Search, prompts_at_once
 from trunkline.engine.network.packing import batches_of, pack
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.tokenizer import Tokenizer
+from trunkline.training.data.corpus import load_corpus
 from trunkline.training.data.encoded import Encoded
+from trunkline.training.distributed.ranks import ONE, Ranks
 from trunkline.training.scoring.metrics import first_score, metric_names, score, score_task
+
+if TYPE_CHECKING:
+    from trunkline.engine.engine import Engine
 
 
 @dataclass(frozen=True)
@@ -40,21 +46,45 @@ def evaluate(
     search: Search,
     examples: int = 0,
     texts: int | None = None,
+    ranks: Ranks = ONE,
 ) -> dict[str, Scored]:
     """Scores every task.
+
+    Several ranks take a batch each in turn. What they find is put together in the order of the batches, so that every
+    rank has the same bits, and those of one rank.
 
     Args:
         validation: the splits, in the order of the model's tasks.
         tokens: budget of a packed batch.
         examples: of each task, evenly spaced over the split; 0: all.
         texts: of those, how many texts are generated and scored; None: all. With 0, such a task has a loss only.
+        ranks: that share the work, and all call this.
     """
     model.eval()
-    with torch.inference_mode():
+    # FSDP2 keeps what it gathers first for the steps that follow, where a tensor of inference mode is of no use
+    with torch.no_grad() if isinstance(model, FSDPModule) else torch.inference_mode():
         return {
-            split.task.name: _evaluate_task(model, tokenizer, split, task, tokens, search, examples, texts)
+            split.task.name: _evaluate_task(model, tokenizer, split, task, tokens, search, examples, texts, ranks)
             for task, split in enumerate(validation)
         }
+
+
+def evaluate_engine(engine: "Engine", examples: int = 0, ranks: Ranks = ONE) -> dict[str, dict[str, float]]:
+    """See `Engine.evaluate`."""
+    config = engine.config
+    with ranks.first_of_host_goes_before():  # the others find the data in the cache
+        corpus = load_corpus(config, engine.known_tokenizer)
+    with engine.autocast():
+        scored = evaluate(
+            engine.model,
+            corpus.tokenizer,
+            corpus.validation,
+            tokens=config.batch.tokens,
+            search=config.search,
+            examples=examples,
+            ranks=ranks,
+        )
+    return {name: task.metrics for name, task in scored.items()}
 
 
 def mean_score(tasks: Sequence[Task], scored: Mapping[str, Scored]) -> float:
@@ -71,30 +101,34 @@ def _evaluate_task(
     search: Search,
     examples: int,
     texts: int | None,
+    ranks: Ranks,
 ) -> Scored:
     chosen, head = spaced(len(split), examples), HEADS[split.task.head]
-    loss, weight = 0.0, 0.0
-    predicted: dict[int, Any] = {}
-    logits_of: dict[int, Tensor] = {}
-    for places in batches_of([split.lengths[i] for i in chosen], tokens):
+
+    def score_batch(places: Sequence[int]) -> tuple[float, float, list[tuple[int, Any, Tensor]]]:
+        """Its loss and weight, and of every example what is predicted from which logits."""
         members = [chosen[place] for place in places]
         batch = pack([split.example(i, task) for i in members], len(model.tasks)).to(model.device)
         sums, logits = model.score(batch, task)  # (R, C)
-        loss += float(sums.loss[task])
-        weight += float(sums.weight[task])
+        said = []
         if head.group != "vocabulary":
             ordered = [members[place] for place in batch.order]
             rows = [len(split.example(i, task).rows) for i in ordered]
             for i, own in zip(ordered, logits.float().cpu().split(rows), strict=True):
-                predicted[i] = head.answer(model.predict(own, task), split.piece(i), tokenizer)
-                logits_of[i] = own
+                said.append((i, head.answer(model.predict(own, task), split.piece(i), tokenizer), own))
+        return float(sums.loss[task]), float(sums.weight[task]), said
+
+    scored = ranks.spread(score_batch, batches_of([split.lengths[i] for i in chosen], tokens))
+    loss, weight = (sum(of_batch[place] for of_batch in scored) for place in (0, 1))
+    predicted = {i: answer for *_, said in scored for i, answer, _ in said}
+    logits_of = {i: logits for *_, said in scored for i, _, logits in said}
     mean, counted = loss / weight, len(chosen)
     if not head.labelled:
         return Scored({"loss": mean, **score(metric_names(split.task), [mean], [int(weight)])}, [], [], counted=counted)
     if head.writes:
         count = len(chosen) if texts is None else texts
         chosen = [chosen[place] for place in spaced(len(chosen), count)] if count else []
-        predicted = _texts(model, tokenizer, split, task, chosen, tokens, search)
+        predicted = _texts(model, tokenizer, split, task, chosen, tokens, search, ranks)
     predictions = [predicted[i] for i in chosen]
     if not chosen:
         return Scored({"loss": mean}, [], [], counted=counted)
@@ -104,15 +138,24 @@ def _evaluate_task(
 
 
 def _texts(
-    model: Model, tokenizer: Tokenizer, split: Encoded, task: int, chosen: Sequence[int], tokens: int, search: Search
+    model: Model,
+    tokenizer: Tokenizer,
+    split: Encoded,
+    task: int,
+    chosen: Sequence[int],
+    tokens: int,
+    search: Search,
+    ranks: Ranks,
 ) -> dict[int, str]:
     """Texts generated for the prompts of these examples."""
-    texts: dict[int, str] = {}
-    for places in prompts_at_once([len(split.prompt_of(i)) for i in chosen], search, tokens):
+
+    def write(places: Sequence[int]) -> list[tuple[int, str]]:
         members = [chosen[place] for place in places]
         made = model.generate([split.prompt_of(i) for i in members], task, tokenizer.ends, search)
-        texts.update(zip(members, map(tokenizer.decode, made), strict=True))
-    return texts
+        return list(zip(members, map(tokenizer.decode, made), strict=True))
+
+    written = ranks.spread(write, prompts_at_once([len(split.prompt_of(i)) for i in chosen], search, tokens))
+    return {i: text for together in written for i, text in together}
 
 
 def spaced(count: int, wanted: int) -> list[int]:

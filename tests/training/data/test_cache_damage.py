@@ -3,6 +3,7 @@
 import pickle
 import signal
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -101,6 +102,40 @@ def test_two_runs_that_fill_it_at_once_do_not_meet(own_cache):
 
     assert_same(cache.encoded(CLASSIFY, KEY, True, overtaken), encoded)
     assert len(files(own_cache)) == 1
+
+
+WRITES = """
+import sys, time
+from pathlib import Path
+from encoded import CLASSIFY, made
+from trunkline.training.data import cache
+
+own, other = map(Path, sys.argv[1:])
+write = cache._write
+
+def beside_the_other(path, data):
+    path.write_bytes(b"half of it")
+    own.touch()
+    while not other.exists():
+        time.sleep(0.01)
+    write(path, data)
+
+cache._write = beside_the_other
+made_here = made(CLASSIFY, text=["a", "bc"], label=[2, 0])
+kept = cache.encoded(CLASSIFY, [], True, lambda: made_here, print)
+print(kept.tokens.tolist() == made_here.tokens.tolist(), kept.labels.tolist())
+"""
+
+
+def test_two_processes_that_write_one_file_at_the_same_time_do_not_meet(own_cache, tmp_path):
+    """Each begins before the other has ended; both have whole data, and one file is left."""
+    ready = [tmp_path / "first", tmp_path / "second"]
+    with ThreadPoolExecutor() as pool:
+        first, second = pool.map(lambda pair: in_another_process(WRITES, *pair), [ready, ready[::-1]])
+    assert first.stdout == second.stdout == "True [2.0, 0.0]\n", first.stderr + second.stderr
+    assert len(files(own_cache)) == 1
+    encoded = made(CLASSIFY, text=["a", "bc"], label=[2, 0])
+    assert_same(cache.encoded(CLASSIFY, [], True, not_again), encoded)
 
 
 KILLED = """

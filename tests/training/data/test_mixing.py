@@ -336,3 +336,19 @@ def test_an_unknown_method_names_the_nearest():
         ValueError, match=r"mixing: method must be one of .*, got 'loss-ratio'; did you mean 'loss_ratio'"
     ):
         Mixing("loss-ratio")
+
+
+def test_the_second_epoch_of_three_million_examples_begins_within_a_second():
+    """Every rank plans by itself, so that is what none waits longer than; counted in the processor's time."""
+    lengths = [np.random.default_rng(0).integers(8, 120, 3_000_000), np.full(50_000, 30)]
+    steps, budget = 20_000, 16_384
+    mixer = Mixer(lengths, Mixing(method="proportional"), [0, 0], budget, steps, 0)
+    window = int(np.searchsorted(mixer.starts[:, 0], mixer.streams[0].tokens)) - 1  # that begins anew
+    first, last = mixer.firsts[window], mixer.firsts[window + 1]
+    assert mixer.starts[window, 0] < mixer.streams[0].tokens <= mixer.starts[window + 1, 0]
+    took = []
+    for step in range(first - WINDOW, last + WINDOW):
+        began = time.process_time()
+        mixer.batch(step)
+        took.append(time.process_time() - began)
+    assert max(took) < 1.0

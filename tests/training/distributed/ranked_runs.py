@@ -10,15 +10,16 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-LONGEST = 100  # seconds that all runs of a group may take
+LONGEST = 240  # seconds that all runs of a group may take, on a machine that does something else besides
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
 
@@ -37,13 +38,16 @@ def environments(size: int) -> list[dict[str, str]]:
     return [{**same, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
 
 
-def start(size: int, runs: Sequence[Mapping[str, Any]], folder: Path) -> list[list[dict[str, Any]]]:
-    """Runs them on so many ranks; what came of each, by rank.
+def start(
+    size: int, runs: Sequence[Mapping[str, Any]], folder: Path, killed: int | None = None
+) -> list[list[dict[str, Any]]]:
+    """Runs them on so many ranks; what came of each, by rank; nothing of one that kills it.
 
     Args:
         runs: of each the file of its 'config', 'values' that change it (key=value), and where there is any 'more' of
-            them on the last rank, 'resume' and a 'fault'.
+            them on the last rank, 'resume' and a 'fault'; or an 'engine' and a 'file' that it is asked about.
         folder: for what the ranks tell.
+        killed: the rank that a fault of the last run kills.
     """
     folder.mkdir()
     (folder / "runs.json").write_text(json.dumps(runs))
@@ -51,12 +55,14 @@ def start(size: int, runs: Sequence[Mapping[str, Any]], folder: Path) -> list[li
     ranks = []
     for rank, environment in enumerate(environments(size)):
         with (folder / f"output-{rank}").open("w") as output, (folder / f"errors-{rank}").open("w") as errors:
+            environment["KILLED"] = str(killed)
             ranks.append(subprocess.Popen(program, env=environment, stdout=output, stderr=errors))
     codes = [rank.wait(LONGEST + 20) for rank in ranks]
     said = [[(folder / f"{kind}-{rank}").read_text() for rank in range(size)] for kind in ("output", "errors")]
-    assert codes == [0] * size, said[1]
+    assert codes == [-signal.SIGKILL if rank == killed else 0 for rank in range(size)], said[1]
     assert said[0][1:] == [""] * (size - 1)  # the first one speaks for all
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in range(size)]
+    told = [folder / f"rank-{rank}.json" for rank in range(size)]
+    return [json.loads(file.read_text()) if file.exists() else [] for file in told]
 
 
 # What happens in a rank
@@ -66,45 +72,119 @@ def main(file: Path) -> None:
     import torch.distributed as dist
 
     faulthandler.dump_traceback_later(LONGEST, exit=True)  # a rank that hangs says where
-    rank = int(os.environ["RANK"])
-    dist.init_process_group("gloo")
-    outcomes = [outcome(run, rank) for run in json.loads(file.read_text())]
-    dist.barrier()
-    dist.destroy_process_group()
-    (file.parent / f"rank-{rank}.json").write_text(json.dumps(outcomes))
+    rank, size, runs = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), json.loads(file.read_text())
+    # DTensor remembers groups by their names, which repeat only where every run has a default group of its own
+    each_its_own = any("parallel=shard" in run.get("values", ()) for run in runs)
+    where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    store = dist.TCPStore(*where, is_master=rank == 0, multi_tenant=True, wait_for_workers=False)
+    if not each_its_own:
+        dist.init_process_group("gloo", store=dist.PrefixStore("all", store), rank=rank, world_size=size)
+    outcomes = []
+    for run in runs:
+        outcomes.append(outcome(run, rank))
+        (file.parent / f"rank-{rank}.json").write_text(json.dumps(outcomes))  # before the next one kills it
+    with suppress(RuntimeError):  # of a store that was killed
+        store.set(f"ended/{rank}", "")
+    if rank == 0:  # whose store it is
+        store.wait([f"ended/{other}" for other in range(size) if str(other) != os.environ["KILLED"]])
 
 
 def outcome(run: dict[str, Any], rank: int) -> dict[str, Any]:
-    """Trains; 'bits' of the weights after every step, and the 'error' that ended it or its 'steps'."""
+    """Trains; 'bits' of the weights after every step, the bytes that were 'held', and the 'error' that ended it or its
+    'steps'. Or, where there is an 'engine', puts it to use."""
+    if "engine" in run:
+        return answers(Path(run["engine"]), Path(run["file"]))
     from trunkline import Engine
     from trunkline.training.config_file import load_config
     from trunkline.training.run.run import Run
 
     config = load_config(Path(run["config"]), run["values"] + (run.get("more", []) if rank else []))
     bits: list[str] = []
+    held: dict[str, int] = {}
     update = Run.update
 
     def updated(self: Run, loss: Any) -> Any:
+        learnt = [p for p in self.model.parameters() if p.grad is not None]
+        held["gradients"] = size_of(p.grad for p in learnt)
         norm = update(self, loss)
         bits.append(digest(self.model))
+        held["parameters"] = size_of(self.model.parameters())
+        held["optimizer"] = size_of(self.optimizer.state[p][key] for p in learnt for key in ("exp_avg", "exp_avg_sq"))
         return norm
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, grams_seen() as grams:
         patch.setattr(Run, "update", updated)
         patch.setattr("trunkline.training.distributed.gradient_exchange.BUCKET", 20_000)  # several of a tiny trunk
         patch.setattr("trunkline.training.run.run.write_report", lambda folder: None)  # which takes longer than the run
+        if config.parallel == "shard":  # where every batch of an evaluation is every rank's
+            patch.setattr("trunkline.training.run.run.FIRST_LOOK", 2)
         with FAULTS[run.get("fault", "none")](rank, patch):
             try:
                 summary = Engine.from_config(config).fit(resume=run.get("resume", False))
             except (Exception, SystemExit) as error:
-                return {"bits": bits, "error": f"{type(error).__name__}: {error}"}
-    return {"bits": bits, "steps": summary["steps"], "left_out": summary["steps_left_out"]}
+                traceback.print_exc()
+                return {"bits": bits, "held": held, "error": f"{type(error).__name__}: {error}"}
+    return {
+        "bits": bits,
+        "held": held,
+        "grams": grams,
+        "steps": summary["steps"],
+        "left_out": summary["steps_left_out"],
+    }
+
+
+@contextmanager
+def grams_seen() -> Iterator[list[list[list[float]]]]:
+    """The Gram matrices that tasks are weighed by, one a step."""
+    from trunkline.training.balancing.balancer import Balancer
+
+    seen: list[list[list[float]]] = []
+    weigh = Balancer._weigh
+
+    def weighed(self: Balancer, losses: Any, counts: Any, gram: Any, step: int) -> Any:
+        seen.append(gram.tolist())
+        return weigh(self, losses, counts, gram, step)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Balancer, "_weigh", weighed)
+        yield seen
+
+
+def answers(folder: Path, file: Path) -> dict[str, Any]:
+    """What an engine scores, and says of the rows of a file, 'together' with the other ranks and 'alone'; and how many
+    batches it 'scored' for each."""
+    from trunkline import Engine
+    from trunkline.engine.network.model import MultiTaskModel
+    from trunkline.training import predict
+    from trunkline.training.distributed.ranks import ONE, Ranks
+    from trunkline.training.scoring.evaluation import evaluate_engine
+
+    engine, score, said = Engine.load(folder, device="cpu"), MultiTaskModel.score, {}
+    with pytest.MonkeyPatch.context() as patch, Ranks(None) as several:
+        patch.setattr(predict, "AT_ONCE", 8)
+        patch.setattr(MultiTaskModel, "score", lambda *arguments: scored.append(0) or score(*arguments))
+        for name, ranks in (("together", several), ("alone", ONE)):
+            scored: list[int] = []
+            scores = evaluate_engine(engine, ranks=ranks)
+            rows = list(predict.of_file(engine, file, ["colour", "parts"], scores=True, ranks=ranks))
+            said[name] = {"scores": scores, "rows": rows, "scored": len(scored)}
+    return said
+
+
+def size_of(tensors: Any) -> int:
+    """Bytes of these tensors on this rank."""
+    from trunkline.training.distributed.sharding import local
+
+    return sum(local(tensor.detach()).nbytes for tensor in tensors)
 
 
 def digest(model: Any) -> str:
+    """Of the weights that all ranks have alike, or of this one's slices."""
+    from trunkline.training.distributed.sharding import local
+
     state = sha256()
     for tensor in model.state_dict().values():
-        state.update(tensor.contiguous().numpy().data)
+        state.update(local(tensor).contiguous().numpy().data)
     return state.hexdigest()
 
 
@@ -151,6 +231,23 @@ def _out_of_memory(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @contextmanager
+def _no_room_for_a_batch(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """On the last rank, in the third step."""
+    import torch
+
+    from trunkline.training.run.run import Run
+
+    def fail(self: Run, *arguments: Any) -> Any:
+        if self.ranks.rank == self.ranks.size - 1 and self.progress.step == 2:
+            raise torch.OutOfMemoryError
+        return gradients(self, *arguments)
+
+    gradients = Run._gradients
+    patch.setattr(Run, "_gradients", fail)
+    yield
+
+
+@contextmanager
 def _terminated(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
     """The last rank, in the third step."""
     from trunkline.training.run.run import Run
@@ -166,7 +263,59 @@ def _terminated(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
-FAULTS = {"none": _none, "not finite": _not_finite, "out of memory": _out_of_memory, "terminated": _terminated}
+@contextmanager
+def _disk_full(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """In the second checkpoint, which the first rank writes."""
+    from safetensors import SafetensorError
+
+    from trunkline.engine import checkpoint
+
+    def full(tensors: Any, file: Path) -> None:
+        if file.parent.name == ".step-4.partial":
+            file.write_bytes(b"as much as there was room for")
+            raise SafetensorError("No space left on device (os error 28)")
+        save_file(tensors, file)
+
+    save_file = checkpoint.save_file
+    patch.setattr(checkpoint, "save_file", full)
+    yield
+
+
+@contextmanager
+def _killed_in_a_save(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The first rank, when the weights of its second checkpoint are written and the rest is not."""
+    from trunkline.engine import checkpoint
+
+    def killed(tensors: Any, file: Path) -> None:
+        if file.parent.name == ".step-4.partial" and file.stem == "optimizer":
+            os.kill(os.getpid(), signal.SIGKILL)
+        save_file(tensors, file)
+
+    save_file = checkpoint.save_file
+    patch.setattr(checkpoint, "save_file", killed)
+    yield
+
+
+@contextmanager
+def _killed_while_loading(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The last rank, between a checkpoint's model and its optimizer."""
+    from trunkline.engine import checkpoint
+
+    if rank:
+        patch.setattr(checkpoint, "load_optimizer_tensors", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+    yield
+
+
+FAULTS = {
+    "none": _none,
+    "not finite": _not_finite,
+    "out of memory": _out_of_memory,
+    "no room for a batch": _no_room_for_a_batch,
+    "terminated": _terminated,
+    "disk full": _disk_full,
+    "killed in a save": _killed_in_a_save,
+    "killed while loading": _killed_while_loading,
+}
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))

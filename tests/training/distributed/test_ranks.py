@@ -100,3 +100,22 @@ def test_devices_in_one_process_are_refused_with_the_way_to_have_them(tiny_confi
 def test_more_devices_than_batches_are_refused_before_any_rank_starts(tiny_config: Path, capsys):
     assert cli.main(["train", str(tiny_config), "devices=3"]) == cli.USER_ERROR
     assert "3 ranks need one each: set batch.accumulate to 3 or more" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["compare", "doctor", "estimate"])
+def test_a_command_of_one_process_refuses_ranks_before_any_work(command, tiny_config: Path, capsys, monkeypatch):
+    for name, value in environments(2)[0].items():
+        monkeypatch.setenv(name, value)
+    assert cli.main([command, str(tiny_config)]) == cli.USER_ERROR
+    output, errors = capsys.readouterr()
+    assert f"{command} is the work of one process, and torchrun started 2: start it without torchrun" in errors
+    assert not output
+    monkeypatch.setenv("RANK", "1")  # which leaves it to the first one to say so
+    with pytest.raises(SystemExit, match="2"):
+        cli.main([command, str(tiny_config)])
+    assert not capsys.readouterr().err
+
+
+def test_a_comparison_refuses_several_devices(tiny_config: Path, capsys):
+    assert cli.main(["compare", str(tiny_config), "devices=2"]) == cli.USER_ERROR
+    assert "compare: its runs follow one another on one device, and devices is 2" in capsys.readouterr().err

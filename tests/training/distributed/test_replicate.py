@@ -72,6 +72,7 @@ def two(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs = {name: described(tiny_config, folder / name, values) for name, values in RUNS.items()}
     runs |= {name: described(tiny_config, folder / name, values, fault=name) for name, values in FAULTS.items()}
     runs["others"] = described(tiny_config, folder / "others", "", more=["seed=3", "batch.tokens=80"])
+    runs["answers"] = {"engine": str(folder / "fixed"), "file": str(tiny_config.parent / "colour-validation.jsonl")}
     runs["too few"] = described(tiny_config, folder / "too few", "batch.accumulate=1")
     return on_ranks(2, runs, folder, tiny_config)
 
@@ -81,6 +82,7 @@ def three(two: Runs, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("three")
     runs = {name: described(two.config, folder / name, RUNS[name]) for name in ("fixed", "pcgrad")}
     runs["terminated"] = described(two.config, two.folder / "terminated", FAULTS["terminated"], resume=True)
+    runs["answers"] = {"engine": str(folder / "fixed"), "file": str(two.config.parent / "colour-validation.jsonl")}
     return on_ranks(3, runs, folder, two.config)
 
 
@@ -200,3 +202,14 @@ def test_ranks_that_were_started_with_other_settings_name_them(two):
 
 def test_more_ranks_than_batches_are_refused(two):
     assert "2 ranks need one each: set batch.accumulate to 2 or more" in two.outcomes["too few"][0]["error"]
+
+
+@pytest.mark.parametrize("ranks", ["two", "three"])
+def test_scores_and_answers_of_ranks_together_are_those_of_one_to_the_bit(ranks, request):
+    for rank in (said := request.getfixturevalue(ranks).outcomes["answers"]):
+        assert rank["together"]["scores"] == rank["alone"]["scores"]
+        assert rank["together"]["rows"] == rank["alone"]["rows"]
+        assert rank["alone"] == said[0]["alone"]
+        assert 0 < rank["together"]["scored"] < 0.7 * rank["alone"]["scored"]
+    assert len(said[0]["alone"]["rows"]) == 20
+    assert sum(rank["together"]["scored"] for rank in said) == said[0]["alone"]["scored"]

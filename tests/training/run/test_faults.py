@@ -60,8 +60,8 @@ def changed(engine: Engine, change: Callable[[MultiTaskModel], None], monkeypatc
     """The engine, whose model is changed when it is made."""
     build = engine.build
 
-    def changed_build(tokenizer):
-        model = build(tokenizer)
+    def changed_build(tokenizer, **where):
+        model = build(tokenizer, **where)
         change(model)
         return model
 
