@@ -395,6 +395,6 @@ def make_model(config: Config, trunk: Trunk | None = None) -> Model:
     tasks = in_model_order(config.all_tasks)
     if config.architecture == "bilstm":
         return BiLSTM(config.trunk, tasks, config.label_smoothing)
-    trunk = trunk or Trunk(config.trunk)
-    adapters = config.adapters and make_adapters(config.adapters, trunk, [task.name for task in tasks])
+    trunk, names = trunk or Trunk(config.trunk), [task.name for task in tasks]
+    adapters = make_adapters(config.adapters, trunk, names) if config.adapters else None
     return MultiTaskModel(trunk, tasks, config.projection, config.label_smoothing, adapters)

@@ -119,7 +119,7 @@ def _evaluate_task(
         return float(sums.loss[task]), float(sums.weight[task]), said
 
     scored = ranks.spread(score_batch, batches_of([split.lengths[i] for i in chosen], tokens))
-    loss, weight = (sum(of_batch[place] for of_batch in scored) for place in (0, 1))
+    loss, weight = sum(loss for loss, _, _ in scored), sum(weight for _, weight, _ in scored)
     predicted = {i: answer for *_, said in scored for i, answer, _ in said}
     logits_of = {i: logits for *_, said in scored for i, _, logits in said}
     mean, counted = loss / weight, len(chosen)
