@@ -28,7 +28,7 @@ def test_the_command_prints_it(capsys):
     jsonschema.Draft202012Validator.check_schema(json.loads(capsys.readouterr().out))
 
 
-@pytest.mark.parametrize("name", ["demo", "finetune-encoder", "glue", "pretrain"])
+@pytest.mark.parametrize("name", ["demo", "finetune-decoder", "finetune-encoder", "glue", "pretrain"])
 def test_our_own_configs_fit(name):
     assert faults(read_yaml((CONFIGS / f"{name}.yaml").read_text())) == []
 
