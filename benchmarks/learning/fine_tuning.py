@@ -1,6 +1,6 @@
 """What each default of fine-tuning a checkpoint is worth: every one put back, by itself, to what it could be instead.
 
-    python benchmarks/learning/fine_tuning.py DATA CHECKPOINT [CHANGE ...] [--seeds 0 1 2] [--steps 100]
+    python benchmarks/learning/fine_tuning.py DATA CHECKPOINT [CHANGE ...] [--seeds 0 1 2] [--steps 320]
 
 DATA is laid out like the hub, CHECKPOINT is a pretrained encoder. Every change is made to
 training/configs/finetune-encoder.yaml by itself and trained with every seed. What was measured before is kept, so that
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("checkpoint", help="of a pretrained encoder")
     parser.add_argument("changes", nargs="*", metavar="CHANGE", help="; ".join(CHANGES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=320)
     options = parser.parse_args()
     chosen = options.changes or list(CHANGES)
     if strangers := set(chosen) - set(CHANGES):

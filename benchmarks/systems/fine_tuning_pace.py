@@ -47,10 +47,9 @@ def main() -> None:
         context.Process(target=work, args=(turn, config, theirs), daemon=True).start()
     pace: dict[str, list[float]] = {OURS: [], PEER: []}
     memory: dict[str, int] = {}
-    tokens = config.steps * config.batch.tokens
     for _ in range(options.rounds):
         for name, connection in workers.items():
-            connection.send(tokens)
+            connection.send(True)
             seen, seconds, memory[name] = connection.recv()
             pace[name].append(seen / seconds)
         print(*(f"{name} {values[-1]:,.0f} tokens/s" for name, values in pace.items()), sep=", ", flush=True)
@@ -66,30 +65,30 @@ def main() -> None:
     record("fine_tuning_pace", content, environment())
 
 
-def work(turn: Callable[[Config, int], tuple[float, float]], config: Config, connection: Connection) -> None:
-    """A turn for every number of tokens that comes: real tokens, seconds, and the most bytes held so far."""
+def work(turn: Callable[[Config], tuple[float, float]], config: Config, connection: Connection) -> None:
+    """A turn whenever it is asked for one: real tokens, seconds, and the most bytes held so far."""
     torch.set_num_threads(1)
     while True:
         try:
-            tokens = connection.recv()
+            connection.recv()
         except EOFError:
             return
-        seen, seconds = turn(config, tokens)
+        seen, seconds = turn(config)
         connection.send((seen, seconds, 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
 
 
-def ours(config: Config, tokens: int) -> tuple[float, float]:
+def ours(config: Config) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as folder:
         summary = Engine.from_config(replace(config, run=f"{folder}/run")).fit()
     return summary["real_tokens"], summary["training_seconds"]
 
 
-def peer(config: Config, tokens: int) -> tuple[float, float]:
+def peer(config: Config) -> tuple[float, float]:
     corpus = load_corpus(config)
     torch.manual_seed(0)
     model = Peer(config.init, corpus.train)
     began = time.perf_counter()
-    seen = sum(train(model, corpus, config, 0, tokens))
+    seen = sum(train(model, corpus, config, 0, config.steps * config.batch.tokens))
     return seen, time.perf_counter() - began
 
 

@@ -73,6 +73,6 @@ def test_it_stops_at_its_budget_and_is_scored_on_every_task(config):
 def test_the_pace_of_both_is_of_as_many_tokens(config):
     config = replace(config, steps=4, evaluation=replace(config.evaluation, every=4))
     budget = 4 * config.batch.tokens
-    ours, _ = fine_tuning_pace.ours(config, budget)
-    theirs, _ = fine_tuning_pace.peer(config, budget)
+    ours, _ = fine_tuning_pace.ours(config)
+    theirs, _ = fine_tuning_pace.peer(config)
     assert 0.95 * budget < ours <= budget <= theirs < budget + 32 * 80

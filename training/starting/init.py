@@ -210,8 +210,8 @@ def _settings(proposals: Sequence[Proposal], answers: Answers, folder: Path) -> 
         )
         if heads <= {"classify", "multi-label", "regress"}:
             settings["lowercase"] = (True, "capitals and small letters are the same to it")
-    batch = TOKENS
-    if answers.init and (batch := batch_tokens(words)) < TOKENS:
+    batch = batch_tokens(words) if answers.init else TOKENS
+    if batch < TOKENS:
         settings["batch"] = ({"tokens": batch}, f"of a step: about {batch / tokens_of(words):.0f} examples")
     steps, why = steps_for(rows, words, answers.minutes, preset, batch)
     if answers.steps:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -263,36 +263,41 @@ def _terminated(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+def _before_second_save(patch: pytest.MonkeyPatch, does: Callable[[Path], None]) -> None:
+    """Before every file of the second checkpoint, which the first rank writes."""
+    from trunkline.engine import checkpoint
+
+    def save(tensors: Any, file: Path) -> None:
+        if file.parent.name == ".step-4.partial":
+            does(file)
+        save_file(tensors, file)
+
+    save_file = checkpoint.save_file
+    patch.setattr(checkpoint, "save_file", save)
+
+
 @contextmanager
 def _disk_full(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
     """In the second checkpoint, which the first rank writes."""
     from safetensors import SafetensorError
 
-    from trunkline.engine import checkpoint
+    def full(file: Path) -> None:
+        file.write_bytes(b"as much as there was room for")
+        raise SafetensorError("No space left on device (os error 28)")
 
-    def full(tensors: Any, file: Path) -> None:
-        if file.parent.name == ".step-4.partial":
-            file.write_bytes(b"as much as there was room for")
-            raise SafetensorError("No space left on device (os error 28)")
-        save_file(tensors, file)
-
-    save_file = checkpoint.save_file
-    patch.setattr(checkpoint, "save_file", full)
+    _before_second_save(patch, full)
     yield
 
 
 @contextmanager
 def _killed_in_a_save(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
     """The first rank, when the weights of its second checkpoint are written and the rest is not."""
-    from trunkline.engine import checkpoint
 
-    def killed(tensors: Any, file: Path) -> None:
-        if file.parent.name == ".step-4.partial" and file.stem == "optimizer":
+    def killed(file: Path) -> None:
+        if file.stem == "optimizer":
             os.kill(os.getpid(), signal.SIGKILL)
-        save_file(tensors, file)
 
-    save_file = checkpoint.save_file
-    patch.setattr(checkpoint, "save_file", killed)
+    _before_second_save(patch, killed)
     yield
 
 
