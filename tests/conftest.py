@@ -8,6 +8,7 @@ import os
 import random
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,6 +62,26 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def effort() -> Callable[[Callable[[], object]], float]:
+    """The processor time of some work in millions of steps of an empty loop: no machine is too slow for a test."""
+
+    def processor_time(work: Callable[[], object]) -> float:
+        began = time.process_time()
+        work()
+        return time.process_time() - began
+
+    def a_million_steps() -> None:
+        for _ in range(1_000_000):
+            pass
+
+    def measure(work: Callable[[], object]) -> float:
+        before, taken, after = map(processor_time, (a_million_steps, work, a_million_steps))
+        return taken / max(before, after)
+
+    return measure
 
 
 @pytest.fixture(scope="session")

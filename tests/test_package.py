@@ -60,11 +60,11 @@ def test_unknown_name_is_answered_with_the_nearest(wrong, nearest):
 
 
 def test_import_is_quick_and_leaves_torch_alone(tmp_path):
-    code = "import sys, time; t = time.perf_counter(); import trunkline; print(time.perf_counter() - t, *sys.modules)"
-    runs = [python("-c", code, folder=tmp_path, packages=ROOT / "src").split() for _ in range(3)]
-    assert min(float(seconds) for seconds, *_ in runs) < 0.3
-    assert "trunkline" in runs[0]
-    assert not {"torch", "numpy"} & set(runs[0])
+    code = "import sys; before = set(sys.modules); import trunkline; print(*set(sys.modules) - before)"
+    loaded = python("-c", code, folder=tmp_path, packages=ROOT / "src").split()
+    assert "trunkline" in loaded
+    assert not {"torch", "numpy"} & set(loaded)
+    assert len(loaded) < 100  # small ones of the standard library, a few hundredths of a second
 
 
 def test_version_is_that_of_the_project():

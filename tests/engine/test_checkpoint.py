@@ -191,7 +191,7 @@ def killed_saves(folder: Path, name: str) -> None:
 def test_a_kill_at_any_time_leaves_the_old_or_the_new_checkpoint(tmp_path, name):
     program = "import sys, pathlib, test_checkpoint as t; t.killed_saves(pathlib.Path(sys.argv[1]), sys.argv[2])"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    subprocess.run([sys.executable, "-c", program, tmp_path, name], env=environment, check=True, timeout=100)
+    subprocess.run([sys.executable, "-c", program, tmp_path, name], env=environment, check=True, timeout=300)
     numbers: dict[str, list[int]] = {"operation": [], "writing": []}
     unfinished = set()
     for run in sorted(tmp_path.iterdir()):

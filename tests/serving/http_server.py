@@ -9,7 +9,7 @@ from contextlib import closing, contextmanager
 from http.client import HTTPConnection
 from typing import Any, NamedTuple
 
-WAIT = 20.0  # seconds until a test is given up
+WAIT = 60.0  # seconds until a test is given up
 
 
 class Answered(NamedTuple):

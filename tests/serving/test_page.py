@@ -22,7 +22,7 @@ def seen(port: int, profile: Path, **asked: str) -> str:
     """The page behind a link, once it has its answers, as HTML."""
     link = f"http://127.0.0.1:{port}/?{urlencode(asked)}"
     browser = [BROWSER, *QUIET, f"--user-data-dir={profile}", "--virtual-time-budget=10000", "--dump-dom", link]
-    return subprocess.run(browser, capture_output=True, text=True, timeout=60, check=True).stdout
+    return subprocess.run(browser, capture_output=True, text=True, timeout=300, check=True).stdout
 
 
 def test_every_task_answers_a_text_that_a_link_brings(served, tmp_path):

@@ -48,4 +48,4 @@ def in_another_process(code: str, *arguments: Path) -> subprocess.CompletedProce
     here = Path(__file__).resolve().parents[2]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(here / "helpers"), str(here.parent / "src")])}
     command = [sys.executable, "-c", code, *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)

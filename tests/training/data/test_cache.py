@@ -94,12 +94,15 @@ cache.encoded(CLASSIFY, ["small"], True, lambda: 1 / 0)  # whatever is loaded fo
 before, began = anonymous(), time.process_time()  # which other programs do not lengthen
 large = cache.encoded(CLASSIFY, ["large"], True, lambda: 1 / 0)
 seconds, opened = time.process_time() - began, anonymous() - before
+for _ in range(10_000_000):  # which takes as much longer on a slow machine
+    pass
+loop = time.process_time() - began - seconds
 last = large.example(len(large) - 1, 0).tokens.tolist()
 gc.collect()
 blocks = sys.getallocatedblocks()
 mixer = Mixer([large.lengths], Mixing(), [0.0], 256, steps=1000, seed=0)
 mixer.batch(999)
-print(seconds, opened, anonymous() - before, sys.getallocatedblocks() - blocks, *last)
+print(seconds / loop, opened, anonymous() - before, sys.getallocatedblocks() - blocks, *last)
 """
 
 
@@ -118,8 +121,8 @@ def test_two_million_examples_are_there_at_once():
         )
         cache.encoded(CLASSIFY, [name], True, lambda data=data: data)
     output = in_another_process(OPENED).stdout.split()
-    seconds, opened, mixed = float(output[0]), int(output[1]), int(output[2])
-    assert seconds < 0.5
+    loops, opened, mixed = float(output[0]), int(output[1]), int(output[2])
+    assert loops < 4  # of five steps an example
     assert opened < 1 << 20  # of 64 MB of tokens and 64 MB of the rest
     assert mixed < 8 * n * 8  # lengths, their order and places: a few numbers an example
     assert int(output[3]) < 50_000  # objects; none for each example

@@ -1,6 +1,6 @@
 """Every batch follows from (seed, step); every example is seen once an epoch; shares are kept and batches are full."""
 
-import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -237,15 +237,12 @@ def test_little_of_a_realistic_mix_is_padding(method):
     assert waste(mixer(REALISTIC, method), 10 * WINDOW) < 0.015
 
 
-def test_three_hundred_tasks_fill_batches_and_are_planned_fast():
+def test_three_hundred_tasks_fill_batches_and_are_planned_fast(effort):
     sizes = np.random.default_rng(0).integers(50, 3000, 300)
     planner = mixer([lengths_like(size, 30, 0.6, 250, seed) for seed, size in enumerate(sizes)])
     assert waste(planner, 10 * WINDOW) < 0.03
     assert (seen(planner, range(10 * WINDOW)) > 0).all()
-    started = time.perf_counter()
-    for window in range(10):
-        planner.plan(window)
-    assert (time.perf_counter() - started) / 10 < 0.1  # seconds
+    assert effort(lambda: [planner.plan(window) for window in range(10)]) < 30
 
 
 def test_equal_tasks_do_not_all_begin_with_an_example_too_many():
@@ -254,11 +251,9 @@ def test_equal_tasks_do_not_all_begin_with_an_example_too_many():
     assert max(counts) - min(counts) <= 10
 
 
-def test_a_million_examples_are_planned_in_seconds():
+def test_a_million_examples_are_planned_in_seconds(effort):
     lengths = np.random.default_rng(0).integers(5, 100, 1_000_000)
-    started = time.perf_counter()
-    assert mixer([lengths], steps=100_000).batch(0)
-    assert time.perf_counter() - started < 2  # seconds
+    assert effort(lambda: mixer([lengths], steps=100_000).batch(0)) < 60
 
 
 def test_of_a_large_task_one_chunk_is_held(monkeypatch):
@@ -338,17 +333,12 @@ def test_an_unknown_method_names_the_nearest():
         Mixing("loss-ratio")
 
 
-def test_the_second_epoch_of_three_million_examples_begins_within_a_second():
-    """Every rank plans by itself, so that is what none waits longer than; counted in the processor's time."""
+def test_the_second_epoch_of_three_million_examples_begins_within_a_second(effort):
+    """Every rank plans by itself, so that is what none waits longer than."""
     lengths = [np.random.default_rng(0).integers(8, 120, 3_000_000), np.full(50_000, 30)]
     steps, budget = 20_000, 16_384
     mixer = Mixer(lengths, Mixing(method="proportional"), [0, 0], budget, steps, 0)
     window = int(np.searchsorted(mixer.starts[:, 0], mixer.streams[0].tokens)) - 1  # that begins anew
     first, last = mixer.firsts[window], mixer.firsts[window + 1]
     assert mixer.starts[window, 0] < mixer.streams[0].tokens <= mixer.starts[window + 1, 0]
-    took = []
-    for step in range(first - WINDOW, last + WINDOW):
-        began = time.process_time()
-        mixer.batch(step)
-        took.append(time.process_time() - began)
-    assert max(took) < 1.0
+    assert max(effort(partial(mixer.batch, step)) for step in range(first - WINDOW, last + WINDOW)) < 30

@@ -3,7 +3,6 @@
 import json
 import random
 import subprocess
-import time
 from pathlib import Path
 
 import pytest
@@ -263,12 +262,11 @@ def test_rows_without_any_of_several_labels_are_rows(capsys):
     assert "classes with fewer than 5 rows, too few to learn from: 1, such as 'rare'" in told
 
 
-def test_it_takes_a_second_for_20000_rows():
+def test_it_takes_a_second_for_20000_rows(effort):
     """A fiftieth of the rows that may take five seconds, and what it takes whatever the rows."""
     table("own.csv", rows(20_000, label=colour))
-    began = time.perf_counter()
-    assert main(["init", "own.csv"]) == 0
-    assert time.perf_counter() - began < 1.0
+    assert effort(lambda: main(["init", "own.csv"])) < 50
+    assert Path("own.yaml").exists()
 
 
 def test_init_does_not_wait_for_torch():
