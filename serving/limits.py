@@ -56,7 +56,7 @@ class Limits:
                 await self.app(scope, _again(body, receive), counted)
         finally:
             route = scope.get("route")  # of unknown paths there may be any number
-            self.measures.requests.labels(getattr(route, "path", "other"), str(status)).inc()
+            self.measures.requested(getattr(route, "path", "other"), status)
 
     def _may(self, path: str, given: bytes) -> bool:
         return not self.token or path in OPEN or hmac.compare_digest(given, b"Bearer " + self.token.encode())

@@ -1,7 +1,9 @@
 """`trunkline serve`: from a run to a server on a port."""
 
+import gc
 import signal
 import socket
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +14,14 @@ import uvicorn
 from trunkline.engine.console import warn
 from trunkline.engine.engine import Engine
 from trunkline.engine.heads.registry import HEADS
+from trunkline.engine.network.memory import keep_freed_memory
 from trunkline.serving.app import make_app
 
 ON_CPU, ON_GPU = 4096, 16384  # tokens of a pass: more make a CPU no faster, and all wait for the slowest
 PASSES_WAITING = 16  # tokens that may wait, in passes
+SWITCH_INTERVAL = (
+    2e-4  # seconds; after every operation the model's thread waits for the event loop, by default up to 5 ms
+)
 PATIENCE = 30  # seconds for what is in work when the server is told to stop
 
 
@@ -57,6 +63,8 @@ def serve(
     if batch_tokens < 0 or waiting_tokens < 0:
         raise ValueError(f"serve: token budgets must be at least 1, got {min(batch_tokens, waiting_tokens)}")
     token = _token(token_file) if token_file else ""
+    keep_freed_memory()
+    sys.setswitchinterval(SWITCH_INTERVAL)
     with _bound(host, port) as listening:  # before the model is loaded: a port that is taken shows at once
         engine = Engine.load(run, device=device)
         batch_tokens = batch_tokens or (ON_GPU if engine.device.type == "cuda" else ON_CPU)
@@ -72,7 +80,16 @@ def serve(
         print(f"{address} answers for {names}; loaded in {time.monotonic() - began:.1f} s", flush=True)
         if not token and host not in ("127.0.0.1", "::1", "localhost"):
             warn(f"serve: {host} can be reached from outside, and there is no --token-file")
-        settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=PATIENCE, ws="none")
+        settings = uvicorn.Config(
+            app,
+            log_level="warning",
+            access_log=False,
+            proxy_headers=False,
+            timeout_graceful_shutdown=PATIENCE,
+            ws="none",
+        )
+        gc.collect()
+        gc.freeze()  # what is loaded stays: no collection looks through it while requests wait
         _Server(settings).run(sockets=[listening])
 
 

@@ -82,7 +82,9 @@ def _load(options: argparse.Namespace) -> "Engine":
     from dataclasses import replace
 
     from trunkline.engine.engine import Engine
+    from trunkline.engine.network.memory import keep_freed_memory
 
+    keep_freed_memory()
     engine = Engine.load(options.run)
     if options.data:
         engine.config = replace(engine.config, data=options.data)

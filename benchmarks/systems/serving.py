@@ -10,8 +10,8 @@ of their own. LitServe (padded_server.py) takes part where it is installed.
 - mixed lengths: clients that ask for one task of one text of 8 to 512 tokens (every power of two as often), each its
   next text when the last is answered: requests a second and 99th percentile of the time to the answer, by the number of
   clients.
-- HTTP: requests a second with 64 clients, and texts a second of `Engine.predict` in the server's place; the time of a
-  single request, and of `predict` on its text; in turns.
+- HTTP: requests a second with 64 clients, and texts a second of `Engine.predict` in the server's place, which is one
+  core that the clients leave alone; the time of a single request, and of `predict` on its text; in turns.
 - start: from the command to the first 200 of /ready.
 - 200 clients for as long: requests that were not answered, and how the server's memory grows in the second half.
 """
@@ -53,7 +53,7 @@ CLIENTS = (1, 4, 16, 64)
 PADDED = (1, 8, 32)  # texts of a batch of the padded server
 WARM_UP = 2.0  # seconds
 BOTH_ENDS = 2  # tokens around a text
-TURNS, SINGLE = 5, 200  # with and without HTTP: of loads, of single requests
+TURNS, SINGLE = 9, 400  # with and without HTTP: of loads, of single requests
 
 
 class Load(NamedTuple):
@@ -166,17 +166,20 @@ def http(engine: Engine, run: Path, seconds: float) -> dict[str, Any]:
     bodies = [json.dumps({"texts": [text], "tasks": [NAMES[0]]}) for text in texts]
     engine.config = replace(engine.config, batch=replace(engine.config.batch, tokens=4096))  # as the server's passes
     served, alone = [], []
-    with our_server(run) as (port, _):
-        load(port, "/v1/predict", bodies, 64, WARM_UP)
+    cores = sorted(os.sched_getaffinity(0))
+    with on(cores[:1]), our_server(run) as (port, _):
+        with on(cores[1:]):
+            load(port, "/v1/predict", bodies, 64, WARM_UP)
         engine.predict(texts, [NAMES[0]], scores=True)
         for _ in range(TURNS):
-            served.append(load(port, "/v1/predict", bodies, 64, seconds / 2).rate)
+            with on(cores[1:]):
+                served.append(load(port, "/v1/predict", bodies, 64, seconds / 2).rate)
             began = time.perf_counter()
             engine.predict(texts, [NAMES[0]], scores=True)
             alone.append(len(texts) / (time.perf_counter() - began))
-        connection = HTTPConnection("127.0.0.1", port, timeout=60)
+        client = Client(port, "/v1/predict")
         ways = {
-            "with": lambda number: _ask(connection, "/v1/predict", bodies[number % len(bodies)]),
+            "with": lambda number: client.ask(bodies[number % len(bodies)]),
             "without": lambda number: engine.predict([texts[number % len(texts)]], [NAMES[0]], scores=True),
         }
         idle = in_turns(ways, SINGLE, warm_up=10)
@@ -209,6 +212,17 @@ def start(run: Path) -> float:
     began = time.perf_counter()
     with our_server(run):
         return time.perf_counter() - began
+
+
+@contextmanager
+def on(cores: list[int]) -> Iterator[None]:
+    """This process, and those that it starts, on these cores; on those it has where there are none."""
+    before = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, cores or before)
+    try:
+        yield
+    finally:
+        os.sched_setaffinity(0, before)
 
 
 @contextmanager
@@ -268,10 +282,10 @@ def _clients(port: int, path: str, bodies: list[str], clients: int, seconds: flo
     ends = time.perf_counter() + seconds
 
     def client(number: int) -> None:
-        connection = HTTPConnection("127.0.0.1", port, timeout=60)
+        one = Client(port, path)
         place = number * 7919
         while (began := time.perf_counter()) < ends:
-            answered = _ask(connection, path, bodies[place % len(bodies)]) == 200
+            answered = one.ask(bodies[place % len(bodies)]) == 200
             (times if answered else failed).append(time.perf_counter() - began)
             place += 1
 
@@ -285,12 +299,29 @@ def _clients(port: int, path: str, bodies: list[str], clients: int, seconds: flo
     return Load(len(times) / took, median(times), times[int(0.99 * len(times))], len(failed))
 
 
-def _ask(connection: HTTPConnection, path: str, body: str) -> int:
-    """The status of the answer."""
-    connection.request("POST", path, body, {"Content-Type": "application/json"})
-    response = connection.getresponse()
-    response.read()
-    return response.status
+class Client:
+    """One connection that stays open. It works as little as it can, since it shares the cores with the server."""
+
+    def __init__(self, port: int, path: str):
+        self.socket = socket.create_connection(("127.0.0.1", port), timeout=60)
+        self.head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+
+    def ask(self, body: str) -> int:
+        """The status of the answer."""
+        self.socket.sendall(f"{self.head}{len(body)}\r\n\r\n{body}".encode("ascii"))
+        head, received = b"", b""
+        while not head:
+            received += self._receive()
+            head, _, text = received.partition(b"\r\n\r\n") if b"\r\n\r\n" in received else (b"", b"", b"")
+        length = int(head.lower().partition(b"content-length: ")[2].split(b"\r\n")[0])
+        while len(text) < length:
+            text += self._receive()
+        return int(head.split(b" ", 2)[1])
+
+    def _receive(self) -> bytes:
+        if not (received := self.socket.recv(1 << 16)):
+            raise ConnectionError("the server has closed the connection")
+        return received
 
 
 def _memory(process: subprocess.Popen) -> int:

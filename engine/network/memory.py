@@ -1,4 +1,4 @@
-"""The host's memory: what training asks of the C library's allocator."""
+"""The host's memory: what a process of ours asks of the C library's allocator."""
 
 import ctypes
 import sys
@@ -9,8 +9,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # malloc.h of g
 def keep_freed_memory() -> bool:
     """Tells glibc to keep what is freed for the next allocation instead of giving it back to the kernel.
 
-    A training step on the CPU allocates the same tensors again and again; given back, every one of them costs a page
-    fault per 4 KiB. Peak memory is unchanged. Returns whether it was done: only on Linux with glibc.
+    A training step or a pass over texts on the CPU allocates the same tensors again and again; given back, every one of
+    them costs a page fault per 4 KiB. Peak memory is unchanged. Returns whether it was done: only on Linux with glibc.
     """
     if sys.platform != "linux":
         return False
