@@ -100,7 +100,7 @@ def rows_of(file: BinaryIO, name: str, choose: Choose | None, encoding: str = "u
 def _unpacked_rows(file: BinaryIO, name: str, choose: Choose | None, encoding: str) -> Iterator[Sequence[Any]]:
     suffix = format_of(name)
     if suffix == ".parquet":
-        yield from _parquet_rows(file, name, choose)
+        yield from READERS[suffix](file, name, choose)
         return
     # a value of a CSV may have line ends in it, which stay as they are; elsewhere \n alone ends a line, and not, as for
     # splitlines(), U+0085 or U+2028
