@@ -166,7 +166,8 @@ def _as(value: Any, kind: Any, where: str, faults: list[str]) -> Any:
         return value
     if origin in (tuple, list):
         if isinstance(value, str | Mapping) or not isinstance(value, list | tuple):
-            fault(f"a list such as [{value}]" if isinstance(value, str) and len(value) < LONGEST else "a list")
+            plain = isinstance(value, str) and value.isprintable() and len(value) < LONGEST
+            fault(f"a list such as [{value}]" if plain else "a list")
             return value
         return origin(_as_element(one, inner[0], f"{where}[{i}]", faults) for i, one in enumerate(value))
     if origin is dict:

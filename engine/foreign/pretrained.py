@@ -251,11 +251,11 @@ def _folder(source: str) -> Path:
         return Path(snapshot_download(source, allow_patterns=wanted))
     except ImportError as error:
         raise ValueError(
-            f"pretrained '{source}' is no folder, and the hub needs trunkline[hub], which is not installed; {here}"
+            f"pretrained {str(source)!r} is no folder, and the hub needs trunkline[hub], which is not installed; {here}"
         ) from error
     except (OSError, ValueError) as error:  # offline, unknown, gated; no hub id at all
         raise ValueError(
-            f"pretrained '{source}' is no folder, and not to be had from the hub: {error}; {here}"
+            f"pretrained {str(source)!r} is no folder, and not to be had from the hub: {error}; {here}"
         ) from error
 
 

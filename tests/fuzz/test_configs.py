@@ -74,6 +74,7 @@ def config_or_fault(make: Any) -> Config | None:
 @given(parts(Config))
 @example({"tasks": ["dialogue"], "trunk": {"max_positions": 8}})
 @example({"tasks": ["sst2"], "optimizer": {"learning_rate": "auto", "clip": float("nan")}})
+@example({"class_weights": {"sst2": "1,\n2"}})
 def test_a_config_from_python_is_taken_or_refused(settings: dict) -> None:
     config = config_or_fault(lambda: config_from({"tasks": ["sst2"], **settings}))
     if config is not None:
