@@ -348,9 +348,9 @@ def _gradient_tile(block: int, R: int, warps: int, stages: int) -> dict[str, int
 
 @decision(_other_weight_gradients)
 def _weight_gradient_tile(dtype: torch.dtype, narrow: bool) -> dict[str, int]:
-    if dtype == torch.float32:
-        return _gradient_tile(64, 16, 4, 3)
-    return _gradient_tile(64, 16, 4, 2) if narrow else _gradient_tile(128, 64, 8, 3)
+    if narrow or dtype == torch.float32:
+        return _gradient_tile(64, 16, 4, 2)
+    return _gradient_tile(128, 64, 8, 3)
 
 
 def weight_gradient(x: Tensor, g: Tensor, weight: Tensor, offsets: Tensor) -> Tensor:
