@@ -24,6 +24,7 @@ from trunkline.kernels.attention.attention_tiles import block_tile, is_exact
 from trunkline.kernels.attention.pack_plan import KEY_BLOCK, QUERY_BLOCK
 from trunkline.kernels.dispatch import input_precision, padded_width, tl, triton
 
+SPILLS = {("_query_gradient_kernel", 90): (8, "Triton 3.9: 64-wide heads have 128 registers, see `block_tile`")}
 UNLIMITED = 2**30  # a window wider than any sequence
 # one compilation for all batches and settings: whatever the values of these, and however the lists of a plan lie
 _jit = triton.jit(

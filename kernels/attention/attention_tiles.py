@@ -51,7 +51,7 @@ def block_tile(kernel: str, dtype: torch.dtype, D: int, plain: bool) -> Tile:
     """Of long sequences: the largest whose sums stay in registers, on every architecture.
 
     kernel: "forward", "query gradient" or "key gradient". plain: neither soft cap nor dropout, which take registers of
-    their own. Found by `make certify`, which says what spills: nothing here does, in Triton 3.6.0 and in 3.9.0.
+    their own. Found by `make certify`, which says what spills: nothing but what attention_long.py lists.
     """
     capability = compute_capability()
     if is_exact(dtype):  # each thread holds whole rows of what it multiplies
@@ -74,7 +74,9 @@ def block_tile(kernel: str, dtype: torch.dtype, D: int, plain: bool) -> Tile:
         M, N, warps, stages = 128, 64, 8, 1 if kernel == "query gradient" and capability >= 100 else 2
     tile = _tile(M, N, warps, stages)
     if kernel == "query gradient" and capability == 90 and D == 64 and plain and dtype != torch.float32:
-        tile["maxnreg"] = 128  # of the 166 that it would take: two blocks then share a multiprocessor, and none spills
+        # of the 166 that it would take: two blocks then share a multiprocessor. None spills in Triton 3.6, a few do in
+        # 3.9, where tiles of 32 keys, another candidate, do not
+        tile["maxnreg"] = 128
     return tile
 
 
