@@ -5,6 +5,7 @@ And what else takes four ranks.
 
 from pathlib import Path
 
+import forked_ranks
 import pytest
 import ranked_runs
 import torch
@@ -103,7 +104,7 @@ def test_a_run_goes_on_whole_or_in_slices_on_any_number_of_ranks(four, one, tmp_
 
     run = four.folder / "stopped in slices"
     assert (run / "checkpoints" / "step-3").is_dir()
-    two = ranked_runs.start(2, [described(four.config, run, SHORT, resume=True)], tmp_path / "two")
+    two = forked_ranks.start(2, [described(four.config, run, SHORT, resume=True)], tmp_path / "two")
     assert [outcome["steps"] for (outcome,) in two] == [5, 5]
     assert error(weights(run), plain) < 1e-3
     again = load_config(four.config, described(four.config, run, "steps=6", "replicate")["values"])
