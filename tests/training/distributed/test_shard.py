@@ -28,6 +28,7 @@ RUNS = {
     "recomputed": f"{SHORT} checkpointing=block projection=",
 }
 GRAM = "steps=1 balancing=pcgrad batch.tokens=256"  # with weights that are still the same
+GOES_ON = "steps=5 trunk={{}} init={}"  # with the weights of a finished run
 STOPPED = {"stopped in slices": "shard", "stopped whole": "replicate"}  # after the third step
 
 
@@ -40,6 +41,7 @@ def described(config: Path, run: Path, values: str, parallel: str = "shard", **o
 def four(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("four")
     runs = {name: described(tiny_config, folder / name, values) for name, values in RUNS.items()}
+    runs["from full"] = described(tiny_config, folder / "from full", GOES_ON.format(folder / "full"))
     for name, parallel in STOPPED.items():
         runs[name] = described(tiny_config, folder / name, SHORT, parallel, fault="terminated")
     runs["goes on in slices"] = described(tiny_config, folder / "stopped whole", SHORT, resume=True)
@@ -82,6 +84,11 @@ def test_weights_and_losses_are_those_of_one_process(name, four, one):
         for key in ("loss", "gradient_norm"):
             if key in other:
                 assert mine[key] == pytest.approx(other[key], rel=1e-3)
+
+
+def test_a_checkpoint_is_read_into_slices(four, one):
+    expected = weights(one("from full", GOES_ON.format(four.folder / "full")))
+    assert error(four.weights("from full"), expected) < 1e-4 * error(four.weights("full"), expected)
 
 
 @pytest.mark.parametrize("name", ["full", "adapters"])
