@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -73,6 +74,15 @@ def test_devices_in_one_process_are_refused_with_the_way_to_have_them(tiny_confi
     engine = Engine.from_config(load_config(tiny_config, ["devices=2"]))
     with pytest.raises(ValueError, match="devices=2 needs a process for each of them.*torchrun --nproc-per-node=2"):
         engine.fit()
+
+
+def test_a_port_that_is_taken_is_named(tiny_config: Path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for name, value in {**environments(2)[0], "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConnectionError, match=rf"the 2 ranks did not meet at 127.0.0.1:{port}: .*in use"):
+            Engine.from_config(load_config(tiny_config)).fit()
 
 
 def test_more_devices_than_batches_are_refused_before_any_rank_starts(tiny_config: Path, capsys):
