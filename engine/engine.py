@@ -26,9 +26,9 @@ from trunkline.engine.answers import ask
 from trunkline.engine.config import TRAINED, Config, changed, config_from, with_vocabulary
 from trunkline.engine.console import tell
 from trunkline.engine.device import usable_device
+from trunkline.engine.foreign import pretrained
 from trunkline.engine.foreign.export import export
 from trunkline.engine.foreign.formats import Format
-from trunkline.engine.foreign.pretrained import SETTINGS
 from trunkline.engine.network.bilstm import BiLSTM, Model, heads_of
 from trunkline.engine.network.generate import Search
 from trunkline.engine.network.kept_heads import keep_heads
@@ -124,17 +124,16 @@ class Engine:
             raise ValueError("this engine has no weights yet: call fit(), or Engine.load(folder)")
         return self._model
 
-    def build(self, tokenizer: Tokenizer, on_host: bool = False) -> Model:
-        """The model for this tokenizer: the one there is, or a new one from the config's seed; on the device, unless a
-        new one is to stay `on_host`."""
+    def build(self, tokenizer: Tokenizer, in_slices: bool = False) -> Model:
+        """The model for this tokenizer: the one there is, or a new one from the config's seed; on the device, or on the
+        host and without the blocks that lie in a file, for `sharding.shard` to lay it `in_slices`."""
         self.tokenizer = tokenizer
         if self._model is None:
             torch.manual_seed(self.config.seed)
             starts = self._trunk is None and self.config.init
             if starts:
                 self.config = with_digest(self.config)
-                dropout = self.config.trunk.dropout
-                self._trunk = Trunk.from_pretrained(self.config.init, dropout=dropout, dtype=torch.float32)
+                self._trunk = pretrained.load(self.config.init, self.config.trunk.dropout, torch.float32, in_slices)
                 self._trunk.grow_vocabulary(tokenizer.vocab_size)
                 self.config = replace(self.config, trunk=self._trunk.config)
             elif self._trunk is None:
@@ -147,7 +146,8 @@ class Engine:
             self._model = make_model(self.config, self._trunk)
             if starts:
                 self._go_on_from(self.config.init)
-            self._model.to("cpu" if on_host else self.device)
+            if not in_slices:
+                self._model.to(self.device)
         if isinstance(self._model, MultiTaskModel):
             self._model.trunk.checkpointing = self.config.checkpointing
         return self._model
@@ -159,7 +159,7 @@ class Engine:
             names = ", ".join(task.name for task in model.tasks[-model.num_vocabulary :])
             tell(f"'{init}' has no vocabulary head (lm_head): that of {names} starts from random numbers")
         folder = Path(init)
-        if any((place / SETTINGS).is_file() for place in (folder, folder / "model")):
+        if any((place / pretrained.SETTINGS).is_file() for place in (folder, folder / "model")):
             other = Engine.load(folder, device="cpu").model
             assert isinstance(other, MultiTaskModel)
             self.kept, new = keep_heads(model, other)

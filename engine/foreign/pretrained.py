@@ -9,6 +9,7 @@ V vocabulary, D width, H query heads, G key/value heads, E head width
 import json
 import re
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import file_digest, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,8 +45,11 @@ class Origin:
     """Heads, pooler and masks, as they were."""
 
 
-def load(source: str, dropout: float | None = None, dtype: torch.dtype | None = None) -> Trunk:
-    """See `Trunk.from_pretrained`."""
+def load(
+    source: str, dropout: float | None = None, dtype: torch.dtype | None = None, blocks_later: bool = False
+) -> Trunk:
+    """See `Trunk.from_pretrained`; `blocks_later` leaves the weights of blocks on the meta device, and `Trunk.waiting`
+    says how each is read."""
     folder = _folder(source)
     settings, tensors = _settings(folder), _tensors(folder)
     try:
@@ -59,10 +63,10 @@ def load(source: str, dropout: float | None = None, dtype: torch.dtype | None = 
         with torch.device("meta"):
             trunk = Trunk(config)
         if "trunk" not in settings:
-            weights = _from_hugging_face(trunk, settings, tensors)
+            weights = _from_hugging_face(trunk, settings, tensors, blocks_later)
         else:
-            ours = [name for name in tensors if name.startswith("trunk.")]
-            weights = {name.removeprefix("trunk."): tensors[name].clone() for name in ours}
+            ours = {name.removeprefix("trunk."): tensors[name] for name in tensors if name.startswith("trunk.")}
+            weights = {name: _joined(trunk, name, [ours[name]], False, blocks_later) for name in ours}
             trunk.vocabulary = tensors.get("vocabulary")
             trunk.vocabulary_bias = tensors.get("vocabulary_bias")
         if missing := [name for name, _ in trunk.named_parameters() if name not in weights]:
@@ -134,7 +138,9 @@ def write(folder: Path, settings: dict[str, Any], tensors: dict[str, Tensor]) ->
     return folder
 
 
-def _from_hugging_face(trunk: Trunk, settings: dict[str, Any], tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _from_hugging_face(
+    trunk: Trunk, settings: dict[str, Any], tensors: dict[str, Tensor], blocks_later: bool
+) -> dict[str, Tensor]:
     """The trunk's weights; what is left of `tensors` goes to its origin."""
     family = family_of(settings)
     tensors = {
@@ -150,12 +156,12 @@ def _from_hugging_face(trunk: Trunk, settings: dict[str, Any], tensors: dict[str
         if whole := [source for source in sources if not tensors[source].is_floating_point()]:
             raise ValueError(f"{whole[0]}: expected numbers with a point, got {tensors[whole[0]].dtype}")
         try:
-            weight = torch.cat([tensors.pop(source) for source in sources])
+            parts, transposed = [tensors.pop(source) for source in sources], family.transposed(name)
+            if transposed and parts[0].ndim != 2:
+                raise ValueError(f"{', '.join(sources)}: expected a matrix, got {list(parts[0].shape)}")
+            weights[name] = _joined(trunk, name, parts, transposed, blocks_later)
         except (RuntimeError, IndexError) as error:
             raise ValueError(f"{', '.join(sources)} do not fit together: {str(error).splitlines()[0]}") from error
-        if family.transposed(name) and weight.ndim != 2:
-            raise ValueError(f"{', '.join(sources)}: expected a matrix, got {list(weight.shape)}")
-        weights[name] = weight.T.contiguous() if family.transposed(name) else weight
     inside = tuple(f"{prefix}{module}." for module in {sources[0].split(".")[0] for sources in family.tensors.values()})
     if unknown := [
         name
@@ -172,6 +178,20 @@ def _from_hugging_face(trunk: Trunk, settings: dict[str, Any], tensors: dict[str
     trunk.vocabulary_bias = tensors[family.output_biases[0]].clone() if trunk.config.vocabulary_bias else None
     trunk.pooler = _pooler(family, prefix, tensors, trunk.config.hidden_size)
     return weights
+
+
+def _joined(trunk: Trunk, name: str, parts: list[Tensor], transposed: bool, blocks_later: bool) -> Tensor:
+    """A weight of what lies in a file that is mapped, one below the other: a copy, or for later its shape."""
+
+    def join(parts: list[Tensor]) -> Tensor:
+        weight = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return weight.T if transposed else weight
+
+    if blocks_later and name.startswith("blocks."):
+        trunk.waiting[name] = partial(join, parts)  # of one part a view of the file: a slice is read alone
+        return join([part.to("meta") for part in parts]).contiguous()
+    weight = join(parts)
+    return weight.contiguous() if len(parts) > 1 else weight.clone(memory_format=torch.contiguous_format)
 
 
 def _pooler(family: Family, prefix: str, tensors: dict[str, Tensor], width: int) -> tuple[Tensor, Tensor] | None:

@@ -165,12 +165,14 @@ class Trunk(nn.Module):
     vocabulary_bias: Tensor | None  # (V,) of a config that says there is one
     pooler: tuple[Tensor, Tensor] | None  # (D, D) and (D,) of tanh(x W^T + b), where a checkpoint has it
     origin: "Origin | None"  # what else the Hugging Face checkpoint held that this trunk comes from
+    waiting: dict[str, Callable[[], Tensor]]  # how weights that are still on the meta device are read from their file
 
     def __init__(self, config: TrunkConfig | str = "tiny"):
         super().__init__()
         self.vocabulary = self.vocabulary_bias = self.pooler = self.origin = (
             None  # none is trained here: not among the parameters
         )
+        self.waiting = {}
         self.config = config = preset(config) if isinstance(config, str) else config
         self.tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         if config.positions == "learned":

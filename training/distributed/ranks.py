@@ -225,10 +225,11 @@ class Ranks:
             yield
 
     def copy_of_first(self, model: nn.Module) -> None:
-        """Gives the model of every rank the weights that the first one's has."""
+        """Gives the model of every rank the weights that the first one's has; those on the meta device every rank reads
+        by itself."""
         if self.active:
             with self.heard(), torch.no_grad():
-                for tensor in model.state_dict().values():
+                for tensor in (tensor for tensor in model.state_dict().values() if not tensor.is_meta):
                     whole = tensor.contiguous()
                     dist.broadcast(whole, src=0, group=self._group(whole))
                     tensor.copy_(whole)

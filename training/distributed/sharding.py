@@ -21,6 +21,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forwar
 from torch.distributed.tensor import DTensor, Shard
 
 from trunkline.engine.network.model import MultiTaskModel
+from trunkline.engine.network.trunk import Trunk
 from trunkline.training.distributed.ranks import Ranks
 
 ENTERED = ("score", "generate")  # methods besides forward that all ranks call, with equal arguments
@@ -29,7 +30,8 @@ ENTERED = ("score", "generate")  # methods besides forward that all ranks call, 
 def shard(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
     """Leaves of every parameter, as the first rank has it, this rank's slice, on the device.
 
-    Until then the model may be on the host: a block at a time goes to the device whole.
+    Until then the model may be on the host: a block at a time goes to the device whole. Of blocks whose weights still
+    wait in a file (`Trunk.waiting`) every rank reads its slices alone, one weight after the other.
 
     Raises:
         ValueError: adapters of a width that the ranks do not divide; or a model that lies in slices already.
@@ -50,8 +52,18 @@ def shard(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)
         module.set_force_sum_reduction_for_comms(True)
+    if model.trunk.waiting:
+        _read_blocks(model.trunk, device)
     for method in ENTERED:
         register_fsdp_forward_method(model, method)
+
+
+def _read_blocks(trunk: Trunk, device: torch.device) -> None:
+    for block in trunk.blocks:
+        block.to_empty(device=device)
+    for name in list(trunk.waiting):
+        parameter = trunk.get_parameter(name).detach()
+        parameter.copy_(_slice(trunk.waiting.pop(name)(), parameter))
 
 
 def placement(ranks: int, parameter: nn.Parameter) -> Shard:

@@ -119,7 +119,7 @@ class Run:
         engine, config = self.engine, self.engine.config
         is_new = engine._model is None
         self.starts = engine._trunk is not None or not is_new  # from weights that there were
-        model = engine.build(self.corpus.tokenizer, on_host=self.ranks.shards)
+        model = engine.build(self.corpus.tokenizer, in_slices=self.ranks.shards)
         if is_new or engine.added:
             regressions = {t: s for t, s in enumerate(self.corpus.train) if HEADS[s.task.head].squared}
             names = [name for name in self.names if name not in engine.kept] if is_new else engine.added

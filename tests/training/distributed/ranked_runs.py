@@ -1,17 +1,11 @@
-"""Several runs one after the other in one group of ranks, as a program of each rank: `start` begins it.
-
-Ranks are dear to start, runs of a tiny trunk are not.
-"""
+"""Several runs one after the other in one group of ranks: what each rank does. `forked_ranks.start` begins it."""
 
 import faulthandler
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path
@@ -20,52 +14,6 @@ from typing import Any
 import pytest
 
 LONGEST = 240  # seconds that all runs of a group may take, on a machine that does something else besides
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[2]
-
-
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return taken.getsockname()[1]
-
-
-def environments(size: int) -> list[dict[str, str]]:
-    """What torchrun would tell each of so many ranks; one thread each."""
-    path = os.pathsep.join(map(str, (ROOT / "src", ROOT / "tests" / "helpers", HERE)))
-    same = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "MASTER_ADDR": "127.0.0.1"}
-    same |= {"MASTER_PORT": str(free_port()), "WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
-    return [{**same, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-
-
-def start(
-    size: int, runs: Sequence[Mapping[str, Any]], folder: Path, killed: int | None = None
-) -> list[list[dict[str, Any]]]:
-    """Runs them on so many ranks; what came of each, by rank; nothing of one that kills it.
-
-    Args:
-        runs: of each the file of its 'config', 'values' that change it (key=value), and where there is any 'more' of
-            them on the last rank, 'resume' and a 'fault'; or an 'engine' and a 'file' that it is asked about.
-        folder: for what the ranks tell.
-        killed: the rank that a fault of the last run kills.
-    """
-    folder.mkdir()
-    (folder / "runs.json").write_text(json.dumps(runs))
-    program = [sys.executable, "-c", "from deprecations import run; run('ranked_runs')", folder / "runs.json"]
-    ranks = []
-    for rank, environment in enumerate(environments(size)):
-        with (folder / f"output-{rank}").open("w") as output, (folder / f"errors-{rank}").open("w") as errors:
-            environment["KILLED"] = str(killed)
-            ranks.append(subprocess.Popen(program, env=environment, stdout=output, stderr=errors))
-    codes = [rank.wait(LONGEST + 20) for rank in ranks]
-    said = [[(folder / f"{kind}-{rank}").read_text() for rank in range(size)] for kind in ("output", "errors")]
-    assert codes == [-signal.SIGKILL if rank == killed else 0 for rank in range(size)], said[1]
-    assert said[0][1:] == [""] * (size - 1)  # the first one speaks for all
-    told = [folder / f"rank-{rank}.json" for rank in range(size)]
-    return [json.loads(file.read_text()) if file.exists() else [] for file in told]
-
-
-# What happens in a rank
 
 
 def main(file: Path) -> None:
@@ -263,6 +211,23 @@ def _terminated(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@contextmanager
+def _stops_answering(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The last rank, after the third step, though its process is still there; nobody calls the roll for long."""
+    from trunkline.training.run.run import Run
+
+    count = Run.count
+
+    def stop(self: Run, *arguments: Any) -> None:
+        if rank and self.progress.step == 2:
+            os.kill(os.getpid(), signal.SIGSTOP)
+        count(self, *arguments)
+
+    patch.setattr(Run, "count", stop)
+    patch.setattr("trunkline.training.distributed.ranks.ROLL_CALL", 0.5)
+    yield
+
+
 def _before_second_save(patch: pytest.MonkeyPatch, does: Callable[[Path], None]) -> None:
     """Before every file of the second checkpoint, which the first rank writes."""
     from trunkline.engine import checkpoint
@@ -317,10 +282,8 @@ FAULTS = {
     "out of memory": _out_of_memory,
     "no room for a batch": _no_room_for_a_batch,
     "terminated": _terminated,
+    "stops answering": _stops_answering,
     "disk full": _disk_full,
     "killed in a save": _killed_in_a_save,
     "killed while loading": _killed_while_loading,
 }
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

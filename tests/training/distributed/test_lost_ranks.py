@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+import forked_ranks
 import pytest
-import ranked_runs
 from test_replicate import described
 
 from trunkline import Engine
@@ -19,7 +19,7 @@ def test_a_disk_that_is_full_ends_all_ranks_and_a_kill_in_a_save_costs_that_save
         described(tiny_config, tmp_path / name.replace(" ", "-"), SAVES, fault=name)
         for name in ("disk full", "killed in a save")
     ]
-    (said,), (full, left) = ranked_runs.start(2, runs, tmp_path / "outcomes", killed=0)
+    (said,), (full, left) = forked_ranks.start(2, runs, tmp_path / "outcomes", killed=0)
     assert "step-4 is not saved, earlier ones are kept: No space left on device" in said["error"]
     assert full["error"] == "SystemExit: 2"  # the first rank has said it
     folder = tmp_path / "disk-full" / "checkpoints"
@@ -32,7 +32,7 @@ def test_a_disk_that_is_full_ends_all_ranks_and_a_kill_in_a_save_costs_that_save
     assert (run / "checkpoints" / ".step-4.partial" / "model.safetensors").is_file()
 
     resumed = [described(tiny_config, run, SAVES, fault="killed while loading", resume=True)]
-    (first,), _ = ranked_runs.start(2, resumed, tmp_path / "resumed", killed=1)
+    (first,), _ = forked_ranks.start(2, resumed, tmp_path / "resumed", killed=1)
     assert first["error"].startswith("RankLost: rank 1 on ")
     assert "in step 1; the last checkpoint is " in first["error"]
 

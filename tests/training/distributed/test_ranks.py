@@ -3,13 +3,13 @@
 import os
 import re
 import signal
+import socket
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import pytest
-from ranked_runs import environments
+from forked_ranks import environments
 
 from conftest import Finished, command_line
 from run_folders import without_clock
@@ -53,27 +53,6 @@ def test_the_command_starts_ranks_and_says_which_one_was_killed(tiny_config: Pat
     assert re.fullmatch(r"trunkline: rank 1, process \d+, was ended by SIGKILL", ended)
 
 
-def test_a_rank_that_stops_answering_ends_the_others_in_time(tiny_config: Path, tmp_path):
-    run = tmp_path / "farm"
-    program = [sys.executable, "-m", "trunkline", "train", str(tiny_config), f"run={run}", "rank_timeout=10", *ENDLESS]
-    first, second = (
-        subprocess.Popen(program, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-        for environment in environments(2)
-    )
-    try:
-        wait_for(run / "checkpoints" / "step-20", first)
-        second.send_signal(signal.SIGSTOP)
-        stopped = time.monotonic()
-        _, errors = first.communicate(timeout=60)
-        assert time.monotonic() - stopped < 10 + 5 + 10  # the timeout, the roll call, and what slow machines take
-    finally:
-        second.kill()
-        second.communicate()
-    assert first.returncode == cli.USER_ERROR
-    (line,) = [line for line in errors.splitlines() if line.startswith("trunkline: ")]
-    assert re.match(r"trunkline: rank 1 on \S+ left, or does not answer, in step \d+; the last checkpoint is ", line)
-
-
 def test_a_finished_run_has_one_set_of_files(finished: Finished, trunkline, tmp_path):
     """The same command with two ranks writes, prints and counts what it does with one."""
     run = tmp_path / "farm"
@@ -95,6 +74,15 @@ def test_devices_in_one_process_are_refused_with_the_way_to_have_them(tiny_confi
     engine = Engine.from_config(load_config(tiny_config, ["devices=2"]))
     with pytest.raises(ValueError, match="devices=2 needs a process for each of them.*torchrun --nproc-per-node=2"):
         engine.fit()
+
+
+def test_a_port_that_is_taken_is_named(tiny_config: Path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        for name, value in {**environments(2)[0], "MASTER_PORT": str(port)}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConnectionError, match=rf"the 2 ranks did not meet at 127.0.0.1:{port}: .*in use"):
+            Engine.from_config(load_config(tiny_config)).fit()
 
 
 def test_more_devices_than_batches_are_refused_before_any_rank_starts(tiny_config: Path, capsys):

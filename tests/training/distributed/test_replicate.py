@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forked_ranks
 import pytest
-import ranked_runs
 from torch import Tensor
 
 from run_folders import lines
@@ -61,9 +61,10 @@ def described(config: Path, run: Path, values: str, **others: Any) -> dict[str, 
     return {"config": str(config), "values": [*SMALL.split(), *values.split(), f"run={run}"], **others}
 
 
-def on_ranks(size: int, runs: dict[str, dict[str, Any]], folder: Path, config: Path) -> Runs:
-    outcomes = ranked_runs.start(size, list(runs.values()), folder / "outcomes")
-    return Runs(config, folder, dict(zip(runs, map(list, zip(*outcomes, strict=True)), strict=True)))
+def on_ranks(size: int, runs: dict[str, dict[str, Any]], folder: Path, config: Path, killed: int | None = None) -> Runs:
+    by_rank = forked_ranks.start(size, list(runs.values()), folder / "outcomes", killed)
+    outcomes = {name: [told[n] for told in by_rank if n < len(told)] for n, name in enumerate(runs)}
+    return Runs(config, folder, outcomes)
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,10 @@ def two(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs["others"] = described(tiny_config, folder / "others", "", more=["seed=3", "batch.tokens=80"])
     runs["answers"] = {"engine": str(folder / "fixed"), "file": str(tiny_config.parent / "colour-validation.jsonl")}
     runs["too few"] = described(tiny_config, folder / "too few", "batch.accumulate=1")
-    return on_ranks(2, runs, folder, tiny_config)
+    runs["stops answering"] = described(
+        tiny_config, folder / "stops answering", "rank_timeout=5 evaluation.every=2", fault="stops answering"
+    )
+    return on_ranks(2, runs, folder, tiny_config, killed=1)
 
 
 @pytest.fixture(scope="module")
@@ -213,3 +217,10 @@ def test_scores_and_answers_of_ranks_together_are_those_of_one_to_the_bit(ranks,
         assert 0 < rank["together"]["scored"] < 0.7 * rank["alone"]["scored"]
     assert len(said[0]["alone"]["rows"]) == 20
     assert sum(rank["together"]["scored"] for rank in said) == said[0]["alone"]["scored"]
+
+
+def test_a_rank_that_stops_answering_ends_the_others_after_the_timeout(two):
+    (first,) = two.outcomes["stops answering"]
+    last = two.folder / "stops answering" / "checkpoints" / "step-2"
+    assert first["error"].startswith("RankLost: rank 1 on ")
+    assert f" left, or does not answer, in step 4; the last checkpoint is {last}: go on with --resume" in first["error"]

@@ -5,6 +5,7 @@ And what else takes four ranks.
 
 from pathlib import Path
 
+import forked_ranks
 import pytest
 import ranked_runs
 import torch
@@ -27,6 +28,7 @@ RUNS = {
     "recomputed": f"{SHORT} checkpointing=block projection=",
 }
 GRAM = "steps=1 balancing=pcgrad batch.tokens=256"  # with weights that are still the same
+GOES_ON = "steps=5 trunk={{}} init={}"  # with the weights of a finished run
 STOPPED = {"stopped in slices": "shard", "stopped whole": "replicate"}  # after the third step
 
 
@@ -39,6 +41,7 @@ def described(config: Path, run: Path, values: str, parallel: str = "shard", **o
 def four(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("four")
     runs = {name: described(tiny_config, folder / name, values) for name, values in RUNS.items()}
+    runs["from full"] = described(tiny_config, folder / "from full", GOES_ON.format(folder / "full"))
     for name, parallel in STOPPED.items():
         runs[name] = described(tiny_config, folder / name, SHORT, parallel, fault="terminated")
     runs["goes on in slices"] = described(tiny_config, folder / "stopped whole", SHORT, resume=True)
@@ -83,6 +86,11 @@ def test_weights_and_losses_are_those_of_one_process(name, four, one):
                 assert mine[key] == pytest.approx(other[key], rel=1e-3)
 
 
+def test_a_checkpoint_is_read_into_slices(four, one):
+    expected = weights(one("from full", GOES_ON.format(four.folder / "full")))
+    assert error(four.weights("from full"), expected) < 1e-4 * error(four.weights("full"), expected)
+
+
 @pytest.mark.parametrize("name", ["full", "adapters"])
 def test_a_rank_of_four_holds_a_fourth(name, four, one):
     model = Engine.load(one(name, RUNS[name]), device="cpu").model
@@ -103,7 +111,7 @@ def test_a_run_goes_on_whole_or_in_slices_on_any_number_of_ranks(four, one, tmp_
 
     run = four.folder / "stopped in slices"
     assert (run / "checkpoints" / "step-3").is_dir()
-    two = ranked_runs.start(2, [described(four.config, run, SHORT, resume=True)], tmp_path / "two")
+    two = forked_ranks.start(2, [described(four.config, run, SHORT, resume=True)], tmp_path / "two")
     assert [outcome["steps"] for (outcome,) in two] == [5, 5]
     assert error(weights(run), plain) < 1e-3
     again = load_config(four.config, described(four.config, run, "steps=6", "replicate")["values"])
