@@ -9,14 +9,14 @@ What the systems are, and how the budget is shared out, is said in `trunkline.tr
 """
 
 import json
+import os
 import sys
 import traceback
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
-from statistics import fmean, stdev
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
@@ -25,16 +25,18 @@ from trunkline.engine.config import Config, with_tokenizer
 from trunkline.engine.console import harmless, tell
 from trunkline.engine.engine import Engine
 from trunkline.engine.heads.registry import HEADS
+from trunkline.engine.network.trunk import TrunkConfig
 from trunkline.engine.text.tokenizer import FILE
+from trunkline.training.compare.results import FAILURE, collect
+from trunkline.training.compare.start import Found, Start, find
+from trunkline.training.compare.started import CHECKPOINTS, config_of, parts_of
 from trunkline.training.compare.systems import SYSTEMS, Basis, Match, Part, ordinary
 from trunkline.training.config_file import load_config, save_config
 from trunkline.training.data.corpus import load_corpus
-from trunkline.training.environment import command, environment
-from trunkline.training.scoring.metrics import higher_is_better, metric_names
 
-FAILURE = "failure.json"
+STARTS = "starts.json"
 EXTRA = ("seeds", "systems")  # of which a comparison may be given more, or fewer, when it goes on
-PLACES = ("run", "base", "data", "device")  # where things lie may change too
+PLACES = ("run", "base", "data", "device", "starts")  # where things lie may change too
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,11 @@ class Comparison(Config):
     match: Match = "parameters"
     """What bert and bilstm-attention have in common with multitask: parameters, or operations of training a token."""
     warm_up: float = 0.25
-    """Part of bert's steps that it spends on guessing masked words before it sees a label."""
+    """Part of bert's steps for guessing masked words, before it sees a label; a `start` has its own."""
+    starts: str = ""
+    """Folder with the checkpoints and files that `start` names."""
+    start: dict[str, Start] = field(default_factory=dict)
+    """What each system starts from, by its name; none: all start from random weights, and `trunk` is their shape."""
 
     def __post_init__(self):
         super().__post_init__()
@@ -75,11 +81,23 @@ class Comparison(Config):
             )
         if language := [task.name for task in self.all_tasks if not HEADS[task.head].labelled]:
             raise ValueError(f"compare: '{language[0]}' is a language model, which not every system can be")
+        if self.start:
+            self._check_starts()
         if self.steps < 2 * len(self.tasks):
             raise ValueError(
                 f"compare: steps must be at least {2 * len(self.tasks)}, for each task has a model of its own in "
                 f"'single-task'; got {self.steps}"
             )
+
+    def _check_starts(self) -> None:
+        object.__setattr__(self, "starts", os.path.expanduser(self.starts))
+        if self.trunk != TrunkConfig():
+            raise ValueError("compare: with `start` every system has the trunk of its own start: leave trunk out")
+        for system in (*self.start, *self.systems):
+            if system not in SYSTEMS:
+                raise ValueError(f"compare: start names '{system}'; the systems are {', '.join(SYSTEMS)}")
+            if system not in self.start and system in CHECKPOINTS:
+                raise ValueError(f"compare: start says of every system where it starts, and not of '{system}'")
 
 
 def load_comparison(path: Path, overrides: Sequence[str] = ()) -> Comparison:
@@ -102,20 +120,70 @@ def compare(comparison: Comparison) -> dict[str, Any]:
 
     run = Path(comparison.run)
     _check_folder(comparison, run)
-    basis = _basis(comparison, run)
-    plan = {
-        (system, seed): SYSTEMS[system](basis, run / system / f"seed-{seed}", seed)
-        for seed in comparison.seeds
-        for system in comparison.systems
-    }
+    if comparison.start:
+        found = find_starts(comparison, run)
+        bases = started_bases(comparison, found)
+        plan = planned(comparison, lambda system, *of: parts_of(system, bases[system], *of))
+        save_starts(found, run)
+    else:
+        bases = dict.fromkeys(comparison.systems, _basis(comparison, run))
+        plan = planned(comparison, lambda system, *of: SYSTEMS[system](bases[system], *of))
     save_config(comparison, run / "comparison.yaml")
     results: dict[str, Any] = {}
     for number, ((system, seed), parts) in enumerate(plan.items(), start=1):
         print(f"\n{system}, seed {seed} ({number} of {len(plan)})", flush=True)
         if train_system(parts, run / system / f"seed-{seed}") or number == len(plan):
-            results = collect(comparison, basis, plan)
+            results = collect(comparison, next(iter(bases.values())).corpus.tasks, plan)
             write_comparison(results, run)
     return results
+
+
+def planned(
+    comparison: Comparison, parts_of: Callable[[str, Path, int], list[Part]]
+) -> dict[tuple[str, int], list[Part]]:
+    """The runs of every system with every seed, in the order in which they are made."""
+    return {
+        (system, seed): parts_of(system, Path(comparison.run) / system / f"seed-{seed}", seed)
+        for seed in comparison.seeds
+        for system in comparison.systems
+    }
+
+
+def find_starts(comparison: Comparison, run: Path) -> dict[str, Found]:
+    """What every system starts from; says so.
+
+    Raises:
+        ValueError: a start that there is not, or that was another one when the comparison was begun.
+    """
+    file, found = run / STARTS, {}
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    for system in comparison.systems:
+        found[system] = find(system, comparison.start.get(system, Start()), comparison.starts, run / "starts")
+        before, now = known.get(system, {}).get("digest", found[system].digest), found[system].digest
+        if before != now:
+            raise ValueError(
+                f"compare: the start of {system} has changed since the comparison in {run} was begun: SHA-256 {before} "
+                f"then, {now} now; put it back, or name another run="
+            )
+        tell(f"{system} starts from {found[system].in_words()}")
+    return found
+
+
+def save_starts(found: dict[str, Found], run: Path) -> None:
+    """Beside those of systems that are not asked for this time."""
+    file = run / STARTS
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    file.write_text(json.dumps(known | {name: asdict(of) for name, of in found.items()}, indent=1), encoding="utf-8")
+
+
+def started_bases(comparison: Comparison, found: dict[str, Found]) -> dict[str, Basis]:
+    """The settings and data of every system, each with its own tokenizer."""
+    bases = {}
+    for system in comparison.systems:
+        start = comparison.start.get(system, Start())
+        config = config_of(system, ordinary(comparison), start, found[system])
+        bases[system] = Basis(config, load_corpus(config, tell=tell), comparison.match, start.warm_up)
+    return bases
 
 
 def _check_folder(comparison: Comparison, run: Path) -> None:
@@ -131,7 +199,7 @@ def _check_folder(comparison: Comparison, run: Path) -> None:
             checkpoint.check_same(saved, current)
         except ValueError as error:
             raise ValueError(f"comparison {run} was begun with other settings, name another run=: {error}") from error
-    elif run.exists() and (not run.is_dir() or any(path.name != FILE for path in run.iterdir())):
+    elif run.exists() and (not run.is_dir() or any(path.name not in (FILE, "starts") for path in run.iterdir())):
         raise ValueError(f"comparison folder {run} holds something else: name another run=")
     run.mkdir(parents=True, exist_ok=True)
 
@@ -172,147 +240,3 @@ def train_system(parts: Sequence[Part], folder: Path) -> bool:
             print(harmless(f"failed: {text}"), file=sys.stderr)
             break
     return anything
-
-
-class Score(NamedTuple):
-    """A system's scores on one task over the seeds."""
-
-    mean: float
-    deviation: float | None  # over the seeds; None where there is one alone
-    runs: int  # 0: it needs no model, so that it is the same with every seed
-
-
-def collect(comparison: Comparison, basis: Basis, plan: dict[tuple[str, int], list[Part]]) -> dict[str, Any]:
-    """What is in the run folders by now, as comparison.json."""
-    tasks: dict[str, Any] = {
-        task.name: {"metric": metric_names(task)[0], "metrics": list(metric_names(task)), "head": task.head}
-        for task in basis.corpus.tasks
-    }
-    systems: dict[str, Any] = {
-        system: {
-            "about": (SYSTEMS[system].__doc__ or "").strip(),
-            "seeds": {str(seed): _result(parts, tasks) for (of, seed), parts in plan.items() if of == system},
-        }
-        for system in comparison.systems
-    }
-    trivial = _trivial(plan, tasks)
-    table = {name: _row(name, about["metric"], systems, trivial) for name, about in tasks.items()}
-    return {
-        "name": Path(comparison.run).name,
-        "command": command(),
-        "match": comparison.match,
-        "warm_up": comparison.warm_up,
-        "seeds": list(comparison.seeds),
-        "tasks": tasks,
-        "systems": systems,
-        "trivial": trivial,
-        "table": table,
-        "gain": gain(systems, tasks),
-        "environment": environment(),
-    }
-
-
-def _result(parts: Sequence[Part], tasks: dict[str, Any]) -> dict[str, Any]:
-    """One system with one seed: its state, scores and costs."""
-    summaries = {}
-    for part in parts:
-        path = Path(part.config.run) / "summary.json"
-        if path.is_file():
-            summaries[part.name] = json.loads(path.read_text(encoding="utf-8"))
-    failure = Path(parts[0].config.run).parent / FAILURE
-    result: dict[str, Any] = {"state": "finished" if len(summaries) == len(parts) else "unfinished"}
-    if failure.is_file():
-        result |= {"state": "failed", **json.loads(failure.read_text(encoding="utf-8"))}
-    if result["state"] != "finished":
-        return result
-    learnt = [summary for name, summary in summaries.items() if name != "warm-up"]
-    scores = {name: about["metrics"] for summary in learnt for name, about in summary["tasks"].items()}
-    totals = {
-        key: sum(summary[key] for summary in summaries.values())
-        for key in ("steps", "real_tokens", "training_flops", "training_seconds", "wall_time_seconds")
-    }
-    sizes = [summary["parameters"] for summary in learnt]
-    return result | {
-        "scores": {name: scores[name] for name in tasks},
-        "parameters": max(sizes),
-        "models": len(sizes),
-        "parts": {name: summary["steps"] for name, summary in summaries.items()},
-        **totals,
-    }
-
-
-def _trivial(plan: dict[tuple[str, int], list[Part]], tasks: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Scores of what needs no model, by its name and task; the same for every system, so those of any finished run."""
-    found: dict[str, dict[str, Any]] = {}
-    for parts in plan.values():
-        for part in parts:
-            path = Path(part.config.run) / "summary.json"
-            if part.name == "warm-up" or not path.is_file():
-                continue
-            for task, about in json.loads(path.read_text(encoding="utf-8"))["tasks"].items():
-                for name, baseline in about["baselines"].items():
-                    found.setdefault(name, {}).setdefault(task, baseline["metrics"])
-    return {name: {task: of[task] for task in tasks if task in of} for name, of in found.items()}
-
-
-def _row(task: str, metric: str, systems: dict[str, Any], trivial: dict[str, Any]) -> dict[str, Any]:
-    """One task of the table: the score of every system, and which of them is the best, if one is."""
-    scores: dict[str, Score] = {}
-    for name, system in systems.items():
-        finished = [result["scores"][task][metric] for result in system["seeds"].values() if "scores" in result]
-        if finished:
-            scores[name] = summary_of(finished)
-    scores |= {name: Score(of[task][metric], 0.0, 0) for name, of in trivial.items() if task in of}
-    best = best_of(scores, higher_is_better(metric))
-    return {"scores": {name: score._asdict() for name, score in scores.items()}, "best": best}
-
-
-def summary_of(values: Sequence[float]) -> Score:
-    """Mean and standard deviation (of a sample, n - 1)."""
-    return Score(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
-
-
-def best_of(scores: dict[str, Score], higher: bool) -> str | None:
-    """The best, if it is better than the next one by more than the spread: the larger of the two's standard deviations
-    over the seeds. None otherwise, and where one of them has a single seed: its spread is not known.
-
-    What needs no model has no spread; the next one is then the best system.
-    """
-    ranked = sorted(scores, key=lambda name: scores[name].mean, reverse=higher)
-    following = [name for name in ranked[1:] if scores[ranked[0]].runs or scores[name].runs]
-    if not following:
-        return None
-    best, second = scores[ranked[0]], scores[following[0]]
-    if best.deviation is None or second.deviation is None:
-        return None
-    return ranked[0] if abs(best.mean - second.mean) > max(best.deviation, second.deviation) else None
-
-
-def gain(systems: dict[str, Any], tasks: dict[str, Any]) -> dict[str, Any]:
-    """Multi-task gain over a model for each task, in per cent of the latter's score, by task and ('mean') over tasks.
-
-    Of every seed by itself, then mean and deviation over the seeds. A task on which the single-task model has no score
-    above 0 to compare with (a correlation of 0, say) has None and is left out of the mean.
-    Source: delta m of Maninis et al., arXiv:1904.08918, equation 1.
-    """
-    pairs = []
-    if {"multitask", "single-task"} <= systems.keys():
-        both = (systems["multitask"]["seeds"], systems["single-task"]["seeds"])
-        pairs = [
-            (both[0][seed]["scores"], both[1][seed]["scores"])
-            for seed in both[0]
-            if all("scores" in of[seed] for of in both)
-        ]
-    gains: dict[str, list[float]] = {name: [] for name in (*tasks, "mean")}
-    for together, alone in pairs:
-        of_seed = []
-        for name, about in tasks.items():
-            metric = about["metric"]
-            sign = 1 if higher_is_better(metric) else -1
-            if alone[name][metric] > 0:
-                percent = sign * 100 * (together[name][metric] / alone[name][metric] - 1)
-                gains[name].append(percent)
-                of_seed.append(percent)
-        if of_seed:
-            gains["mean"].append(fmean(of_seed))
-    return {name: summary_of(values)._asdict() if values else None for name, values in gains.items()}

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from trunkline.training.compare.compare import Score, _row, best_of, gain, summary_of
 from trunkline.training.compare.comparison_page import _verdict, tables, write_comparison
+from trunkline.training.compare.results import Score, _row, best_of, gain, summary_of
 
 TASKS = {
     "colour": {"metric": "accuracy", "metrics": ["accuracy"], "head": "classify"},
