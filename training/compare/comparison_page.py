@@ -1,14 +1,16 @@
-"""What a comparison writes: comparison.json, .csv, .md and .html, all from the same results and the run folders.
+"""What a comparison writes: comparison.json, .csv, .md and .html, all from the same results and records.
 
 The same results give the same files, byte for byte. The page is self-contained, as a run's report is.
 """
 
 import csv
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trunkline.training.compare.record import WARM_UP, of_task
+from trunkline.training.compare.results import Finished
 from trunkline.training.pages import figures
 from trunkline.training.pages.report import columns_of, page_of
 from trunkline.training.pages.units import duration, quantity
@@ -17,14 +19,19 @@ from trunkline.training.scoring.metrics import higher_is_better
 SAMPLES = 3  # of each task, with what every system made of them
 
 
-def write_comparison(results: dict[str, Any], run: Path) -> None:
-    """Writes the four files into the comparison's folder."""
+def write_comparison(results: dict[str, Any], finished: Mapping[tuple[str, int], Finished], run: Path) -> None:
+    """Writes the four files into the comparison's folder.
+
+    Args:
+        results: what `collect` gives.
+        finished: by system and seed, the parts that they come from, for curves and samples.
+    """
     (run / "comparison.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
     with (run / "comparison.csv").open("w", encoding="utf-8", newline="") as file:
         csv.writer(file).writerows(_lines(results))
     title = f"# Comparison {results['name']}\n\n`{results['command']}`\n"
     (run / "comparison.md").write_text(title + tables(results), encoding="utf-8")
-    (run / "comparison.html").write_text(_page(results, run), encoding="utf-8")
+    (run / "comparison.html").write_text(_page(results, finished, run), encoding="utf-8")
 
 
 def _lines(results: dict[str, Any]) -> Iterator[list[Any]]:
@@ -159,7 +166,7 @@ def failures(results: dict[str, Any]) -> list[tuple[str, str, str]]:
     ]
 
 
-def _page(results: dict[str, Any], run: Path) -> str:
+def _page(results: dict[str, Any], finished: Mapping[tuple[str, int], Finished], run: Path) -> str:
     from matplotlib import rc_context
 
     tasks, names = list(results["tasks"]), systems(results)
@@ -167,7 +174,7 @@ def _page(results: dict[str, Any], run: Path) -> str:
     with rc_context(figures.STYLE):
         colours = figures.colours(names)
         scores = {task: figures.system_scores(results, task, colours, columns) for task in tasks}
-        curves = {task: _curves(results, run, task) for task in tasks}
+        curves = {task: _curves(results, finished, task) for task in tasks}
         losses = {
             task: figures.system_losses(of_task, task, colours, columns)
             for task, of_task in curves.items()
@@ -189,7 +196,7 @@ def _page(results: dict[str, Any], run: Path) -> str:
         scores=scores,
         losses=losses,
         verdict=_verdict(results),
-        samples={task: _samples(results, run, task) for task in tasks},
+        samples={task: _samples(results, finished, task) for task in tasks},
         config=(run / "comparison.yaml").read_text(encoding="utf-8"),
         over=_over(results),
     )
@@ -217,45 +224,48 @@ def _verdict(results: dict[str, Any]) -> str:
     return text + (f" {open_ones} of {len(states)} runs are not finished." if open_ones else "")
 
 
-def _folders(results: dict[str, Any], run: Path, system: str, seed: int | str, task: str) -> Path:
-    """The run folder of a system in which a task is learnt."""
-    folder = run / system / f"seed-{seed}"
-    return folder / task if (folder / task).is_dir() else folder / "all"
-
-
-def _curves(results: dict[str, Any], run: Path, task: str) -> dict[str, list[list[tuple[float, float]]]]:
+def _curves(
+    results: dict[str, Any], finished: Mapping[tuple[str, int], Finished], task: str
+) -> dict[str, list[list[tuple[float, float]]]]:
     """By system, for every seed: how many examples of the task were seen, and its training loss then.
 
     A system whose loss is another one, for its summaries are extracted where others are written, has none.
     """
     curves: dict[str, list[list[tuple[float, float]]]] = {}
-    for system in systems(results):
-        for seed in results["seeds"]:
-            log = _folders(results, run, system, seed, task) / "metrics.jsonl"
-            if (system == "bert" and results["tasks"][task]["head"] == "generate") or not log.is_file():
-                continue
-            steps: dict[int, dict[str, Any]] = {}
-            for line in log.read_text(encoding="utf-8").splitlines():
-                event = json.loads(line)
-                if event["event"] == "step":
-                    steps[event["step"]] = event
-            seen, points = 0, []
-            for _, event in sorted(steps.items()):
-                seen += event["examples"].get(task, 0)
-                if task in event["loss"]:
-                    points.append((float(seen), event["loss"][task]))
-            if points:
-                curves.setdefault(system, []).append(points)
+    for (system, _), of in finished.items():
+        record = of_task(of.parts, task)
+        if record is None or (system == "bert" and results["tasks"][task]["head"] == "generate"):
+            continue
+        if points := record["curves"][task]["loss"]:
+            curves.setdefault(system, []).append([(seen, loss) for seen, loss in points])
     return curves
 
 
-def _samples(results: dict[str, Any], run: Path, task: str) -> list[dict[str, Any]]:
+def _learning(
+    finished: Mapping[tuple[str, int], Finished], task: str, place: int
+) -> dict[str, list[list[tuple[float, float]]]]:
+    """By system, for every seed: what was spent (place 0: tokens, 1: seconds of training) and the task's score then.
+
+    What a warm-up spends before comes first.
+    """
+    curves: dict[str, list[list[tuple[float, float]]]] = {}
+    for (system, _), of in finished.items():
+        record, warm_up = of_task(of.parts, task), of.parts.get(WARM_UP)
+        if record is None:
+            continue
+        before = warm_up["summary"][("real_tokens", "training_seconds")[place]] if warm_up else 0.0
+        if points := record["curves"][task]["score"]:
+            curves.setdefault(system, []).append([(before + point[place], point[2]) for point in points])
+    return curves
+
+
+def _samples(results: dict[str, Any], finished: Mapping[tuple[str, int], Finished], task: str) -> list[dict[str, Any]]:
     """Validation examples with what each system said of them, with the first seed."""
     shown: list[dict[str, Any]] = []
     for system in systems(results):
-        file = _folders(results, run, system, results["seeds"][0], task) / "samples.json"
-        found = json.loads(file.read_text(encoding="utf-8")).get(task, []) if file.is_file() else []
-        for place, sample in enumerate(found[:SAMPLES]):
+        of = finished.get((system, results["seeds"][0]))
+        record = of_task(of.parts, task) if of else None
+        for place, sample in enumerate((record["samples"].get(task, []) if record else [])[:SAMPLES]):
             if place == len(shown):
                 shown.append({"input": sample["input"], "reference": sample["reference"], "predictions": {}})
             shown[place]["predictions"][system] = sample["prediction"]

@@ -1,20 +1,21 @@
-"""What the finished runs of a comparison say together: the table, the multi-task gain, the costs."""
+"""What the finished parts of a comparison say together: the table, its significance, the multi-task gain, the costs."""
 
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from trunkline.engine.tasks.task import Task
-from trunkline.training.compare.systems import SYSTEMS, Part
+from trunkline.training.compare.record import COSTS, Record, learnt, of_task
+from trunkline.training.compare.systems import FIRST
 from trunkline.training.environment import command, environment
 from trunkline.training.scoring.metrics import higher_is_better, metric_names
+from trunkline.training.scoring.paired_bootstrap import drawn_scores, draws, interval
 
 if TYPE_CHECKING:
-    from trunkline.training.compare.compare import Comparison
-
-FAILURE = "failure.json"
+    from trunkline.training.compare.comparison import Comparison
 
 
 class Score(NamedTuple):
@@ -22,94 +23,199 @@ class Score(NamedTuple):
 
     mean: float
     deviation: float | None  # over the seeds; None where there is one alone
-    runs: int  # 0: it needs no model, so that it is the same with every seed
+    runs: int  # 0: it is not trained, so that it is the same with every seed
+
+
+class Finished(NamedTuple):
+    """One system with one seed, as far as it has come."""
+
+    parts: dict[str, Record]  # those that are finished, by name
+    complete: bool
+    failure: dict[str, Any] | None
 
 
 def collect(
-    comparison: "Comparison", tasks_of: Sequence[Task], plan: dict[tuple[str, int], list[Part]]
+    comparison: "Comparison",
+    tasks_of: Sequence[Task],
+    finished: Mapping[tuple[str, int], Finished],
+    about: Mapping[str, str],
+    untrained: Mapping[str, Mapping[str, Record]],
+    before: Mapping[str, float],
 ) -> dict[str, Any]:
-    """What is in the run folders by now, as comparison.json."""
+    """What comparison.json holds.
+
+    Args:
+        finished: by system and seed.
+        about: of every system, what it is and starts from.
+        untrained: by name and task, what other predictions without training there are, as entries of a record; or
+            their 'error'.
+        before: of systems with a causal checkpoint, its loss on held-out books before it learns.
+    """
+    failed = {name: {t: e["error"] for t, e in of.items() if "error" in e} for name, of in untrained.items()}
+    untrained = {name: {t: e for t, e in of.items() if "error" not in e} for name, of in untrained.items()}
     tasks: dict[str, Any] = {
         task.name: {"metric": metric_names(task)[0], "metrics": list(metric_names(task)), "head": task.head}
         for task in tasks_of
     }
     systems: dict[str, Any] = {
         system: {
-            "about": (SYSTEMS[system].__doc__ or "").strip(),
-            "seeds": {str(seed): _result(parts, tasks) for (of, seed), parts in plan.items() if of == system},
+            "about": about[system],
+            "seeds": {str(seed): result_of(of, tasks) for (name, seed), of in finished.items() if name == system},
         }
         for system in comparison.systems
     }
-    trivial = _trivial(plan, tasks)
-    table = {name: _row(name, about["metric"], systems, trivial) for name, about in tasks.items()}
+    trivial = _trivial(finished, untrained, tasks)
+    samples = drawn(finished, untrained, tasks)
+    table = {
+        name: row(about["metric"], scores_of(name, about["metric"], systems, trivial), samples.get(name, {}))
+        for name, about in tasks.items()
+    }
     return {
         "name": Path(comparison.run).name,
         "command": command(),
         "match": comparison.match,
         "warm_up": comparison.warm_up,
+        "budget": comparison.budget if comparison.start else "steps",
+        "split": comparison.split,
         "seeds": list(comparison.seeds),
         "tasks": tasks,
         "systems": systems,
         "trivial": trivial,
+        "failed": failed,
         "table": table,
-        "gain": gain(systems, tasks),
+        "forgetting": forgetting(finished, before),
+        "gain": with_intervals(gain(systems, tasks), samples, tasks),
         "environment": environment(),
     }
 
 
-def _result(parts: Sequence[Part], tasks: dict[str, Any]) -> dict[str, Any]:
+def forgetting(finished: Mapping[tuple[str, int], Finished], before: Mapping[str, float]) -> dict[str, Any]:
+    """By system, the loss on held-out books before, and after over the seeds; of several models their mean."""
+    made: dict[str, Any] = {}
+    for system, loss in before.items():
+        of_seeds = [
+            fmean(record["language_loss"] for record in learnt(of.parts))
+            for (name, _), of in finished.items()
+            if name == system and of.complete
+        ]
+        made[system] = {"before": loss, "after": summary_of(of_seeds)._asdict() if of_seeds else None}
+    return made
+
+
+def result_of(finished: Finished, tasks: Mapping[str, Any]) -> dict[str, Any]:
     """One system with one seed: its state, scores and costs."""
-    summaries = {}
-    for part in parts:
-        path = Path(part.config.run) / "summary.json"
-        if path.is_file():
-            summaries[part.name] = json.loads(path.read_text(encoding="utf-8"))
-    failure = Path(parts[0].config.run).parent / FAILURE
-    result: dict[str, Any] = {"state": "finished" if len(summaries) == len(parts) else "unfinished"}
-    if failure.is_file():
-        result |= {"state": "failed", **json.loads(failure.read_text(encoding="utf-8"))}
-    if result["state"] != "finished":
-        return result
-    learnt = [summary for name, summary in summaries.items() if name != "warm-up"]
-    scores = {name: about["metrics"] for summary in learnt for name, about in summary["tasks"].items()}
-    totals = {
-        key: sum(summary[key] for summary in summaries.values())
-        for key in ("steps", "real_tokens", "training_flops", "training_seconds", "wall_time_seconds")
+    if finished.failure:
+        return {"state": "failed", **finished.failure}
+    if not finished.complete:
+        return {"state": "unfinished"}
+    summaries = {name: record["summary"] for name, record in finished.parts.items()}
+    scores = {
+        name: task["metrics"] for record in learnt(finished.parts) for name, task in record["summary"]["tasks"].items()
     }
-    sizes = [summary["parameters"] for summary in learnt]
-    return result | {
+    sizes = [record["summary"]["parameters"] for record in learnt(finished.parts)]
+    return {
+        "state": "finished",
         "scores": {name: scores[name] for name in tasks},
         "parameters": max(sizes),
         "models": len(sizes),
         "parts": {name: summary["steps"] for name, summary in summaries.items()},
-        **totals,
+        **{key: sum(summary[key] for summary in summaries.values()) for key in COSTS},
     }
 
 
-def _trivial(plan: dict[tuple[str, int], list[Part]], tasks: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Scores of what needs no model, by its name and task; the same for every system, so those of any finished run."""
+def _trivial(
+    finished: Mapping[tuple[str, int], Finished],
+    untrained: Mapping[str, Mapping[str, Record]],
+    tasks: Mapping[str, Any],
+) -> dict[str, dict[str, Any]]:
+    """Scores of what is not trained, by its name and task; the same with every seed, and of the first system that has
+    the task: another's tokenizer may not give back what a document is."""
     found: dict[str, dict[str, Any]] = {}
-    for parts in plan.values():
-        for part in parts:
-            path = Path(part.config.run) / "summary.json"
-            if part.name == "warm-up" or not path.is_file():
-                continue
-            for task, about in json.loads(path.read_text(encoding="utf-8"))["tasks"].items():
-                for name, baseline in about["baselines"].items():
-                    found.setdefault(name, {}).setdefault(task, baseline["metrics"])
-    return {name: {task: of[task] for task in tasks if task in of} for name, of in found.items()}
+    for task in tasks:
+        records = (of_task(of.parts, task) for of in finished.values())
+        first = next((record for record in records if record), None)
+        baselines = first["summary"]["tasks"][task]["baselines"] if first else {}
+        for name, baseline in baselines.items():
+            found.setdefault(name, {})[task] = baseline["metrics"]
+    for name, of_tasks in untrained.items():
+        found[name] = {task: entry["metrics"] for task, entry in of_tasks.items()}
+    return found
 
 
-def _row(task: str, metric: str, systems: dict[str, Any], trivial: dict[str, Any]) -> dict[str, Any]:
-    """One task of the table: the score of every system, and which of them is the best, if one is."""
+def drawn(
+    finished: Mapping[tuple[str, int], Finished],
+    untrained: Mapping[str, Mapping[str, Record]],
+    tasks: Mapping[str, Any],
+) -> dict[str, dict[str, np.ndarray]]:
+    """By task and system, (seeds, draws) scores of the same draws of examples; what is not trained has one row.
+
+    Empty of a task whose parts were not scored on the same examples, or have left no predictions.
+    """
+    made: dict[str, dict[str, np.ndarray]] = {}
+    for task, about in tasks.items():
+        entries: dict[str, list[tuple[str, Record]]] = {}  # by system, the name of its values and an entry of a record
+        for (system, _), of in finished.items():
+            record = of_task(of.parts, task) if of.complete else None
+            if record:
+                entry = record["predictions"].get(task)
+                if not entries and entry:
+                    names = entry["baselines"].items()
+                    entries |= {n: [(n, {**entry, "predictions": given})] for n, given in names}
+                entries.setdefault(system, []).append(("", entry or {"examples": []}))
+        entries |= {name: [("", of_tasks[task])] for name, of_tasks in untrained.items() if task in of_tasks}
+        examples = [entry["examples"] for of_system in entries.values() for _, entry in of_system]
+        if not examples or not examples[0] or any(other != examples[0] for other in examples):
+            continue
+        counts = draws(len(examples[0]))
+        made[task] = {
+            system: np.stack(
+                [
+                    drawn_scores(
+                        about["metric"],
+                        entry["predictions"],
+                        entry["references"],
+                        counts,
+                        entry["values"].get(name, ()),
+                    )
+                    for name, entry in of_system
+                ]
+            )
+            for system, of_system in entries.items()
+        }
+    return made
+
+
+def scores_of(task: str, metric: str, systems: Mapping[str, Any], trivial: Mapping[str, Any]) -> dict[str, Score]:
+    """The score of every system on a task, and of what is not trained."""
     scores: dict[str, Score] = {}
     for name, system in systems.items():
         finished = [result["scores"][task][metric] for result in system["seeds"].values() if "scores" in result]
         if finished:
             scores[name] = summary_of(finished)
-    scores |= {name: Score(of[task][metric], 0.0, 0) for name, of in trivial.items() if task in of}
-    best = best_of(scores, higher_is_better(metric))
-    return {"scores": {name: score._asdict() for name, score in scores.items()}, "best": best}
+    return scores | {name: Score(of[task][metric], 0.0, 0) for name, of in trivial.items() if task in of}
+
+
+def row(metric: str, scores: dict[str, Score], drawn: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """One task of the table: the score of every system, which of them is the best, if one is, and how far the first
+    system is ahead of each, with the interval of that."""
+    higher = higher_is_better(metric)
+    sign = 1 if higher else -1
+    means = {name: of.mean(0) for name, of in drawn.items()}
+    ahead = {
+        name: dict(zip(("mean", "low", "high"), interval(sign * (means[FIRST] - of)), strict=True))
+        for name, of in means.items()
+        if FIRST in means and name != FIRST
+    }
+
+    def surely(best: str, next_best: str) -> bool:
+        if best not in means or next_best not in means:
+            return not means  # of runs that have left no predictions, the spread over seeds is all there is
+        return interval(sign * (means[best] - means[next_best]))[1] > 0
+
+    best = best_of(scores, higher)
+    if best and not surely(best, following_of(scores, higher)[0]):
+        best = None
+    return {"scores": {name: score._asdict() for name, score in scores.items()}, "best": best, "ahead": ahead}
 
 
 def summary_of(values: Sequence[float]) -> Score:
@@ -117,20 +223,26 @@ def summary_of(values: Sequence[float]) -> Score:
     return Score(fmean(values), stdev(values) if len(values) > 1 else None, len(values))
 
 
-def best_of(scores: dict[str, Score], higher: bool) -> str | None:
+def following_of(scores: Mapping[str, Score], higher: bool) -> list[str]:
+    """What the best one is compared with, the next one first: where it needs no training, the systems."""
+    ranked = sorted(scores, key=lambda name: scores[name].mean, reverse=higher)
+    return [name for name in ranked[1:] if scores[ranked[0]].runs or scores[name].runs]
+
+
+def best_of(scores: Mapping[str, Score], higher: bool) -> str | None:
     """The best, if it is better than the next one by more than the spread: the larger of the two's standard deviations
     over the seeds. None otherwise, and where one of them has a single seed: its spread is not known.
 
     What needs no model has no spread; the next one is then the best system.
     """
-    ranked = sorted(scores, key=lambda name: scores[name].mean, reverse=higher)
-    following = [name for name in ranked[1:] if scores[ranked[0]].runs or scores[name].runs]
+    following = following_of(scores, higher)
     if not following:
         return None
-    best, second = scores[ranked[0]], scores[following[0]]
+    first = (max if higher else min)(scores, key=lambda name: scores[name].mean)
+    best, second = scores[first], scores[following[0]]
     if best.deviation is None or second.deviation is None:
         return None
-    return ranked[0] if abs(best.mean - second.mean) > max(best.deviation, second.deviation) else None
+    return first if abs(best.mean - second.mean) > max(best.deviation, second.deviation) else None
 
 
 def gain(systems: dict[str, Any], tasks: dict[str, Any]) -> dict[str, Any]:
@@ -161,3 +273,26 @@ def gain(systems: dict[str, Any], tasks: dict[str, Any]) -> dict[str, Any]:
         if of_seed:
             gains["mean"].append(fmean(of_seed))
     return {name: summary_of(values)._asdict() if values else None for name, values in gains.items()}
+
+
+def with_intervals(
+    gains: dict[str, Any], drawn: Mapping[str, Mapping[str, np.ndarray]], tasks: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Gains with 'low' and 'high', the ends of the 95 % interval over examples, where it can be said.
+
+    It cannot where a draw of examples leaves single-task without a score above 0, or seeds are missing.
+    """
+    of_tasks = {}
+    for name, about in tasks.items():
+        pair = [drawn.get(name, {}).get(system) for system in (FIRST, "single-task")]
+        if gains[name] is None or any(of is None for of in pair):
+            continue
+        together, alone = pair
+        if together.shape == alone.shape and (alone > 0).all():
+            sign = 1 if higher_is_better(about["metric"]) else -1
+            of_tasks[name] = (sign * 100 * (together / alone - 1)).mean(0)
+    known = [name for name in tasks if gains[name] is not None]
+    if known and set(known) == set(of_tasks):
+        of_tasks["mean"] = np.mean([of_tasks[name] for name in known], 0)
+    ends = {name: dict(zip(("low", "high"), interval(of)[1:], strict=True)) for name, of in of_tasks.items()}
+    return {name: of and of | ends.get(name, {}) for name, of in gains.items()}

@@ -1,5 +1,7 @@
 """What a system of a comparison starts from: a checkpoint, whole or cut to some of its blocks, or word vectors."""
 
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from hashlib import file_digest
 from pathlib import Path
@@ -8,11 +10,14 @@ from typing import Literal
 import torch
 
 from trunkline.engine.checks import at_least, check, from_to_below
+from trunkline.engine.console import tell
 from trunkline.engine.foreign import pretrained
 from trunkline.engine.network.trunk import Trunk
 from trunkline.engine.settings import Adapters, Batch, Optimizer
 from trunkline.training.compare.cut_checkpoint import cut, kept_blocks
 from trunkline.training.pages.units import quantity
+
+STARTS = "starts.json"  # SHA-256 by system
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,35 @@ class Found:
         digest = f", SHA-256 {self.digest[:12]}" if self.digest else ""
         size = f", {quantity(self.parameters)} parameters" if self.parameters else ""
         return f"{self.family}{size}{digest}{known}"
+
+
+def find_starts(
+    given: Mapping[str, Start], systems: Sequence[str], starts: str, run: Path, kept: Path
+) -> dict[str, Found]:
+    """What every system starts from; says so. `kept` has what `remember_starts` wrote.
+
+    Raises:
+        ValueError: a start that there is not, or that was another one when the comparison was begun.
+    """
+    file = kept / STARTS
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    found = {system: find(system, given[system], starts, run / "starts") for system in systems}
+    for system, of in found.items():
+        if (before := known.get(system, of.digest)) != of.digest:
+            raise ValueError(
+                f"compare: the start of {system} has changed since the comparison was begun: SHA-256 {before} then, "
+                f"{of.digest} now; put it back, or name another run="
+            )
+        tell(f"{system} starts from {of.in_words()}")
+    return found
+
+
+def remember_starts(digests: Mapping[str, str], kept: Path) -> None:
+    """Beside those of systems that are not asked for this time."""
+    file = kept / STARTS
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    kept.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({**known, **digests}, indent=1) + "\n", encoding="utf-8")
 
 
 def find(system: str, start: Start, starts: str, cuts: Path) -> Found:

@@ -1,13 +1,12 @@
 """What a comparison's files say of its scores, in words: nothing that one seed, or one point, does not bear out."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from trunkline.training.compare.comparison_page import _verdict, tables, write_comparison
-from trunkline.training.compare.results import Score, _row, best_of, gain, summary_of
+from trunkline.training.compare.results import Finished, Score, best_of, gain, row, scores_of, summary_of
 
 TASKS = {
     "colour": {"metric": "accuracy", "metrics": ["accuracy"], "head": "classify"},
@@ -49,7 +48,14 @@ def results_of(seeds: int) -> dict[str, Any]:
         "tasks": TASKS,
         "systems": systems,
         "trivial": TRIVIAL,
-        "table": {name: _row(name, about["metric"], systems, TRIVIAL) for name, about in TASKS.items()},
+        "failed": {},
+        "forgetting": {},
+        "budget": "steps",
+        "split": "validation",
+        "table": {
+            name: row(about["metric"], scores_of(name, about["metric"], systems, TRIVIAL), {})
+            for name, about in TASKS.items()
+        },
         "gain": gain(systems, TASKS),
         "environment": {"torch": "2.13.0"},
     }
@@ -57,17 +63,11 @@ def results_of(seeds: int) -> dict[str, Any]:
 
 def page_of(results: dict[str, Any], run: Path, losses: int = 2) -> str:
     """The page of a comparison whose runs have logged so many losses."""
-    for system in SCORES:
-        for seed in results["seeds"]:
-            folder = run / system / f"seed-{seed}" / "all"
-            folder.mkdir(parents=True)
-            events = [
-                {"event": "step", "step": step, "examples": dict.fromkeys(TASKS, 8), "loss": dict.fromkeys(TASKS, 1.0)}
-                for step in range(losses)
-            ]
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    curves = {"loss": [[8.0 * (step + 1), 1.0] for step in range(losses)], "score": []}
+    record = {"summary": {"tasks": TASKS}, "curves": dict.fromkeys(TASKS, curves), "samples": {}}
+    finished = {(system, seed): Finished({"all": record}, True, None) for system in SCORES for seed in results["seeds"]}
     (run / "comparison.yaml").write_text("seeds: [0]\n")
-    write_comparison(results, run)
+    write_comparison(results, finished, run)
     return (run / "comparison.html").read_text()
 
 
