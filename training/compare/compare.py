@@ -25,15 +25,15 @@ from trunkline.engine.config import with_tokenizer
 from trunkline.engine.console import harmless, tell
 from trunkline.engine.engine import Engine
 from trunkline.engine.text.tokenizer import FILE
-from trunkline.training.compare.budget import with_budget
 from trunkline.training.compare.comparison import Comparison
-from trunkline.training.compare.held_out import book_pieces, completed, loss_before, on_test
 from trunkline.training.compare.record import WARM_UP, Record, Records, settings_of
 from trunkline.training.compare.results import Finished, collect
-from trunkline.training.compare.start import find_starts, remember_starts
-from trunkline.training.compare.started import config_of, parts_of
+from trunkline.training.compare.starts.budget import with_budget
+from trunkline.training.compare.starts.held_out import book_pieces, completed, loss_before, on_test
+from trunkline.training.compare.starts.start import find_starts, remember_starts
+from trunkline.training.compare.starts.started import config_of, parts_of
+from trunkline.training.compare.starts.zero_shot import ask_untrained
 from trunkline.training.compare.systems import FIRST, SYSTEMS, Basis, Part, ordinary
-from trunkline.training.compare.zero_shot import ask_untrained
 from trunkline.training.config_file import save_config
 from trunkline.training.data.corpus import load_corpus
 
@@ -236,7 +236,7 @@ def _train(plan: Plan, system: str, seed: int, part: Part) -> None:
 
 
 def _losses_before(plan: Plan) -> dict[str, float]:
-    """By system with a causal checkpoint, its loss on held-out books before it learns; none where there are no books."""
+    """By system with a causal checkpoint, its loss on held-out books before it learns, where there are books."""
     return {
         system: loss_before(basis, plan.books, plan.digests[system], plan.records.folder / "language_loss.json")
         for system, basis in plan.bases.items()

@@ -10,10 +10,10 @@ from typing import Literal
 from trunkline.engine.config import Config
 from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.trunk import TrunkConfig
-from trunkline.training.compare.budget import BudgetUnit
-from trunkline.training.compare.start import Start
+from trunkline.training.compare.starts.budget import BudgetUnit
+from trunkline.training.compare.starts.start import Start
+from trunkline.training.compare.starts.zero_shot import asks, names_of
 from trunkline.training.compare.systems import FIRST, SYSTEMS, Match
-from trunkline.training.compare.zero_shot import asks, names_of
 from trunkline.training.config_file import load_config
 
 

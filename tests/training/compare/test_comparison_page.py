@@ -110,8 +110,8 @@ def test_with_several_seeds_what_is_ahead_is_bold(tmp_path):
 )
 def test_the_verdict_tells_systems_from_what_needs_no_model(best, verdict):
     results = results_of(2)
-    for row, name in zip(results["table"].values(), best, strict=True):
-        row["best"] = name
+    for of_task, name in zip(results["table"].values(), best, strict=True):
+        of_task["best"] = name
     assert _verdict(results) == verdict
 
 

@@ -14,7 +14,7 @@ from trunkline.engine.console import tell
 from trunkline.engine.foreign import pretrained
 from trunkline.engine.network.trunk import Trunk
 from trunkline.engine.settings import Adapters, Batch, Optimizer
-from trunkline.training.compare.cut_checkpoint import cut, kept_blocks
+from trunkline.training.compare.starts.cut_checkpoint import cut, kept_blocks
 from trunkline.training.pages.units import quantity
 
 STARTS = "starts.json"  # SHA-256 by system

@@ -16,8 +16,8 @@ from trunkline.engine.console import tell
 from trunkline.engine.engine import Engine
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.tasks.task import Task
-from trunkline.training.compare.language import log_probabilities
 from trunkline.training.compare.record import WARM_UP, Record, record_of, with_values, write_json
+from trunkline.training.compare.starts.language import log_probabilities
 from trunkline.training.compare.systems import Basis, Part
 from trunkline.training.data.corpus import load_corpus
 from trunkline.training.data.sources import read_rows

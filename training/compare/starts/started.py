@@ -19,7 +19,7 @@ from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.settings import Mixing
 from trunkline.engine.tasks.task import Task
 from trunkline.training.compare.record import WARM_UP
-from trunkline.training.compare.start import Found, Start
+from trunkline.training.compare.starts.start import Found, Start
 from trunkline.training.compare.systems import LSTM_LAYERS, Basis, Part, masked_text, multitask, single_task
 from trunkline.training.run.optimizer import FROM_CHECKPOINT
 from trunkline.training.run.optimizer import HEADS as HEAD_RATE

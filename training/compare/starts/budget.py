@@ -14,7 +14,7 @@ from trunkline.engine.config import Config, with_vocabulary
 from trunkline.engine.console import tell
 from trunkline.engine.engine import Engine, make_model
 from trunkline.engine.network.packing import PackedBatch
-from trunkline.training.compare.started import parts_of
+from trunkline.training.compare.starts.started import parts_of
 from trunkline.training.compare.systems import Basis, Part
 from trunkline.training.data.batches import Packer, make_mixer
 from trunkline.training.data.corpus import Corpus, load_corpus

@@ -23,8 +23,8 @@ from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.cells import text_of
 from trunkline.engine.text.tokenizer import Tokenizer
-from trunkline.training.compare.language import log_probabilities
 from trunkline.training.compare.record import Record, with_values, write_json
+from trunkline.training.compare.starts.language import log_probabilities
 from trunkline.training.compare.systems import Basis
 from trunkline.training.data.sources import read_rows
 from trunkline.training.run.folder import digest_of
