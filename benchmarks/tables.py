@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from trunkline.training.compare.comparison_page import tables as comparison_tables
+from trunkline.training.compare.comparison_tables import tables as comparison_tables
 
 
 def tables(folder: Path, parts: Collection[str] = ()) -> str:

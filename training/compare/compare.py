@@ -187,7 +187,7 @@ def _found(plan: Plan, system: str, seed: int) -> Finished:
     return Finished(
         {name: record for name, record in known.items() if record},
         all(known.values()) and not any(map(_begun_anew, parts)),
-        json.loads(failure.read_text(encoding="utf-8")) if failure.is_file() else None,
+        json.loads(failure.read_text(encoding="utf-8")) if failure.is_file() else [],
     )
 
 
@@ -205,18 +205,19 @@ def _begun_anew(part: Part) -> bool:
 def train_system(plan: Plan, system: str, seed: int) -> Finished:
     """Runs what is not finished of one system with one seed. A failure is recorded, and tried again the next time."""
     parts = plan.parts[system, seed]
-    failure = Path(parts[0].config.run).parent / FAILURE
-    failure.unlink(missing_ok=True)
+    file, failures = Path(parts[0].config.run).parent / FAILURE, []
+    file.unlink(missing_ok=True)
     for part in parts:
         try:
             _train(plan, system, seed, part)
-        except Exception as error:  # whatever it is, the other systems have their own run, and the table says it
-            failure.parent.mkdir(parents=True, exist_ok=True)
+        except Exception as error:  # whatever it is, the others have runs of their own, and the table says it
             text = f"{type(error).__name__}: {error}"
-            content = {"part": part.name, "error": text, "traceback": traceback.format_exc()}
-            failure.write_text(json.dumps(content, indent=1), encoding="utf-8")
+            failures.append({"part": part.name, "error": text, "traceback": traceback.format_exc()})
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps(failures, indent=1), encoding="utf-8")
             print(harmless(f"failed: {text}"), file=sys.stderr)
-            break
+            if part.name == WARM_UP:  # which the next part starts from
+                break
     return _found(plan, system, seed)
 
 

@@ -31,7 +31,7 @@ class Finished(NamedTuple):
 
     parts: dict[str, Record]  # those that are finished, by name
     complete: bool
-    failure: dict[str, Any] | None
+    failures: list[dict[str, Any]]  # of parts: 'part', 'error', 'traceback'
 
 
 def collect(
@@ -96,7 +96,7 @@ def forgetting(finished: Mapping[tuple[str, int], Finished], before: Mapping[str
         of_seeds = [
             fmean(record["language_loss"] for record in learnt(of.parts))
             for (name, _), of in finished.items()
-            if name == system and of.complete
+            if name == system and of.complete and all("language_loss" in record for record in learnt(of.parts))
         ]
         made[system] = {"before": loss, "after": summary_of(of_seeds)._asdict() if of_seeds else None}
     return made
@@ -104,18 +104,18 @@ def forgetting(finished: Mapping[tuple[str, int], Finished], before: Mapping[str
 
 def result_of(finished: Finished, tasks: Mapping[str, Any]) -> dict[str, Any]:
     """One system with one seed: its state, scores and costs."""
-    if finished.failure:
-        return {"state": "failed", **finished.failure}
+    parts = learnt(finished.parts)
+    scores = {name: task["metrics"] for record in parts for name, task in record["summary"]["tasks"].items()}
+    result: dict[str, Any] = {"scores": {name: scores[name] for name in tasks if name in scores}} if scores else {}
+    if finished.failures:
+        return {"state": "failed", **finished.failures[0], "failures": finished.failures, **result}
     if not finished.complete:
-        return {"state": "unfinished"}
+        return {"state": "unfinished", **result}
     summaries = {name: record["summary"] for name, record in finished.parts.items()}
-    scores = {
-        name: task["metrics"] for record in learnt(finished.parts) for name, task in record["summary"]["tasks"].items()
-    }
-    sizes = [record["summary"]["parameters"] for record in learnt(finished.parts)]
+    sizes = [record["summary"]["parameters"] for record in parts]
     return {
         "state": "finished",
-        "scores": {name: scores[name] for name in tasks},
+        **result,
         "parameters": max(sizes),
         "models": len(sizes),
         "parts": {name: summary["steps"] for name, summary in summaries.items()},
@@ -155,7 +155,7 @@ def drawn(
     for task, about in tasks.items():
         entries: dict[str, list[tuple[str, Record]]] = {}  # by system, the name of its values and an entry of a record
         for (system, _), of in finished.items():
-            record = of_task(of.parts, task) if of.complete else None
+            record = of_task(of.parts, task)
             if record:
                 entry = record["predictions"].get(task)
                 if not entries and entry:
@@ -189,7 +189,7 @@ def scores_of(task: str, metric: str, systems: Mapping[str, Any], trivial: Mappi
     """The score of every system on a task, and of what is not trained."""
     scores: dict[str, Score] = {}
     for name, system in systems.items():
-        finished = [result["scores"][task][metric] for result in system["seeds"].values() if "scores" in result]
+        finished = [of[task][metric] for result in system["seeds"].values() if task in (of := result.get("scores", {}))]
         if finished:
             scores[name] = summary_of(finished)
     return scores | {name: Score(of[task][metric], 0.0, 0) for name, of in trivial.items() if task in of}
@@ -266,7 +266,7 @@ def gain(systems: dict[str, Any], tasks: dict[str, Any]) -> dict[str, Any]:
         for name, about in tasks.items():
             metric = about["metric"]
             sign = 1 if higher_is_better(metric) else -1
-            if alone[name][metric] > 0:
+            if name in together and name in alone and alone[name][metric] > 0:
                 percent = sign * 100 * (together[name][metric] / alone[name][metric] - 1)
                 gains[name].append(percent)
                 of_seed.append(percent)

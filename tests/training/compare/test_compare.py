@@ -18,7 +18,7 @@ from trunkline.engine.network.bilstm import BiLSTM
 from trunkline.training.compare import compare as comparing
 from trunkline.training.compare.compare import compare
 from trunkline.training.compare.comparison import Comparison, load_comparison
-from trunkline.training.compare.comparison_page import tables
+from trunkline.training.compare.comparison_tables import tables
 from trunkline.training.compare.systems import SYSTEMS, Basis, flops_per_token, half, matched, ordinary, steps_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")

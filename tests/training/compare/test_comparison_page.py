@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from trunkline.training.compare.comparison_page import _verdict, tables, write_comparison
+from trunkline.training.compare.comparison_page import _verdict, write_comparison
+from trunkline.training.compare.comparison_tables import tables
 from trunkline.training.compare.results import Finished, Score, best_of, gain, row, scores_of, summary_of
 
 TASKS = {
@@ -78,7 +79,7 @@ def test_with_one_seed_nothing_is_bold_or_said_to_be_ahead(tmp_path):
     assert "Scores on the validation splits, of the one seed 0; no score is bold" in text
     assert " best" not in page.partition("<body>")[2].partition('id="gain"')[0].replace("where the best", "")
     assert "With one seed no system is said to be ahead" in page
-    for words in ("learly ahead", "over the seeds", "over seeds 0", "standard deviation", "without a model: majority"):
+    for words in ("learly ahead", "over the seeds", "over seeds 0", "standard deviation", "without training: majority"):
         assert words not in text + page
 
 
@@ -89,7 +90,7 @@ def test_with_several_seeds_what_is_ahead_is_bold(tmp_path):
     assert "| multitask | 0.510 ± 0.010 | **0.210 ± 0.010** |" in text
     assert "| majority class | **0.900** | – |" in text
     assert page.count('class="n best"') == 2
-    assert "Clearly ahead: multitask on retell. Better than every system, without a model: majority class" in page
+    assert "Clearly ahead: multitask on retell. Better than every system, without training: majority class" in page
 
 
 @pytest.mark.parametrize(
@@ -102,7 +103,7 @@ def test_with_several_seeds_what_is_ahead_is_bold(tmp_path):
         ),
         (
             ("majority class", None),
-            "No system is clearly ahead of the next one on any task. Better than every system, without a model: "
+            "No system is clearly ahead of the next one on any task. Better than every system, without training: "
             "majority class on colour. On 1 of 2 tasks the best is within the spread of the next.",
         ),
         ((None, None), "No system is clearly ahead of the next one on any task."),
