@@ -29,7 +29,7 @@ def put_vectors(embedding: Tensor, tokenizer: Tokenizer, path: Path) -> int:
     tokens_of: dict[str, list[int]] = {}
     for token in range(tokenizer.vocab_size):
         if token not in tokenizer.special:
-            text = tokenizer.decode([token])
+            text = tokenizer.inner.decode([token])
             if text.strip() and (text[0] == " " or not text[0].isalnum()):  # the others are ends of words
                 tokens_of.setdefault(text.strip().lower(), []).append(token)
     count = 0
@@ -37,7 +37,7 @@ def put_vectors(embedding: Tensor, tokenizer: Tokenizer, path: Path) -> int:
         for word, vector in _vectors(path, set(tokens_of)):
             if len(vector) > embedding.shape[1]:
                 raise ValueError(
-                    f"vectors {path}: {len(vector)} numbers a word, and embeddings of {embedding.shape[1]}"
+                    f"vectors {path}: {len(vector)} numbers a word, more than the {embedding.shape[1]} of embeddings"
                 )
             for token in tokens_of.pop(word, ()):
                 embedding[token, : len(vector)] = torch.from_numpy(vector)
@@ -50,13 +50,13 @@ def put_vectors(embedding: Tensor, tokenizer: Tokenizer, path: Path) -> int:
 def _vectors(path: Path, words: set[str]) -> Iterator[tuple[str, np.ndarray]]:
     """The vectors of these words, which all have as many numbers."""
     width = 0
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, start=1):
             word, *numbers = line.rstrip().split(" ")
             width = width or len(numbers)
             if len(numbers) != width or not width:
                 raise ValueError(
-                    f"vectors {path}, line {number}: expected a word and {width} numbers, got {len(numbers)}"
+                    f"vectors {path}, line {number}: expected a word and {width or 'its'} numbers, got {len(numbers)}"
                 )
             if word in words:
                 try:

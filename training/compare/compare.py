@@ -68,6 +68,9 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     run = Path(comparison.run)
     _check_folder(comparison, run)
     plan = _started(comparison) if comparison.start else _from_scratch(comparison)
+    if plan.split == "test":
+        for basis in plan.bases.values():
+            _tested(basis)
     finished = {of: _found(plan, *of) for of in plan.parts}
     save_config(comparison, run / "comparison.yaml")
     if comparison.start:
@@ -236,6 +239,16 @@ def _train(plan: Plan, system: str, seed: int, part: Part) -> None:
     plan.records.put(system, seed, part, completed(part, settings, plan.split, plan.books))
 
 
+def _tested(basis: Basis) -> Basis:
+    """With the test splits in place of the validation splits.
+
+    Raises:
+        ValueError: there are none, or they cannot be used.
+    """
+    config = on_test(basis.config)
+    return replace(basis, config=config, corpus=load_corpus(config, basis.corpus.tokenizer, tell=tell))
+
+
 def _losses_before(plan: Plan) -> dict[str, float]:
     """By system with a causal checkpoint, its loss on held-out books before it learns, where there are books."""
     return {
@@ -249,8 +262,5 @@ def _untrained(comparison: Comparison, plan: Plan) -> dict[str, dict[str, Record
     """What the checkpoint of the first system says without training."""
     if not comparison.prompts:
         return {}
-    basis = plan.bases[FIRST]
-    if plan.split == "test":
-        config = on_test(basis.config)
-        basis = replace(basis, config=config, corpus=load_corpus(config, basis.corpus.tokenizer, tell=tell))
+    basis = _tested(plan.bases[FIRST]) if plan.split == "test" else plan.bases[FIRST]
     return {"zero-shot": ask_untrained(basis, comparison.prompts, plan.digests[FIRST], plan.records.folder)}
