@@ -38,7 +38,7 @@ from trunkline.training.config_file import save_config
 from trunkline.training.data.corpus import load_corpus
 
 FAILURE = "failure.json"
-EXTRA = ("seeds", "systems")  # of which a comparison may be given more, or fewer, when it goes on
+EXTRA = ("seeds", "systems", "split")  # which may be others when a comparison goes on
 PLACES = ("run", "base", "data", "device", "starts", "kept")  # where things lie may change too
 
 
@@ -263,4 +263,4 @@ def _untrained(comparison: Comparison, plan: Plan) -> dict[str, dict[str, Record
     if not comparison.prompts:
         return {}
     basis = _tested(plan.bases[FIRST]) if plan.split == "test" else plan.bases[FIRST]
-    return {"zero-shot": ask_untrained(basis, comparison.prompts, plan.digests[FIRST], plan.records.folder)}
+    return {"zero-shot": ask_untrained(basis, comparison.prompts, plan.digests[FIRST], plan.split, plan.records.folder)}

@@ -84,6 +84,9 @@ class Comparison(Config):
             object.__setattr__(self, name, os.path.expanduser(getattr(self, name)))
         if self.trunk != TrunkConfig():
             raise ValueError("compare: with `start` every system has the trunk of its own start: leave trunk out")
+        for name in ("init", "tokenizer", "vectors", "adapters", "projection", "prompt_weight"):
+            if getattr(self, name):
+                raise ValueError(f"compare: with `start`, {name} is said of every system by itself: leave it out")
         for system in (*self.start, *self.systems):
             if system not in SYSTEMS:
                 raise ValueError(f"compare: start names '{system}'; the systems are {', '.join(SYSTEMS)}")

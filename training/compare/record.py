@@ -28,8 +28,8 @@ class Records:
 
     folder: Path
 
-    def path(self, system: str, seed: int, part: str) -> Path:
-        return self.folder / f"{system}-seed-{seed}-{part}.json"
+    def path(self, system: str, seed: int, part: Part, settings: Mapping[str, Any]) -> Path:
+        return self.folder / f"{system}-seed-{seed}-{part.name}-{settings['split']}.json"
 
     def of(self, system: str, seed: int, part: Part, settings: Mapping[str, Any]) -> Record | None:
         """The record of a part, if there is one.
@@ -37,7 +37,7 @@ class Records:
         Raises:
             ValueError: it is damaged, or of other settings than these.
         """
-        path = self.path(system, seed, part.name)
+        path = self.path(system, seed, part, settings)
         if not path.is_file():
             return None
         try:
@@ -48,7 +48,7 @@ class Records:
         return record
 
     def put(self, system: str, seed: int, part: Part, record: Record) -> None:
-        write_json(self.path(system, seed, part.name), record)
+        write_json(self.path(system, seed, part, record["settings"]), record)
 
 
 def write_json(path: Path, content: Record) -> None:
@@ -70,8 +70,11 @@ def settings_of(part: Part, basis: Basis, digest: str, split: str) -> dict[str, 
 def record_of(part: Part, settings: Mapping[str, Any]) -> Record:
     """The record of a finished run, from its folder."""
     run, tasks = Path(part.config.run), {task.name: task for task in part.config.all_tasks}
+    names = ("summary", "predictions", "samples")  # of which runs from before have no predictions
+    files = {name: run / f"{name}.json" for name in names}
     summary, predictions, samples = (
-        json.loads((run / f"{name}.json").read_text(encoding="utf-8")) for name in ("summary", "predictions", "samples")
+        json.loads(file.read_text(encoding="utf-8")) if name != "predictions" or file.is_file() else {}
+        for name, file in files.items()
     )
     metrics = {name: task["metric"] for name, task in summary["tasks"].items()}
     return {

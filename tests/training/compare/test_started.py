@@ -213,7 +213,7 @@ def test_tables_say_what_was_found(finished):
 
 
 def test_the_test_splits_are_scored_and_validation_is_kept(folder, finished):
-    record = json.loads((finished / "parts" / "bert-seed-0-all.json").read_text())
+    record = json.loads((finished / "parts" / "bert-seed-0-all-test.json").read_text())
     about, said = record["summary"]["tasks"]["colour"], record["predictions"]["colour"]
     rows = tiny_rows("colour", 8, seed=2)
     names = ["red", "black", "white", "brown"]
@@ -222,6 +222,15 @@ def test_the_test_splits_are_scored_and_validation_is_kept(folder, finished):
     right = np.mean([p == r for p, r in zip(said["predictions"], said["references"], strict=True)])
     assert about["metrics"]["accuracy"] == pytest.approx(right)
     assert "accuracy" in about["validation_metrics"]
+
+
+def test_the_other_split_is_scored_without_training(folder, finished, tmp_path, fitted):
+    again = shutil.copytree(finished, tmp_path / "farm")
+    results = compare(load(folder, again, "split=validation", "systems=[multitask]"))
+    assert fitted == []
+    summary = json.loads((finished / "multitask" / "seed-0" / "all" / "summary.json").read_text())
+    scores = results["systems"]["multitask"]["seeds"]["0"]["scores"]
+    assert scores == {name: task["metrics"] for name, task in summary["tasks"].items()}
 
 
 def test_forgetting_is_the_loss_of_book_text(folder, finished):
@@ -252,7 +261,7 @@ def next_tokens(trunk: Trunk, tokens: torch.Tensor) -> torch.Tensor:
 def test_zero_shot_takes_the_class_whose_name_is_the_likeliest_to_follow(folder, finished):
     trunk = Trunk.from_pretrained(folder / "starts" / "causal")
     tokenizer = Engine.load(finished / "multitask" / "seed-0" / "all", device="cpu").known_tokenizer
-    entry = json.loads((finished / "parts" / "zero-shot-colour.json").read_text())
+    entry = json.loads((finished / "parts" / "zero-shot-colour-test.json").read_text())
     rows = tiny_rows("colour", 8, seed=2)
     for i, said in zip(entry["examples"], entry["predictions"], strict=True):
         scores = []
@@ -269,7 +278,7 @@ def test_records_made_elsewhere_count(folder, finished, tmp_path, fitted):
     results = compare(load(folder, tmp_path / "run", f"kept={kept}"))
     assert fitted == []
     assert results["table"] == results_of(finished)["table"]
-    with pytest.raises(ValueError, match=r"kept.multitask-seed-0-all.json is no record .* steps: 4 in .*, 5 now"):
+    with pytest.raises(ValueError, match=r"kept.multitask-seed-0-all-test.json is no record .* steps: 4 in .*, 5 now"):
         compare(load(folder, tmp_path / "other", f"kept={kept}", "steps=5"))
 
 
@@ -287,7 +296,7 @@ def test_a_start_that_has_changed_is_refused(folder, finished, tmp_path):
 def test_a_failed_part_is_a_failed_cell(folder, finished, tmp_path, fitted):
     again = shutil.copytree(finished, tmp_path / "farm")
     shutil.rmtree(again / "single-task" / "seed-0" / "colour")
-    (again / "parts" / "single-task-seed-0-colour.json").unlink()
+    (again / "parts" / "single-task-seed-0-colour-test.json").unlink()
     results = compare(load(folder, again))
     assert fitted == [again / "single-task" / "seed-0" / "colour"]
     assert cell(results, "colour", "single-task") == "failed"
@@ -329,6 +338,7 @@ def test_starts_that_cannot_be_are_named_before_any_training(folder, tmp_path, f
         (["systems=[multitask]", "start={bert: {init: both-ways}}"], "not of 'multitask'"),
         (["start.brt={init: both-ways}"], "start names 'brt'; the systems are multitask"),
         (["trunk=tiny"], "leave trunk out"),
+        (["adapters={rank: 2}"], "adapters is said of every system by itself: leave it out"),
         (["start={}"], "budget and prompts are of comparisons with `start`"),
         (["start.bert.vectors=vectors.txt"], "init and vectors are two starts"),
         (["start.bilstm-attention.projection=pooler"], "projection is of a checkpoint"),

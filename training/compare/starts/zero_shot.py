@@ -45,7 +45,9 @@ def asks(prompt: str, columns: list[str]) -> bool:
     return bool(holes) and set(holes) <= set(columns)
 
 
-def ask_untrained(basis: Basis, prompts: Mapping[str, str], digest: str, kept: Path) -> dict[str, Record]:
+def ask_untrained(
+    basis: Basis, prompts: Mapping[str, str], digest: str, split_name: str, kept: Path
+) -> dict[str, Record]:
     """By task, predictions and scores of the checkpoint on the examples that the systems are scored on.
 
     Each is kept in a file of `kept`, which counts as long as all that it depends on is the same. One that fails has
@@ -65,7 +67,7 @@ def ask_untrained(basis: Basis, prompts: Mapping[str, str], digest: str, kept: P
             "examples": len(examples),
             "search": asdict(basis.config.search),
         }
-        file = kept / f"zero-shot-{task.name}.json"
+        file = kept / f"zero-shot-{task.name}-{split_name}.json"
         if file.is_file() and (entry := json.loads(file.read_text(encoding="utf-8")))["settings"] == settings:
             entries[task.name] = entry
             continue
