@@ -49,7 +49,7 @@ class Plan:
     bases: dict[str, Basis]  # by system
     parts: dict[tuple[str, int], list[Part]]  # by system and seed, in the order in which they are made
     about: dict[str, str]  # by system, what it is and where it starts
-    digests: dict[str, str]  # by system, of its start
+    identities: dict[str, str]  # by system, of its start
     records: Records
     split: str  # that is scored
     books: list[str]  # held-out text, by which is measured what a trunk forgets
@@ -74,7 +74,7 @@ def compare(comparison: Comparison) -> dict[str, Any]:
     finished = {of: _found(plan, *of) for of in plan.parts}
     save_config(comparison, run / "comparison.yaml")
     if comparison.start:
-        remember_starts(plan.digests, plan.records.folder)
+        remember_starts(plan.identities, plan.records.folder)
     untrained = _untrained(comparison, plan)
     before = _losses_before(plan)
     results: dict[str, Any] = {}
@@ -125,9 +125,9 @@ def _started(comparison: Comparison) -> Plan:
     bases = with_budget(bases, comparison.budget, records.folder / "budget.json")
     parts = _planned(comparison, lambda system, *of: parts_of(system, bases[system], *of))
     about = {system: f"starts from {of.in_words()}" for system, of in found.items()}
-    digests = {system: of.digest for system, of in found.items()}
+    identities = {system: of.identity for system, of in found.items()}
     books = book_pieces(ordinary(comparison))
-    return Plan(bases, parts, about, digests, records, comparison.split, books)
+    return Plan(bases, parts, about, identities, records, comparison.split, books)
 
 
 def _planned(
@@ -195,7 +195,7 @@ def _found(plan: Plan, system: str, seed: int) -> Finished:
 
 
 def _record(plan: Plan, system: str, seed: int, part: Part) -> Record | None:
-    settings = settings_of(part, plan.bases[system], plan.digests[system], plan.split)
+    settings = settings_of(part, plan.bases[system], plan.identities[system], plan.split)
     return plan.records.of(system, seed, part, settings)
 
 
@@ -235,7 +235,7 @@ def _train(plan: Plan, system: str, seed: int, part: Part) -> None:
         begun = (own / "checkpoints").is_dir()
         resume = begun and checkpoint.newest(own / "checkpoints", warn=tell) is not None
         Engine.from_config(part.config).fit(resume=resume, overwrite=begun and not resume)
-    settings = settings_of(part, plan.bases[system], plan.digests[system], plan.split)
+    settings = settings_of(part, plan.bases[system], plan.identities[system], plan.split)
     plan.records.put(system, seed, part, completed(part, settings, plan.split, plan.books))
 
 
@@ -252,7 +252,7 @@ def _tested(basis: Basis) -> Basis:
 def _losses_before(plan: Plan) -> dict[str, float]:
     """By system with a causal checkpoint, its loss on held-out books before it learns, where there are books."""
     return {
-        system: loss_before(basis, plan.books, plan.digests[system], plan.records.folder / "language_loss.json")
+        system: loss_before(basis, plan.books, plan.identities[system], plan.records.folder / "language_loss.json")
         for system, basis in plan.bases.items()
         if plan.books and basis.config.trunk.causal and basis.config.init
     }
@@ -263,4 +263,6 @@ def _untrained(comparison: Comparison, plan: Plan) -> dict[str, dict[str, Record
     if not comparison.prompts:
         return {}
     basis = _tested(plan.bases[FIRST]) if plan.split == "test" else plan.bases[FIRST]
-    return {"zero-shot": ask_untrained(basis, comparison.prompts, plan.digests[FIRST], plan.split, plan.records.folder)}
+    return {
+        "zero-shot": ask_untrained(basis, comparison.prompts, plan.identities[FIRST], plan.split, plan.records.folder)
+    }

@@ -59,10 +59,10 @@ def write_json(path: Path, content: Record) -> None:
     partial.replace(path)
 
 
-def settings_of(part: Part, basis: Basis, digest: str, split: str) -> dict[str, Any]:
+def settings_of(part: Part, basis: Basis, identity: str, split: str) -> dict[str, Any]:
     """What must be the same for a record to count: the run's settings, its start and the data that it is scored on."""
-    settings = settings_that_count(part.config) | {"init": digest, "split": split}
-    scored = {split.task.name: digest_of(split) for split in basis.corpus.validation}
+    settings = settings_that_count(part.config) | {"init": identity, "split": split}
+    scored = {of_task.task.name: digest_of(of_task) for of_task in basis.corpus.validation}
     settings["validation"] = {name: scored[name] for name in settings["tasks"] if name in scored}
     return json.loads(json.dumps(settings))
 

@@ -163,10 +163,10 @@ def drawn(
                     entries |= {n: [(n, {**entry, "predictions": given})] for n, given in names}
                 entries.setdefault(system, []).append(("", entry or {"examples": []}))
         entries |= {name: [("", of_tasks[task])] for name, of_tasks in untrained.items() if task in of_tasks}
-        examples = [entry["examples"] for of_system in entries.values() for _, entry in of_system]
-        if not examples or not examples[0] or any(other != examples[0] for other in examples):
+        scored = [(e["examples"], e.get("references")) for of_system in entries.values() for _, e in of_system]
+        if not scored or not scored[0][0] or any(other != scored[0] for other in scored):
             continue
-        counts = draws(len(examples[0]))
+        counts = draws(len(scored[0][0]))
         made[task] = {
             system: np.stack(
                 [

@@ -4,6 +4,7 @@ What a cut breaks a little training heals: Gromov et al., The Unreasonable Ineff
 arXiv:2403.17887.
 """
 
+import json
 import re
 import shutil
 from collections.abc import Sequence
@@ -13,6 +14,8 @@ from pathlib import Path
 from trunkline.engine.foreign import pretrained
 from trunkline.engine.network.trunk import Trunk
 from trunkline.engine.text.tokenizer import BESIDE, FILE
+
+MADE_OF = "made_of.json"
 
 
 def kept_blocks(blocks: str, count: int) -> list[int]:
@@ -37,12 +40,18 @@ def kept_blocks(blocks: str, count: int) -> list[int]:
     return kept
 
 
-def cut(source: str, kept: Sequence[int], folder: Path) -> Path:
+def cut(source: str, kept: Sequence[int], folder: Path, digest: str) -> Path:
     """Writes a checkpoint of the same family with these blocks alone, and its tokenizer beside it.
+
+    Args:
+        digest: of the source; what was made of the same before is left as it is.
 
     Raises:
         ValueError: what a block does depends on its place, so that the others cannot move up.
     """
+    made_of = json.dumps({"source": digest, "blocks": list(kept)})
+    if (folder / MADE_OF).is_file() and (folder / MADE_OF).read_text(encoding="utf-8") == made_of:
+        return folder
     trunk = Trunk.from_pretrained(source)
     if trunk.config.window or not trunk.config.first_norm:
         raise ValueError("blocks: this family's blocks differ by their place (local layers), and cannot be cut")
@@ -60,6 +69,7 @@ def cut(source: str, kept: Sequence[int], folder: Path) -> Path:
     for name in (FILE, *BESIDE):
         if name != pretrained.CONFIG and (file := pretrained.folder_of(source) / name).is_file():
             shutil.copy(file, partial / name)
+    (partial / MADE_OF).write_text(made_of, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     partial.rename(folder)
     return folder

@@ -112,10 +112,10 @@ def book_pieces(config: Config) -> list[str]:
     ][:PIECES]
 
 
-def loss_before(basis: Basis, books: list[str], digest: str, file: Path) -> float:
+def loss_before(basis: Basis, books: list[str], identity: str, file: Path) -> float:
     """Mean loss of the next token of book text of a system's start, before it learns; `file` keeps it."""
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    key = f"{digest} {basis.config.trunk.num_layers} blocks, {sha256(' '.join(books).encode()).hexdigest()}"
+    key = f"{identity}, books {sha256(' '.join(books).encode()).hexdigest()}"
     if key not in known:
         engine = Engine.from_config(basis.config)
         engine.build(basis.corpus.tokenizer)  # adapters that have learnt nothing add nothing

@@ -17,7 +17,7 @@ from trunkline.engine.settings import Adapters, Batch, Optimizer
 from trunkline.training.compare.starts.cut_checkpoint import cut, kept_blocks
 from trunkline.training.pages.units import quantity
 
-STARTS = "starts.json"  # SHA-256 by system
+STARTS = "starts.json"  # identities by system
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,13 @@ class Found:
     """SHA-256 of the checkpoint as it is given, or of the vectors."""
     vectors: str = ""
     """File with word vectors."""
+    blocks: str = ""
+    """That are kept, where not all are."""
+
+    @property
+    def identity(self) -> str:
+        """By which a start is known again: digest and blocks."""
+        return f"{self.digest} blocks {self.blocks}" if self.blocks else self.digest
 
     def in_words(self) -> str:
         known = f"; {self.about}" if self.about else ""
@@ -97,21 +104,21 @@ def find_starts(
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     found = {system: find(system, given[system], starts, run / "starts") for system in systems}
     for system, of in found.items():
-        if (before := known.get(system, of.digest)) != of.digest:
+        if (before := known.get(system, of.identity)) != of.identity:
             raise ValueError(
                 f"compare: the start of {system} has changed since the comparison was begun: SHA-256 {before} then, "
-                f"{of.digest} now; put it back, or name another run="
+                f"{of.identity} now; put it back, or name another run="
             )
         tell(f"{system} starts from {of.in_words()}")
     return found
 
 
-def remember_starts(digests: Mapping[str, str], kept: Path) -> None:
+def remember_starts(identities: Mapping[str, str], kept: Path) -> None:
     """Beside those of systems that are not asked for this time."""
     file = kept / STARTS
     known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     kept.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({**known, **digests}, indent=1) + "\n", encoding="utf-8")
+    file.write_text(json.dumps({**known, **identities}, indent=1) + "\n", encoding="utf-8")
 
 
 def find(system: str, start: Start, starts: str, cuts: Path) -> Found:
@@ -141,14 +148,14 @@ def find(system: str, start: Start, starts: str, cuts: Path) -> Found:
             )
         shape, digest = pretrained.shape_of(source), pretrained.digest(source)
         kept = kept_blocks(start.blocks, shape.num_layers)
-        about = start.about
+        about, blocks = start.about, ""
         if len(kept) < shape.num_layers:
-            source = str(cut(source, kept, cuts / system))
+            source, blocks = str(cut(source, kept, cuts / system, digest)), start.blocks
             reason = f": {start.why}" if start.why else ""
-            about = f"{about}; blocks {start.blocks} of {shape.num_layers} are kept{reason}".removeprefix("; ")
+            about = f"{about}; blocks {blocks} of {shape.num_layers} are kept{reason}".removeprefix("; ")
         with torch.device("meta"):
             parameters = sum(p.numel() for p in Trunk(replace(shape, num_layers=len(kept))).parameters())
-        return Found(source, pretrained.family_name(source), parameters, about, digest)
+        return Found(source, pretrained.family_name(source), parameters, about, digest, blocks=blocks)
     except ValueError as error:
         raise ValueError(f"compare: start.{system}: {error}") from error
 

@@ -46,7 +46,7 @@ def asks(prompt: str, columns: list[str]) -> bool:
 
 
 def ask_untrained(
-    basis: Basis, prompts: Mapping[str, str], digest: str, split_name: str, kept: Path
+    basis: Basis, prompts: Mapping[str, str], identity: str, split_name: str, kept: Path
 ) -> dict[str, Record]:
     """By task, predictions and scores of the checkpoint on the examples that the systems are scored on.
 
@@ -62,7 +62,7 @@ def ask_untrained(
         examples = spaced(len(split), basis.config.evaluation.last_examples)
         settings = {
             "prompt": prompts[task.name],
-            "init": digest,
+            "init": identity,
             "validation": digest_of(split),
             "examples": len(examples),
             "search": asdict(basis.config.search),
