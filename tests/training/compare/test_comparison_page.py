@@ -3,11 +3,21 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from trunkline.training.compare.comparison_page import _verdict, write_comparison
 from trunkline.training.compare.comparison_tables import tables
-from trunkline.training.compare.results import Finished, Score, best_of, gain, row, scores_of, summary_of
+from trunkline.training.compare.results import (
+    Finished,
+    Score,
+    best_of,
+    gain,
+    row,
+    scores_of,
+    summary_of,
+    with_intervals,
+)
 
 TASKS = {
     "colour": {"metric": "accuracy", "metrics": ["accuracy"], "head": "classify"},
@@ -182,3 +192,42 @@ def test_gain_over_single_task_models():
     assert gain(systems, tasks)["a"] == {"mean": pytest.approx(20.0), "deviation": None, "runs": 1}
     del systems["single-task"]
     assert gain(systems, tasks)["mean"] is None
+
+
+def test_what_the_examples_do_not_bear_out_is_not_bold():
+    scores = {"multitask": Score(0.80, 0.01, 3), "bert": Score(0.75, 0.01, 3)}
+    spread = np.linspace(-1, 1, 1000)
+
+    def drawn(deviation: float) -> dict[str, np.ndarray]:
+        """(seeds, draws), the first of them of all examples; the systems differ by 0.05, and more or less in draws."""
+        return {
+            "multitask": np.tile([0.80, *(0.80 + deviation * spread)], (3, 1)),
+            "bert": np.tile([0.75] * 1001, (3, 1)),
+        }
+
+    sure, unsure = row("accuracy", scores, drawn(0.04)), row("accuracy", scores, drawn(0.06))
+    assert (sure["best"], unsure["best"]) == ("multitask", None)
+    assert unsure["ahead"]["bert"] == pytest.approx({"mean": 0.05, "low": 0.05 - 0.057, "high": 0.05 + 0.057}, abs=1e-4)
+    worse = row("perplexity", {"multitask": Score(3.0, 0.1, 3), "bert": Score(9.0, 0.1, 3)}, drawn(0.0))
+    assert worse["ahead"]["bert"]["mean"] == pytest.approx(-0.05)  # less is better
+
+
+def test_gain_has_the_interval_of_its_draws():
+    tasks = {"a": {"metric": "accuracy"}, "b": {"metric": "perplexity"}}
+    spread = np.linspace(-1, 1, 1000)
+    drawn = {
+        "a": {
+            "multitask": np.array([[0.6, *(0.6 + 0.1 * spread)]]),
+            "single-task": np.full((1, 1001), 0.5),
+        },
+        "b": {"multitask": np.full((1, 1001), 90.0), "single-task": np.full((1, 1001), 100.0)},
+    }
+    gains = {name: {"mean": mean, "deviation": None, "runs": 1} for name, mean in (("a", 20), ("b", 10), ("mean", 15))}
+    found = with_intervals(gains, drawn, tasks)
+    assert (found["a"]["low"], found["a"]["high"]) == pytest.approx((20 - 19, 20 + 19), abs=0.1)
+    assert (found["mean"]["low"], found["mean"]["high"]) == pytest.approx((15 - 9.5, 15 + 9.5), abs=0.1)
+    drawn["a"]["single-task"][0, 5] = 0.0  # which nothing can be divided by
+    found = with_intervals(gains, drawn, tasks)
+    assert "low" not in found["a"]
+    assert "low" not in found["mean"]
+    assert found["b"]["low"] == pytest.approx(10)

@@ -293,10 +293,12 @@ def test_a_start_that_has_changed_is_refused(folder, finished, tmp_path):
         compare(load(folder, again, f"starts={starts}"))
 
 
-def test_a_failed_part_is_a_failed_cell(folder, finished, tmp_path, fitted):
+def test_a_failed_part_is_a_failed_cell_and_the_next_goes_on(folder, finished, tmp_path, fitted):
+    """The run of the next is there, but its record is not."""
     again = shutil.copytree(finished, tmp_path / "farm")
     shutil.rmtree(again / "single-task" / "seed-0" / "colour")
-    (again / "parts" / "single-task-seed-0-colour-test.json").unlink()
+    for task in ("colour", "retell"):
+        (again / "parts" / f"single-task-seed-0-{task}-test.json").unlink()
     results = compare(load(folder, again))
     assert fitted == [again / "single-task" / "seed-0" / "colour"]
     assert cell(results, "colour", "single-task") == "failed"
