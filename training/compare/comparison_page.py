@@ -39,7 +39,7 @@ def write_comparison(results: dict[str, Any], finished: Mapping[tuple[str, int],
 
     Args:
         results: what `collect` gives.
-        finished: by system and seed, the parts that they come from, for curves and samples.
+        finished: by system and seed, the parts that they come from, for curves.
     """
     (run / "comparison.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), encoding="utf-8")
     with (run / "comparison.csv").open("w", encoding="utf-8", newline="") as file:
@@ -111,7 +111,7 @@ def _page(results: dict[str, Any], finished: Mapping[tuple[str, int], Finished],
         ahead_note=AHEAD.format(FIRST),
         forgotten=forgotten(results),
         verdict=_verdict(results),
-        samples={task: _samples(results, finished, task) for task in tasks},
+        samples={task: _samples(results, run, task) for task in tasks},
         config=(run / "comparison.yaml").read_text(encoding="utf-8"),
         over=over(results),
     )
@@ -179,13 +179,14 @@ def _learning(
     return curves
 
 
-def _samples(results: dict[str, Any], finished: Mapping[tuple[str, int], Finished], task: str) -> list[dict[str, Any]]:
-    """Validation examples with what each system said of them, with the first seed."""
+def _samples(results: dict[str, Any], run: Path, task: str) -> list[dict[str, Any]]:
+    """Validation examples with what each system said of them, with the first seed, where its run lies here."""
     shown: list[dict[str, Any]] = []
     for system in systems(results):
-        of = finished.get((system, results["seeds"][0]))
-        record = of_task(of.parts, task) if of else None
-        for place, sample in enumerate((record["samples"].get(task, []) if record else [])[:SAMPLES]):
+        folder = run / system / f"seed-{results['seeds'][0]}"
+        file = (folder / task if (folder / task).is_dir() else folder / "all") / "samples.json"
+        found = json.loads(file.read_text(encoding="utf-8")).get(task, []) if file.is_file() else []
+        for place, sample in enumerate(found[:SAMPLES]):
             if place == len(shown):
                 shown.append({"input": sample["input"], "reference": sample["reference"], "predictions": {}})
             shown[place]["predictions"][system] = sample["prediction"]

@@ -7,6 +7,7 @@ their files are put into the same folder, as long as they were made with the sam
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -70,31 +71,34 @@ def settings_of(part: Part, basis: Basis, identity: str, split: str) -> dict[str
 def record_of(part: Part, settings: Mapping[str, Any]) -> Record:
     """The record of a finished run, from its folder."""
     run, tasks = Path(part.config.run), {task.name: task for task in part.config.all_tasks}
-    names = ("summary", "predictions", "samples")  # of which runs from before have no predictions
-    files = {name: run / f"{name}.json" for name in names}
-    summary, predictions, samples = (
-        json.loads(file.read_text(encoding="utf-8")) if name != "predictions" or file.is_file() else {}
-        for name, file in files.items()
-    )
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    file = run / "predictions.json"  # which runs from before do not have
+    predictions = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     metrics = {name: task["metric"] for name, task in summary["tasks"].items()}
     return {
         "settings": settings,
         "summary": summary,
         "predictions": {name: with_values(tasks[name], of_task) for name, of_task in predictions.items()},
-        "samples": samples,
         "curves": curves(run / "metrics.jsonl", metrics),
     }
 
 
 def with_values(task: Task, of_task: Mapping[str, Any]) -> dict[str, Any]:
-    """Predictions with the score of every document, where texts are compared, which takes long."""
-    values: dict[str, list[float]] = {}
+    """Predictions as they are kept: of texts, which may not be anybody's to hand on, the score of each instead.
+
+    'values' has these by the name of what they are of, the model's under ''; 'references' is the SHA-256 of theirs.
+    """
     metric = metric_names(task)[0]
-    if metric in ROUGE and of_task["examples"]:
-        for name, made in {"": of_task["predictions"], **of_task["baselines"]}.items():
-            by_document = rouge_by_document(made, of_task["references"], task.references)[metric]
-            values[name] = [round(value, 6) for value in by_document]
-    return {**of_task, "values": values}
+    if metric not in ROUGE or not of_task["examples"]:
+        return {**of_task, "values": {}}
+    references = of_task["references"]
+    values = {
+        name: [round(value, 6) for value in rouge_by_document(made, references, task.references)[metric]]
+        for name, made in {"": of_task["predictions"], **of_task["baselines"]}.items()
+    }
+    digest = sha256(json.dumps(references).encode()).hexdigest()
+    untold = {name: [] for name in of_task["baselines"]}
+    return {**of_task, "predictions": [], "baselines": untold, "references": digest, "values": values}
 
 
 def curves(log: Path, metrics: Mapping[str, str]) -> dict[str, dict[str, list[list[float]]]]:

@@ -75,7 +75,7 @@ def results_of(seeds: int) -> dict[str, Any]:
 def page_of(results: dict[str, Any], run: Path, losses: int = 2) -> str:
     """The page of a comparison whose runs have logged so many losses."""
     curves = {"loss": [[8.0 * (step + 1), 1.0] for step in range(losses)], "score": []}
-    record = {"summary": {"tasks": TASKS}, "curves": dict.fromkeys(TASKS, curves), "samples": {}}
+    record = {"summary": {"tasks": TASKS}, "curves": dict.fromkeys(TASKS, curves)}
     finished = {(system, seed): Finished({"all": record}, True, None) for system in SCORES for seed in results["seeds"]}
     (run / "comparison.yaml").write_text("seeds: [0]\n")
     write_comparison(results, finished, run)

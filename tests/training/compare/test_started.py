@@ -222,6 +222,9 @@ def test_the_test_splits_are_scored_and_validation_is_kept(folder, finished):
     right = np.mean([p == r for p, r in zip(said["predictions"], said["references"], strict=True)])
     assert about["metrics"]["accuracy"] == pytest.approx(right)
     assert "accuracy" in about["validation_metrics"]
+    text = json.dumps(record["predictions"]["retell"])
+    assert rows[0]["text"] not in json.dumps(record)  # the data is not anybody's to hand on
+    assert len(record["predictions"]["retell"]["values"][""]) == 6, text
 
 
 def test_the_other_split_is_scored_without_training(folder, finished, tmp_path, fitted):
