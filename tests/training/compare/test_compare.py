@@ -168,7 +168,7 @@ def test_files_say_the_same(finished):
 
 def test_page_is_self_contained(finished):
     page = (finished / "comparison.html").read_text()
-    assert page.count("<svg") == 4  # scores and losses of two tasks
+    assert page.count("<svg") == 8  # scores, losses, and learning over tokens and over seconds, of two tasks
     assert "<script" not in page
     assert "src=" not in page
     assert "http" not in page.replace("http://www.w3.org", "")
