@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from trunkline.training.compare.comparison_tables import (
-    AHEAD,
+    ahead_note,
     ahead_of,
     cell,
     costs_of,
@@ -26,7 +26,6 @@ from trunkline.training.compare.comparison_tables import (
 )
 from trunkline.training.compare.record import WARM_UP, of_task
 from trunkline.training.compare.results import Finished
-from trunkline.training.compare.systems import FIRST
 from trunkline.training.pages import figures
 from trunkline.training.pages.report import columns_of, page_of
 
@@ -108,7 +107,7 @@ def _page(results: dict[str, Any], finished: Mapping[tuple[str, int], Finished],
         losses=losses,
         learning=learning,
         ahead=ahead_of(results),
-        ahead_note=AHEAD.format(FIRST),
+        ahead_note=ahead_note(results),
         forgotten=forgotten(results),
         verdict=_verdict(results),
         samples={task: _samples(results, run, task) for task in tasks},

@@ -6,9 +6,6 @@ from trunkline.training.compare.systems import FIRST
 from trunkline.training.pages.units import duration, quantity
 from trunkline.training.scoring.metrics import higher_is_better
 
-AHEAD = (
-    "How far {} is ahead of each, and in brackets 95 % of a paired bootstrap over examples; bold where it leaves 0 out."
-)
 GAIN = "Multi-task gain Δm over single-task models, per cent of their score, and its mean over the tasks"
 
 
@@ -61,13 +58,18 @@ def _ahead_table(results: dict[str, Any]) -> str:
     if not rows:
         return ""
     lines = [f"| {name} | {' | '.join(of.get(task, '–') for task in tasks)} |" for name, of in rows.items()]
-    return f"""{AHEAD.format(FIRST)}
+    return f"""{ahead_note(results)}
 
 | ahead of | {" | ".join(tasks)} |
 |---|{"---|" * len(tasks)}
 {chr(10).join(lines)}
 
 """
+
+
+def ahead_note(results: dict[str, Any]) -> str:
+    bold = "; bold where it leaves 0 out" if len(results["seeds"]) > 1 else ""
+    return f"How far {FIRST} is ahead of each, and in brackets 95 % of a paired bootstrap over examples{bold}."
 
 
 def _forgetting_table(results: dict[str, Any]) -> str:
@@ -136,12 +138,14 @@ def percent(gain: dict[str, Any] | None) -> str:
 
 
 def ahead_of(results: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """By system and task, how far the first system is ahead, with the 95 % interval; bold where it leaves 0 out."""
+    """By system and task, how far the first system is ahead, with the 95 % interval; bold where it leaves 0 out, if
+    there are seeds enough to say it of a system and not of a single model."""
     made: dict[str, dict[str, str]] = {}
+    several = len(results["seeds"]) > 1
     for task, row in results["table"].items():
         for name, by in row.get("ahead", {}).items():
             text = f"{by['mean']:+.3f} [{by['low']:+.3f}, {by['high']:+.3f}]"
-            made.setdefault(name, {})[task] = f"**{text}**" if by["low"] > 0 or by["high"] < 0 else text
+            made.setdefault(name, {})[task] = f"**{text}**" if several and not by["low"] <= 0 <= by["high"] else text
     return {name: made[name] for name in rows_of(results) if name in made}
 
 
