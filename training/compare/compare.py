@@ -54,6 +54,11 @@ class Plan:
     split: str  # that is scored
     books: list[str]  # held-out text, by which is measured what a trunk forgets
 
+    @property
+    def asked(self) -> set[str]:
+        """The systems that are asked for; the first one has a basis even so, for the others to be matched to."""
+        return {system for system, _ in self.parts}
+
 
 def compare(comparison: Comparison) -> dict[str, Any]:
     """Trains what is not there yet, and writes the comparison's files. A system that fails does not stop the others.
@@ -254,13 +259,13 @@ def _losses_before(plan: Plan) -> dict[str, float]:
     return {
         system: loss_before(basis, plan.books, plan.identities[system], plan.records.folder / "language_loss.json")
         for system, basis in plan.bases.items()
-        if plan.books and basis.config.trunk.causal and basis.config.init
+        if system in plan.asked and plan.books and basis.config.trunk.causal and basis.config.init
     }
 
 
 def _untrained(comparison: Comparison, plan: Plan) -> dict[str, dict[str, Record]]:
-    """What the checkpoint of the first system says without training."""
-    if not comparison.prompts:
+    """What the checkpoint of the first system says without training, where that system is asked for."""
+    if not comparison.prompts or FIRST not in comparison.systems:
         return {}
     basis = _tested(plan.bases[FIRST]) if plan.split == "test" else plan.bases[FIRST]
     return {
