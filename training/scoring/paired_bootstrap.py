@@ -42,7 +42,7 @@ def drawn_scores(
     whole = counts.astype(int)
     made = []
     for of_draw in whole:
-        places = np.repeat(np.arange(len(of_draw)), of_draw)
+        places = np.repeat(np.arange(len(of_draw)), of_draw).tolist()
         compute = METRICS[metric].compute
         made.append(compute([predictions[i] for i in places], [references[i] for i in places])[metric])
     return np.array(made)
