@@ -54,7 +54,7 @@ def with_budget(bases: Mapping[str, Basis], unit: BudgetUnit, file: Path) -> dic
 def _with_steps(system: str, basis: Basis, unit: BudgetUnit, budget: float, per_step: float) -> Basis:
     config = basis.config
     steps = round(budget / per_step)
-    needed = 2 * max(len(parts_of(system, basis, Path(), 0)), len(config.tasks) if system == "single-task" else 1)
+    needed = 2 * len(parts_of(system, basis, Path(), 0))
     if steps < needed:
         raise ValueError(
             f"compare: budgets cannot be matched: of {_in_words(unit, budget)}, {system} gets {steps} steps of "
