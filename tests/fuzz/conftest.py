@@ -23,7 +23,9 @@ except ImportError:  # a machine with what the kernels need, and no more: each f
     pass
 else:
     common = {"deadline": None, "database": None, "suppress_health_check": list(HealthCheck)}
-    settings.register_profile("bounded", derandomize=True, max_examples=40, phases=[Phase.explicit, Phase.generate], **common)
+    settings.register_profile(
+        "bounded", derandomize=True, max_examples=40, phases=[Phase.explicit, Phase.generate], **common
+    )
     settings.register_profile("long", max_examples=500, print_blob=True, **common)
     settings.load_profile("long" if MINUTES else "bounded")
 

@@ -97,7 +97,7 @@ def with_values(task: Task, of_task: Mapping[str, Any]) -> dict[str, Any]:
         for name, made in {"": of_task["predictions"], **of_task["baselines"]}.items()
     }
     digest = sha256(json.dumps(references).encode()).hexdigest()
-    untold = {name: [] for name in of_task["baselines"]}
+    untold: dict[str, list[Any]] = {name: [] for name in of_task["baselines"]}
     return {**of_task, "predictions": [], "baselines": untold, "references": digest, "values": values}
 
 

@@ -284,10 +284,10 @@ def with_intervals(
     """
     of_tasks = {}
     for name, about in tasks.items():
-        pair = [drawn.get(name, {}).get(system) for system in (FIRST, "single-task")]
-        if gains[name] is None or any(of is None for of in pair):
+        of_systems = drawn.get(name, {})
+        if gains[name] is None or not {FIRST, "single-task"} <= of_systems.keys():
             continue
-        together, alone = pair
+        together, alone = of_systems[FIRST], of_systems["single-task"]
         if together.shape == alone.shape and (alone > 0).all():
             sign = 1 if higher_is_better(about["metric"]) else -1
             of_tasks[name] = (sign * 100 * (together / alone - 1)).mean(0)

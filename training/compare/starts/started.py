@@ -96,5 +96,11 @@ def next_words(tasks: list[Task]) -> Iterator[Task]:
     for task in tasks:
         for column in (*task.text, *([task.label] if HEADS[task.head].learns_words else [])):
             name = f"{task.name}-{''.join(c if c.isalnum() else '-' for c in column.lower())}"
-            changes = {"name": name, "head": "language-model", "text": (column,), "label": "", "labels": ()}
+            changes: dict[str, Any] = {
+                "name": name,
+                "head": "language-model",
+                "text": (column,),
+                "label": "",
+                "labels": (),
+            }
             yield replace(task, **changes, metrics=(), start="", unlabelled="drop", too_long="truncate")
