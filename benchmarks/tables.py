@@ -6,7 +6,7 @@ from pathlib import Path
 from statistics import fmean, median, stdev
 from typing import Any
 
-from trunkline.training.compare.comparison_page import tables as comparison_tables
+from trunkline.training.compare.comparison_tables import tables as comparison_tables
 
 
 def tables(folder: Path, parts: Collection[str] = ()) -> str:
@@ -23,6 +23,7 @@ def tables(folder: Path, parts: Collection[str] = ()) -> str:
         "adapters": _adapters,
         "learning": _learning,
         "comparison": _comparison,
+        "comparison_pretrained": _comparison,
         "what_helps": _what_helps,
         "from_checkpoint": _from_checkpoint,
         "fine_tuning_pace": _fine_tuning_pace,
@@ -214,8 +215,9 @@ two texts have in common.
 
 
 def _comparison(comparison: dict[str, Any]) -> str:
+    start = "scratch" if comparison.get("budget", "steps") == "steps" else "pretrained starts"
     return f"""
-**Comparison** of systems from scratch on {_measured_on(comparison["environment"])}: `{comparison["command"]}`.
+**Comparison** of systems from {start} on {_measured_on(comparison["environment"])}: `{comparison["command"]}`.
 {comparison_tables(comparison)}"""
 
 

@@ -62,6 +62,8 @@ class Config:
     architecture: Literal["trunk", "bilstm"] = "trunk"
     """What the heads stand on: the trunk; or the Bi-LSTM with attention that it is compared with, which takes width,
     layers and dropout from `trunk`."""
+    vectors: str = ""
+    """File of word vectors, as GloVe's, that a Bi-LSTM's embeddings start from."""
     projection: Literal["", "none", "gelu", "tanh", "pooler"] = ""
     """Activation of a per-task projection x + act(x W + b) before every head; empty: no projection; none: a linear one.
     pooler: tanh(x W + b), each task's starting as the pooler of the checkpoint, for tasks with a class or a number per
@@ -131,7 +133,7 @@ class Config:
     def __post_init__(self):
         object.__setattr__(self, "trunk", trunk_fields(self.trunk))  # the name of a preset, of a method, or fields
         object.__setattr__(self, "balancing", balancing_fields(self.balancing))
-        for name in ("data", "run", "base", "init", "tokenizer"):
+        for name in ("data", "run", "base", "init", "tokenizer", "vectors"):
             if isinstance(path := getattr(self, name), str):
                 object.__setattr__(self, name, os.path.expanduser(path))
         try:
@@ -149,6 +151,8 @@ class Config:
             yield f"tasks names {', '.join(repeated)} twice"
         if self.architecture == "bilstm":
             yield from self._not_for_bilstm()
+        elif self.vectors:
+            yield "vectors are for architecture bilstm: a trunk's embeddings are those of `init`"
         elif following := [task.name for task in tasks if HEADS[task.head].follows and not self.trunk.causal]:
             of = f"the one of '{self.init}' is not" if self.init else "trunk.causal is false"
             yield f"task '{following[0]}' predicts next tokens, which needs a causal trunk: {of}"

@@ -161,7 +161,7 @@ class _SettingsHelp(argparse.Action):
 
         print(parser.format_help())
         if parser.prog.endswith("compare"):
-            from trunkline.training.compare.compare import Comparison
+            from trunkline.training.compare.comparison import Comparison
 
             keys = settings_help(Comparison)
         else:
@@ -249,7 +249,8 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _compare(options: argparse.Namespace) -> None:
-    from trunkline.training.compare.compare import compare, load_comparison
+    from trunkline.training.compare.compare import compare
+    from trunkline.training.compare.comparison import load_comparison
 
     comparison = load_comparison(options.config, options.values)
     compare(comparison)

@@ -2,6 +2,8 @@
 
 trunkline compare training/configs/compare-cpu.yaml data=DIR
 python benchmarks/learning/comparison.py runs/compare-cpu
+
+One from pretrained starts (compare-pretrained.yaml) is a result of its own beside that from scratch.
 """
 
 import argparse
@@ -15,7 +17,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path, help="folder of a comparison")
     results = json.loads((parser.parse_args().run / "comparison.json").read_text(encoding="utf-8"))
-    record("comparison", results, results.pop("environment"))
+    name = "comparison" if results["budget"] == "steps" else "comparison_pretrained"
+    record(name, results, results.pop("environment"))
 
 
 if __name__ == "__main__":

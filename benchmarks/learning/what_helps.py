@@ -13,7 +13,7 @@ import argparse
 
 from trunkline.benchmarks.learning.seeds import keep, scores_of
 from trunkline.benchmarks.record import ROOT
-from trunkline.training.compare.compare import load_comparison
+from trunkline.training.compare.comparison import load_comparison
 from trunkline.training.compare.systems import ordinary
 
 NAME, COMMAND = "what_helps", "python benchmarks/learning/what_helps.py DATA --books BOOKS"

@@ -50,7 +50,7 @@ def load(
 ) -> Trunk:
     """See `Trunk.from_pretrained`; `blocks_later` leaves the weights of blocks on the meta device, and `Trunk.waiting`
     says how each is read."""
-    folder = _folder(source)
+    folder = folder_of(source)
     settings, tensors = _settings(folder), _tensors(folder)
     try:
         config = _config(settings)
@@ -90,16 +90,22 @@ def shape_of(source: str) -> TrunkConfig:
     Raises:
         ValueError: as `load`.
     """
-    folder = _folder(source)
+    folder = folder_of(source)
     try:
         return _config(_settings(folder))
     except ValueError as error:
         raise ValueError(f"pretrained {folder}: {error}") from error
 
 
+def family_name(source: str) -> str:
+    """What the classes of transformers begin with that have such a checkpoint; of an engine of ours 'Trunkline'."""
+    settings = _settings(folder_of(source))
+    return "Trunkline" if "trunk" in settings else family_of(settings).name
+
+
 def digest(source: str) -> str:
     """SHA-256 of the weights and settings of a checkpoint, wherever it lies."""
-    folder, state = _folder(source), sha256()
+    folder, state = folder_of(source), sha256()
     for path in (_settings_file(folder), *_weight_files(folder)):
         with path.open("rb") as content:
             state.update(file_digest(content, "sha256").digest())
@@ -256,7 +262,7 @@ def parts_of(config: TrunkConfig, name: str, weight: Tensor, count: int) -> tupl
     return weight.chunk(count)
 
 
-def _folder(source: str) -> Path:
+def folder_of(source: str) -> Path:
     """Where the files of a checkpoint are: here, or in the hub's cache, which may take a download."""
     folder = Path(source).expanduser()
     if (folder / "model" / SETTINGS).is_file():

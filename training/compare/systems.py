@@ -43,6 +43,7 @@ from trunkline.training.data.mixing import WINDOW, shares
 from trunkline.training.flops import training_flops
 
 Match = Literal["parameters", "flops"]
+FIRST = "multitask"  # the system that the others are matched to, and held against
 LSTM_LAYERS = 2
 LARGEST = 1 << 14  # width that is tried
 

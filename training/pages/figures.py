@@ -274,12 +274,12 @@ def system_scores(results: dict[str, Any], task: str, colours: dict[str, str], c
     return _svg(figure, f"scores-{task}", f"{metric} of every system on {task}")
 
 
-def system_losses(
-    curves: dict[str, list[list[tuple[float, float]]]], task: str, colours: dict[str, str], columns: int
+def system_curves(
+    curves: dict[str, list[list[tuple[float, float]]]], name: str, label: str, colours: dict[str, str], columns: int
 ) -> "Markup":
-    """Training loss of a task against its examples seen: of every system the mean over seeds, and faint their range."""
+    """Losses or scores against what was spent: of every system the mean over seeds, and faint their range."""
     figure, axes = _panel(columns)
-    for name, seeds in curves.items():
+    for system, seeds in curves.items():
         count = min(map(len, seeds))
         half = count // 30
         smooth = [
@@ -290,9 +290,9 @@ def system_losses(
         every = count // 300 + 1
         columns_of_seeds = list(zip(*smooth, strict=True))[::every]
         low, high = [min(values) for values in columns_of_seeds], [max(values) for values in columns_of_seeds]
-        axes.fill_between(seen[::every], low, high, color=colours[name], alpha=0.15, linewidth=0)
-        axes.plot(seen[::every], list(map(fmean, columns_of_seeds)), color=colours[name], linewidth=1.5)
-    return _svg(figure, f"loss-{task}", f"Training loss of every system on {task} against the examples seen")
+        axes.fill_between(seen[::every], low, high, color=colours[system], alpha=0.15, linewidth=0)
+        axes.plot(seen[::every], list(map(fmean, columns_of_seeds)), color=colours[system], linewidth=1.5)
+    return _svg(figure, name, label)
 
 
 def _panel(columns: int) -> tuple["Figure", "Axes"]:

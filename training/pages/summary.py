@@ -1,8 +1,9 @@
-"""What is left of a run: summary.json and samples.json."""
+"""What is left of a run: summary.json, predictions.json and samples.json."""
 
 import json
 import resource
 import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,10 +32,11 @@ def summarise(
     final: dict[str, Scored],
     calibration: dict[str, Calibration],
 ) -> dict[str, Any]:
-    """Writes summary.json and samples.json into the run folder and returns the summary."""
+    """Writes summary.json, predictions.json and samples.json into the run folder and returns the summary."""
     run = Path(engine.config.run)
+    predictions = predictions_of(corpus, corpus.validation, final)
     tasks = {
-        split.task.name: _task_summary(engine, corpus, train, split, progress, final[split.task.name])
+        split.task.name: _task_summary(train, split, progress, final[split.task.name], predictions[split.task.name])
         | {"calibration": asdict(calibration[split.task.name]) if split.task.name in calibration else None}
         for train, split in zip(corpus.train, corpus.validation, strict=True)
     }
@@ -65,16 +67,39 @@ def summarise(
         for split in corpus.validation
         if final[split.task.name].examples
     }
-    for name, content in (("summary.json", summary), ("samples.json", samples)):
-        (run / name).write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
+    # the summary last: a run that has one has the others
+    for name, content in (("predictions", predictions), ("samples", samples), ("summary", summary)):
+        (run / f"{name}.json").write_text(json.dumps(content, indent=1, ensure_ascii=False), encoding="utf-8")
     return summary
 
 
+def predictions_of(
+    corpus: Corpus, splits: Sequence[Encoded], scored: Mapping[str, Scored]
+) -> dict[str, dict[str, Any]]:
+    """By task: the scored examples by their places in the split, what the model and what the trivial predictions say of
+    them, and what is right."""
+    made = {}
+    for train, split in zip(corpus.train, splits, strict=True):
+        of_task, head = scored[split.task.name], HEADS[split.task.head]
+        references = [split.reference(i) for i in of_task.examples]
+        documents = [corpus.tokenizer.decode(split.prompt_of(i)) for i in of_task.examples] if head.learns_words else []
+        made[split.task.name] = {
+            "examples": of_task.examples,
+            "predictions": of_task.predictions,
+            "references": references,
+            "baselines": head.trivial([train.reference(i) for i in range(len(train))], documents, references),
+        }
+    return made
+
+
 def _task_summary(
-    engine: "Engine", corpus: Corpus, train: Encoded, validation: Encoded, progress: Progress, final: Scored
+    train: Encoded, validation: Encoded, progress: Progress, final: Scored, predictions: dict[str, Any]
 ) -> dict[str, Any]:
     task = train.task
-    baselines = _baselines(corpus, train, validation, final)
+    baselines = {
+        name: score_task(task, made, predictions["references"])._asdict()
+        for name, made in predictions["baselines"].items()
+    }
     return {
         "head": task.head,
         "metric": metric_names(task)[0],
@@ -93,16 +118,6 @@ def _task_summary(
         "validation_dropped": validation.counts.dropped,
         "validation_truncated": validation.counts.truncated,
     }
-
-
-def _baselines(corpus: Corpus, train: Encoded, validation: Encoded, final: Scored) -> dict[str, dict[str, float]]:
-    """The scores of the trivial predictions, by name, on the examples that the model was scored on."""
-    task = train.task
-    head = HEADS[task.head]
-    documents = [corpus.tokenizer.decode(validation.prompt_of(i)) for i in final.examples] if head.learns_words else []
-    references = [validation.reference(i) for i in final.examples]
-    trivial = head.trivial([train.reference(i) for i in range(len(train))], documents, references)
-    return {name: score_task(task, predictions, references)._asdict() for name, predictions in trivial.items()}
 
 
 def _references(validation: Encoded, final: Scored) -> str | None:

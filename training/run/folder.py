@@ -35,6 +35,7 @@ WRITTEN = {  # name of what a run writes -> the files inside, where it is a fold
     ".metrics.jsonl": (),
     "summary.json": (),
     "samples.json": (),
+    "predictions.json": (),
     "report.html": (),
     "checkpoints": tuple(
         f"{folder}/{file}"
@@ -225,7 +226,7 @@ def _remove(run: Path, name: str) -> None:
 def settings_that_count(config: Config) -> dict[str, Any]:
     """Without those of the place where a run lies and of the machine that it runs on."""
     settings = asdict(config)
-    elsewhere = ("run", "base", "data", "tokenizer")  # of the tokenizer the digest counts
+    elsewhere = ("run", "base", "data", "tokenizer", "vectors")  # of the tokenizer the digest counts
     machine = ("device", "devices", "parallel", "rank_timeout", "compile", "checkpointing")
     for name in (*elsewhere, *machine, "profile", "track"):
         del settings[name]
@@ -247,13 +248,13 @@ def fingerprint(config: Config, corpus: Corpus) -> dict[str, Any]:
     data = {
         split.task.name: asdict(split.task)
         | {"examples": len(split), "tokens": int(split.lengths.sum())}
-        | {"digest": _digest(split), "validation_digest": _digest(validation)}
+        | {"digest": digest_of(split), "validation_digest": digest_of(validation)}
         for split, validation in zip(corpus.train, corpus.validation, strict=True)
     }
     return json.loads(json.dumps(settings | {"data": data, "tokenizer_digest": corpus.tokenizer.digest}))
 
 
-def _digest(split: Encoded) -> str:
+def digest_of(split: Encoded) -> str:
     """SHA-256 of the examples: the texts, as tokens, and what is to be learnt of each."""
     state = sha256()
     for values in (split.tokens, split.bounds, split.labels, split.label_bounds):

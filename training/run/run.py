@@ -20,7 +20,6 @@ from torch.distributed.tensor import DTensor
 
 from trunkline.engine import checkpoint
 from trunkline.engine.console import tell
-from trunkline.engine.heads.registry import HEADS
 from trunkline.engine.network.bilstm import Model, heads_of
 from trunkline.engine.network.memory import keep_freed_memory
 from trunkline.engine.network.packing import PackedBatch
@@ -43,6 +42,7 @@ from trunkline.training.run.folder import RunFolder, fingerprint
 from trunkline.training.run.interruption import Interruption
 from trunkline.training.run.introduction import introduction
 from trunkline.training.run.optimizer import freeze, make_optimizer, share_of_rate, untouched
+from trunkline.training.run.preparation import prepare
 from trunkline.training.run.profiling import Profile
 from trunkline.training.run.progress import Interval, Log, NoLog, Progress
 from trunkline.training.run.run_checkpoint import resume_run, save_run
@@ -121,10 +121,7 @@ class Run:
         self.starts = engine._trunk is not None or not is_new  # from weights that there were
         model = engine.build(self.corpus.tokenizer, in_slices=self.ranks.shards)
         if is_new or engine.added:
-            regressions = {t: s for t, s in enumerate(self.corpus.train) if HEADS[s.task.head].squared}
-            names = [name for name in self.names if name not in engine.kept] if is_new else engine.added
-            heads_of(model).set_units({t: s.labels for t, s in regressions.items() if s.task.name in names})
-            engine.added = []
+            prepare(engine, self.corpus, is_new)
         on_gpu = engine.device.type == "cuda" and torch.cuda.is_bf16_supported()
         freeze(model, config.optimizer.freeze, torch.bfloat16 if on_gpu else None)
         if self.ranks.shards:

@@ -16,8 +16,9 @@ from trunkline import Engine, TrunkConfig
 from trunkline.engine.config import with_tokenizer
 from trunkline.engine.network.bilstm import BiLSTM
 from trunkline.training.compare import compare as comparing
-from trunkline.training.compare.compare import Comparison, compare, load_comparison
-from trunkline.training.compare.comparison_page import tables
+from trunkline.training.compare.compare import compare
+from trunkline.training.compare.comparison import Comparison, load_comparison
+from trunkline.training.compare.comparison_tables import tables
 from trunkline.training.compare.systems import SYSTEMS, Basis, flops_per_token, half, matched, ordinary, steps_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -167,7 +168,7 @@ def test_files_say_the_same(finished):
 
 def test_page_is_self_contained(finished):
     page = (finished / "comparison.html").read_text()
-    assert page.count("<svg") == 4  # scores and losses of two tasks
+    assert page.count("<svg") == 8  # scores, losses, and learning over tokens and over seconds, of two tasks
     assert "<script" not in page
     assert "src=" not in page
     assert "http" not in page.replace("http://www.w3.org", "")

@@ -1,13 +1,23 @@
 """What a comparison's files say of its scores, in words: nothing that one seed, or one point, does not bear out."""
 
-import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from trunkline.training.compare.compare import Score, _row, best_of, gain, summary_of
-from trunkline.training.compare.comparison_page import _verdict, tables, write_comparison
+from trunkline.training.compare.comparison_page import _verdict, write_comparison
+from trunkline.training.compare.comparison_tables import tables
+from trunkline.training.compare.results import (
+    Finished,
+    Score,
+    best_of,
+    gain,
+    row,
+    scores_of,
+    summary_of,
+    with_intervals,
+)
 
 TASKS = {
     "colour": {"metric": "accuracy", "metrics": ["accuracy"], "head": "classify"},
@@ -49,7 +59,14 @@ def results_of(seeds: int) -> dict[str, Any]:
         "tasks": TASKS,
         "systems": systems,
         "trivial": TRIVIAL,
-        "table": {name: _row(name, about["metric"], systems, TRIVIAL) for name, about in TASKS.items()},
+        "failed": {},
+        "forgetting": {},
+        "budget": "steps",
+        "split": "validation",
+        "table": {
+            name: row(about["metric"], scores_of(name, about["metric"], systems, TRIVIAL), {})
+            for name, about in TASKS.items()
+        },
         "gain": gain(systems, TASKS),
         "environment": {"torch": "2.13.0"},
     }
@@ -57,17 +74,11 @@ def results_of(seeds: int) -> dict[str, Any]:
 
 def page_of(results: dict[str, Any], run: Path, losses: int = 2) -> str:
     """The page of a comparison whose runs have logged so many losses."""
-    for system in SCORES:
-        for seed in results["seeds"]:
-            folder = run / system / f"seed-{seed}" / "all"
-            folder.mkdir(parents=True)
-            events = [
-                {"event": "step", "step": step, "examples": dict.fromkeys(TASKS, 8), "loss": dict.fromkeys(TASKS, 1.0)}
-                for step in range(losses)
-            ]
-            (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    curves = {"loss": [[8.0 * (step + 1), 1.0] for step in range(losses)], "score": []}
+    record = {"summary": {"tasks": TASKS}, "curves": dict.fromkeys(TASKS, curves)}
+    finished = {(system, seed): Finished({"all": record}, True, None) for system in SCORES for seed in results["seeds"]}
     (run / "comparison.yaml").write_text("seeds: [0]\n")
-    write_comparison(results, run)
+    write_comparison(results, finished, run)
     return (run / "comparison.html").read_text()
 
 
@@ -78,7 +89,7 @@ def test_with_one_seed_nothing_is_bold_or_said_to_be_ahead(tmp_path):
     assert "Scores on the validation splits, of the one seed 0; no score is bold" in text
     assert " best" not in page.partition("<body>")[2].partition('id="gain"')[0].replace("where the best", "")
     assert "With one seed no system is said to be ahead" in page
-    for words in ("learly ahead", "over the seeds", "over seeds 0", "standard deviation", "without a model: majority"):
+    for words in ("learly ahead", "over the seeds", "over seeds 0", "standard deviation", "without training: majority"):
         assert words not in text + page
 
 
@@ -89,7 +100,7 @@ def test_with_several_seeds_what_is_ahead_is_bold(tmp_path):
     assert "| multitask | 0.510 ± 0.010 | **0.210 ± 0.010** |" in text
     assert "| majority class | **0.900** | – |" in text
     assert page.count('class="n best"') == 2
-    assert "Clearly ahead: multitask on retell. Better than every system, without a model: majority class" in page
+    assert "Clearly ahead: multitask on retell. Better than every system, without training: majority class" in page
 
 
 @pytest.mark.parametrize(
@@ -102,7 +113,7 @@ def test_with_several_seeds_what_is_ahead_is_bold(tmp_path):
         ),
         (
             ("majority class", None),
-            "No system is clearly ahead of the next one on any task. Better than every system, without a model: "
+            "No system is clearly ahead of the next one on any task. Better than every system, without training: "
             "majority class on colour. On 1 of 2 tasks the best is within the spread of the next.",
         ),
         ((None, None), "No system is clearly ahead of the next one on any task."),
@@ -110,8 +121,8 @@ def test_with_several_seeds_what_is_ahead_is_bold(tmp_path):
 )
 def test_the_verdict_tells_systems_from_what_needs_no_model(best, verdict):
     results = results_of(2)
-    for row, name in zip(results["table"].values(), best, strict=True):
-        row["best"] = name
+    for of_task, name in zip(results["table"].values(), best, strict=True):
+        of_task["best"] = name
     assert _verdict(results) == verdict
 
 
@@ -181,3 +192,42 @@ def test_gain_over_single_task_models():
     assert gain(systems, tasks)["a"] == {"mean": pytest.approx(20.0), "deviation": None, "runs": 1}
     del systems["single-task"]
     assert gain(systems, tasks)["mean"] is None
+
+
+def test_what_the_examples_do_not_bear_out_is_not_bold():
+    scores = {"multitask": Score(0.80, 0.01, 3), "bert": Score(0.75, 0.01, 3)}
+    spread = np.linspace(-1, 1, 1000)
+
+    def drawn(deviation: float) -> dict[str, np.ndarray]:
+        """(seeds, draws), the first of them of all examples; the systems differ by 0.05, and more or less in draws."""
+        return {
+            "multitask": np.tile([0.80, *(0.80 + deviation * spread)], (3, 1)),
+            "bert": np.tile([0.75] * 1001, (3, 1)),
+        }
+
+    sure, unsure = row("accuracy", scores, drawn(0.04)), row("accuracy", scores, drawn(0.06))
+    assert (sure["best"], unsure["best"]) == ("multitask", None)
+    assert unsure["ahead"]["bert"] == pytest.approx({"mean": 0.05, "low": 0.05 - 0.057, "high": 0.05 + 0.057}, abs=1e-4)
+    worse = row("perplexity", {"multitask": Score(3.0, 0.1, 3), "bert": Score(9.0, 0.1, 3)}, drawn(0.0))
+    assert worse["ahead"]["bert"]["mean"] == pytest.approx(-0.05)  # less is better
+
+
+def test_gain_has_the_interval_of_its_draws():
+    tasks = {"a": {"metric": "accuracy"}, "b": {"metric": "perplexity"}}
+    spread = np.linspace(-1, 1, 1000)
+    drawn = {
+        "a": {
+            "multitask": np.array([[0.6, *(0.6 + 0.1 * spread)]]),
+            "single-task": np.full((1, 1001), 0.5),
+        },
+        "b": {"multitask": np.full((1, 1001), 90.0), "single-task": np.full((1, 1001), 100.0)},
+    }
+    gains = {name: {"mean": mean, "deviation": None, "runs": 1} for name, mean in (("a", 20), ("b", 10), ("mean", 15))}
+    found = with_intervals(gains, drawn, tasks)
+    assert (found["a"]["low"], found["a"]["high"]) == pytest.approx((20 - 19, 20 + 19), abs=0.1)
+    assert (found["mean"]["low"], found["mean"]["high"]) == pytest.approx((15 - 9.5, 15 + 9.5), abs=0.1)
+    drawn["a"]["single-task"][0, 5] = 0.0  # which nothing can be divided by
+    found = with_intervals(gains, drawn, tasks)
+    assert "low" not in found["a"]
+    assert "low" not in found["mean"]
+    assert found["b"]["low"] == pytest.approx(10)

@@ -187,7 +187,8 @@ def test_data_that_cannot_be_used_does_not_leave_a_run_behind(tmp_path):
 
 
 def test_the_run_folder_is_complete(finished):
-    files = "run.json config.yaml tokenizer.json metrics.jsonl checkpoints model summary.json samples.json report.html"
+    files = "run.json config.yaml tokenizer.json metrics.jsonl checkpoints model report.html "
+    files += "summary.json predictions.json samples.json"
     assert {path.name for path in finished.run.iterdir()} == set(files.split())
     names = {path.name for path in (finished.run / "checkpoints").iterdir()}
     assert names == {"best", "step-20", "step-24"}
