@@ -83,8 +83,8 @@ def _mistyped(family: Family, settings: Mapping[str, Any]) -> Iterator[str]:
             given += [(f"rope {key}", rope[key], kind) for key, kind in _ROPE_KINDS.items() if key in rope]
     for key, value, kind in given:
         if not isinstance(value, kind) or (isinstance(value, bool) and bool not in kind):
-            names = " or ".join({"NoneType": "null", "str": "text"}.get(one.__name__, one.__name__) for one in kind)
-            yield f"{key}: expected {names}, got {short(value)}"
+            wanted = " or ".join({"NoneType": "null", "str": "text"}.get(one.__name__, one.__name__) for one in kind)
+            yield f"{key}: expected {wanted}, got {short(value)}"
     for key in ("layer_types", "architectures"):
         names = settings.get(key)
         if isinstance(names, list) and not all(isinstance(name, str) for name in names):

@@ -171,7 +171,7 @@ class BalancedBackward:
         """
         kept = {layer: of.gradients for layer, of in self.gradients.items() if of.gradients is not None}
         for layer, gradients in kept.items():
-            _add(layer.weight, torch.tensordot(weights.to(gradients.dtype), gradients, 1))
+            _add(layer.get_parameter("weight"), torch.tensordot(weights.to(gradients.dtype), gradients, 1))
         weights = torch.cat([weights, weights.new_zeros(1)])  # the last: of tokens that are no task's
         for step in self.passes:
             for (parameter, task), gradient in zip(self.model.task_parameters(), step.dtask, strict=True):

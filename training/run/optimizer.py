@@ -177,7 +177,7 @@ def in_words(model: Model, optimizer: torch.optim.AdamW, settings: Optimizer) ->
     if frozen:
         lines.append(f"frozen: {quantity(frozen)} parameters of the trunk")
     rate = rates(model, settings)[0]
-    if is_foreign(model) and rate >= ERASES and any(p.requires_grad for p in model.trunk.parameters()):
+    if is_foreign(model) and rate >= ERASES and any(p.requires_grad and names[p].startswith("trunk.") for p in names):
         lines.append(
             f"optimizer.learning_rate {rate:.1e} soon erases what the checkpoint has learnt; "
             f"{FROM_CHECKPOINT:.0e} is usual (learning_rate: auto)"
