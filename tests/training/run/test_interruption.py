@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import threading
 import time
 
@@ -39,6 +40,25 @@ def test_a_terminated_run_saves_and_resumes_to_the_same_bits(finished: Finished,
     assert_same_checkpoints(run / "checkpoints", finished.run / "checkpoints")
     ends = [[event for event in lines(folder) if event["event"] == "step"][-1] for folder in (run, finished.run)]
     assert ends[0]["real_tokens"] == ends[1]["real_tokens"]
+
+
+PRESSED_AGAIN = """
+import atexit, os, signal, sys
+from trunkline.training import cli
+
+def press(_):
+    raise KeyboardInterrupt
+
+cli.check_shared = press
+atexit.register(os.kill, os.getpid(), signal.SIGINT)
+sys.exit(cli.main(["tasks"]))
+"""
+
+
+def test_ctrl_c_while_a_command_ends_changes_nothing():
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    ended = subprocess.run([sys.executable, "-c", PRESSED_AGAIN], env=environment, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (130, "")
 
 
 def test_ctrl_c_saves_the_step_it_is_in(finished: Finished, tmp_path, monkeypatch, capsys):
