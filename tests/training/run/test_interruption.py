@@ -63,7 +63,7 @@ def test_ctrl_c_while_a_command_ends_changes_nothing():
 
 def test_ctrl_c_saves_the_step_it_is_in(finished: Finished, tmp_path, monkeypatch, capsys):
     add, steps = Interval.add, []
-    before = signal.getsignal(signal.SIGINT)  # ignored where the tests run in a script's background
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
 
     def interrupted(*arguments):
         add(*arguments)
@@ -77,7 +77,8 @@ def test_ctrl_c_saves_the_step_it_is_in(finished: Finished, tmp_path, monkeypatc
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"]
     assert f"SIGINT: saved {run / 'checkpoints' / 'step-2'}; go on with --resume" in capsys.readouterr().out
     assert [event["step"] for event in lines(run)] == [0, 2]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.signal(signal.SIGINT, before[0]) is signal.SIG_IGN  # the command ends, whatever is pressed now
+    assert signal.getsignal(signal.SIGTERM) is before[1]
 
 
 def test_a_second_ctrl_c_stops_at_once():
