@@ -16,7 +16,7 @@ from trunkline.engine.network.generate import Search, prompts_at_once
 from trunkline.engine.network.packing import batches_of, pack
 from trunkline.engine.tasks.task import Task
 from trunkline.engine.text.tokenizer import Tokenizer
-from trunkline.training.data.corpus import load_corpus
+from trunkline.training.data.corpus import Corpus, load_corpus
 from trunkline.training.data.encoded import Encoded
 from trunkline.training.distributed.ranks import ONE, Ranks
 from trunkline.training.scoring.metrics import first_score, metric_names, score, score_task
@@ -71,11 +71,16 @@ def evaluate(
 
 def evaluate_engine(engine: "Engine", examples: int = 0, ranks: Ranks = ONE) -> dict[str, dict[str, float]]:
     """See `Engine.evaluate`."""
-    config = engine.config
     with ranks.first_of_host_goes_before():  # the others find the data in the cache
-        corpus = load_corpus(config, engine.known_tokenizer)
+        corpus = load_corpus(engine.config, engine.known_tokenizer)
+    return {name: task.metrics for name, task in score_engine(engine, corpus, examples, ranks).items()}
+
+
+def score_engine(engine: "Engine", corpus: Corpus, examples: int, ranks: Ranks = ONE) -> dict[str, Scored]:
+    """An engine on the validation splits of a corpus; see `evaluate`."""
+    config = engine.config
     with engine.autocast():
-        scored = evaluate(
+        return evaluate(
             engine.model,
             corpus.tokenizer,
             corpus.validation,
@@ -84,7 +89,6 @@ def evaluate_engine(engine: "Engine", examples: int = 0, ranks: Ranks = ONE) -> 
             examples=examples,
             ranks=ranks,
         )
-    return {name: task.metrics for name, task in scored.items()}
 
 
 def mean_score(tasks: Sequence[Task], scored: Mapping[str, Scored]) -> float:

@@ -22,7 +22,7 @@ from trunkline.training.compare.systems import Basis, Part
 from trunkline.training.data.corpus import load_corpus
 from trunkline.training.data.sources import read_rows
 from trunkline.training.pages.summary import predictions_of
-from trunkline.training.scoring.evaluation import evaluate
+from trunkline.training.scoring.evaluation import score_engine
 from trunkline.training.scoring.metrics import score_task
 
 BOOKS = Task("books", "language-model", ("text",), hub="books")
@@ -77,15 +77,7 @@ def on_test(config: Config) -> Config:
 def _put_test(record: Record, engine: Engine, config: Config) -> None:
     """Replaces predictions and scores by those of the test splits; the others stay as 'validation'."""
     corpus = load_corpus(on_test(config), engine.known_tokenizer)
-    with engine.autocast():
-        scored = evaluate(
-            engine.model,
-            corpus.tokenizer,
-            corpus.validation,
-            tokens=config.batch.tokens,
-            search=config.search,
-            examples=config.evaluation.last_examples,
-        )
+    scored = score_engine(engine, corpus, config.evaluation.last_examples)
     predictions, tasks = predictions_of(corpus, corpus.validation, scored), {task.name: task for task in corpus.tasks}
     for name, about in record["summary"]["tasks"].items():
         made, of_task = predictions[name], scored[name]
