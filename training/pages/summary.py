@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trunkline.engine.heads.registry import HEADS
+from trunkline.engine.tasks.task import Task
 from trunkline.kernels.dispatch import REPLACED
 from trunkline.training.data.corpus import Corpus
 from trunkline.training.data.encoded import Encoded
@@ -92,14 +93,17 @@ def predictions_of(
     return made
 
 
+def baseline_scores(task: Task, predictions: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """The scores of the trivial predictions, by name; `predictions` is of one task, from `predictions_of`."""
+    references = predictions["references"]
+    return {name: score_task(task, made, references)._asdict() for name, made in predictions["baselines"].items()}
+
+
 def _task_summary(
     train: Encoded, validation: Encoded, progress: Progress, final: Scored, predictions: dict[str, Any]
 ) -> dict[str, Any]:
     task = train.task
-    baselines = {
-        name: score_task(task, made, predictions["references"])._asdict()
-        for name, made in predictions["baselines"].items()
-    }
+    baselines = baseline_scores(task, predictions)
     return {
         "head": task.head,
         "metric": metric_names(task)[0],

@@ -21,9 +21,8 @@ from trunkline.training.compare.starts.language import log_probabilities
 from trunkline.training.compare.systems import Basis, Part
 from trunkline.training.data.corpus import load_corpus
 from trunkline.training.data.sources import read_rows
-from trunkline.training.pages.summary import predictions_of
+from trunkline.training.pages.summary import baseline_scores, predictions_of
 from trunkline.training.scoring.evaluation import score_engine
-from trunkline.training.scoring.metrics import score_task
 
 BOOKS = Task("books", "language-model", ("text",), hub="books")
 PIECES, LENGTH, CHARACTERS = 24, 256, 4_000  # of book text: how many, of so many tokens, of as many characters each
@@ -81,12 +80,9 @@ def _put_test(record: Record, engine: Engine, config: Config) -> None:
     predictions, tasks = predictions_of(corpus, corpus.validation, scored), {task.name: task for task in corpus.tasks}
     for name, about in record["summary"]["tasks"].items():
         made, of_task = predictions[name], scored[name]
-        baselines = {
-            baseline: score_task(tasks[name], given, made["references"])._asdict()
-            for baseline, given in made["baselines"].items()
-        }
         about["validation_metrics"] = about["metrics"]
-        about |= {"metrics": of_task.metrics, "intervals": of_task.intervals, "baselines": baselines}
+        about |= {"metrics": of_task.metrics, "intervals": of_task.intervals}
+        about["baselines"] = baseline_scores(tasks[name], made)
         record["predictions"][name] = with_values(tasks[name], made)
 
 
