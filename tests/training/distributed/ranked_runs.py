@@ -198,34 +198,29 @@ def _no_room_for_a_batch(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]
 @contextmanager
 def _terminated(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
     """The last rank, in the third step."""
-    from trunkline.training.run.run import Run
-
-    count = Run.count
-
-    def terminate(self: Run, *arguments: Any) -> None:
-        if rank and self.progress.step == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        count(self, *arguments)
-
-    patch.setattr(Run, "count", terminate)
+    _signal_in_the_third_step(signal.SIGTERM, rank, patch)
     yield
 
 
 @contextmanager
 def _stops_answering(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
     """The last rank, after the third step, though its process is still there; nobody calls the roll for long."""
+    _signal_in_the_third_step(signal.SIGSTOP, rank, patch)
+    patch.setattr("trunkline.training.distributed.ranks.ROLL_CALL", 0.5)
+    yield
+
+
+def _signal_in_the_third_step(number: signal.Signals, rank: int, patch: pytest.MonkeyPatch) -> None:
     from trunkline.training.run.run import Run
 
     count = Run.count
 
-    def stop(self: Run, *arguments: Any) -> None:
+    def signalled(self: Run, *arguments: Any) -> None:
         if rank and self.progress.step == 2:
-            os.kill(os.getpid(), signal.SIGSTOP)
+            os.kill(os.getpid(), number)
         count(self, *arguments)
 
-    patch.setattr(Run, "count", stop)
-    patch.setattr("trunkline.training.distributed.ranks.ROLL_CALL", 0.5)
-    yield
+    patch.setattr(Run, "count", signalled)
 
 
 def _before_second_save(patch: pytest.MonkeyPatch, does: Callable[[Path], None]) -> None:
