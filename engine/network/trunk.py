@@ -24,6 +24,7 @@ from trunkline.engine.network.trunk_config import PRESETS as PRESETS
 from trunkline.engine.network.trunk_config import TrunkConfig as TrunkConfig
 from trunkline.engine.network.trunk_config import preset as preset
 from trunkline.kernels.attention.attention import attention
+from trunkline.kernels.products import ONEDNN, Linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -92,11 +93,11 @@ class Block(nn.Module):
         qkv_bias = config.bias if config.qkv_bias is None else config.qkv_bias
         gate = 2 if config.gates else 1
         self.attention_norm = Norm(config) if layer or config.first_norm else nn.Identity()
-        self.qkv = nn.Linear(D, (H + 2 * G) * E, bias=qkv_bias)  # queries, keys, values
-        self.attention_out = nn.Linear(H * E, D, bias=config.bias)
+        self.qkv = Linear(D, (H + 2 * G) * E, bias=qkv_bias)  # queries, keys, values
+        self.attention_out = Linear(H * E, D, bias=config.bias)
         self.mlp_norm = Norm(config)
-        self.mlp_in = nn.Linear(D, gate * config.mlp_width, bias=config.bias)  # gate, then value
-        self.mlp_out = nn.Linear(config.mlp_width, D, bias=config.bias)
+        self.mlp_in = Linear(D, gate * config.mlp_width, bias=config.bias)  # gate, then value
+        self.mlp_out = Linear(config.mlp_width, D, bias=config.bias)
         if config.qk_norm:
             self.query_norm, self.key_norm = Norm(config, E, "rms"), Norm(config, E, "rms")
         self.dropout = nn.Dropout(config.dropout)
@@ -190,7 +191,7 @@ class Trunk(nn.Module):
             self.final_norm = Norm(config)
         if config.last_layer:
             self.last_layer, self.last_norm = (
-                nn.Linear(config.hidden_size, config.hidden_size, bias=False),
+                Linear(config.hidden_size, config.hidden_size, bias=False),
                 Norm(config),
             )
         self.apply(_initialise)
@@ -350,7 +351,8 @@ def _with_entries(weight: Tensor, added: int) -> Tensor:
 def _worth_keeping(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Of a block's forward pass the products and attention, nearly all of its time; the rest is done again."""
     ops = torch.ops
-    kept = (ops.aten.mm.default, ops.aten.addmm.default, ops.trunkline.attention_forward.default)
+    products = (ops.aten.mm.default, ops.aten.addmm.default, *ONEDNN)
+    kept = (*products, ops.trunkline.attention_forward.default)
     return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

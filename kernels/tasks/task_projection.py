@@ -20,6 +20,7 @@ from torch import Tensor
 from trunkline.kernels.arguments import can_look, check_offsets, check_tensors
 from trunkline.kernels.dispatch import register
 from trunkline.kernels.once_differentiable import once_differentiable
+from trunkline.kernels.products import mm
 from trunkline.kernels.tasks import task_projection_triton
 from trunkline.kernels.tasks.task_tiles import random_offsets
 
@@ -56,7 +57,7 @@ def _forward_reference(
         check_offsets("task_projection", offsets, len(x))
     z = x.new_empty(len(x), weight.shape[2])
     for t, rows in _present(offsets):
-        z[rows] = torch.addmm(bias[t], x[rows], weight[t])  # (r, D) @ (D, C) -> (r, C)
+        z[rows] = mm(x[rows], weight[t], bias[t])  # (r, D) @ (D, C) -> (r, C)
     y = _ACTIVATIONS[activation](z)
     return y, z if activation == "gelu" else z.new_empty(0, z.shape[1])
 
@@ -67,8 +68,8 @@ def _backward_reference(
     g = _DERIVATIVES[activation](dy, saved)
     dx, dweight, dbias = torch.empty_like(x), torch.zeros_like(weight), torch.zeros_like(bias)
     for t, rows in _present(offsets):
-        dx[rows] = g[rows] @ weight[t].T  # (r, C) @ (C, D) -> (r, D)
-        dweight[t] = x[rows].T @ g[rows]  # (D, r) @ (r, C) -> (D, C)
+        mm(g[rows], weight[t].T, out=dx[rows])  # (r, C) @ (C, D) -> (r, D)
+        mm(x[rows].T, g[rows], out=dweight[t])  # (D, r) @ (r, C) -> (D, C)
         dbias[t] = g[rows].sum(0)
     return dx, dweight, dbias
 

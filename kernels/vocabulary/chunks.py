@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from trunkline.kernels.decisions import decision
+from trunkline.kernels.products import mm
 
 # Rows whose logits exist at a time: so many, or more while they have no more than these bytes. The CPU's stay cached.
 # A GPU's are large: every chunk moves all of dW, 8 V D bytes, and few rows leave processors without a tile of dX.
@@ -106,12 +107,12 @@ def in_chunks(
     buffer = x.new_empty(size, -(-V // 64) * 64)[:, :V]  # cuBLAS wants every row to start at a multiple of 16 bytes
     for start in range(0, R, size):
         rows = slice(start, min(start + size, R))
-        logits = torch.mm(x[rows], weight.T, out=buffer[: rows.stop - start])  # (r, D) @ (D, V) -> (r, V)
+        logits = mm(x[rows], weight.T, out=buffer[: rows.stop - start])  # (r, D) @ (D, V) -> (r, V)
         known = None if dloss is None else dloss[rows]
         rows_of_chunk(logits, bias, target[rows], row_weight[rows], known, loss[rows], correct[rows], *options)
         if not with_gradient:
             continue
-        torch.mm(logits, weight, out=dx[rows])  # (r, V) @ (V, D) -> (r, D)
+        mm(logits, weight, out=dx[rows])  # (r, V) @ (V, D) -> (r, D)
         _add_product(dweight, logits.T, x[rows])  # (V, r) @ (r, D) -> (V, D)
         if bias is not None:
             dbias += logits.sum(0, dtype=dbias.dtype)
