@@ -5,7 +5,6 @@ which torch has too, does all of it. `torch.backends.mkldnn.enabled = False` lea
 """
 
 import platform
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,18 @@ from torch import Tensor, nn
 
 ONEDNN = (torch.ops.mkldnn._linear_pointwise.default,) if torch.backends.mkldnn.is_available() else ()
 SMALLEST = 1 << 20  # multiplications of a product; in smaller ones oneDNN's longer call takes up what it gains
+
+
+def _processor() -> str:
+    about = Path("/proc/cpuinfo")
+    return about.read_text() if about.exists() else platform.processor()
+
+
+FASTER = (  # whether oneDNN is, on this processor
+    torch.backends.mkldnn.is_available()
+    and torch.backends.cpu.get_cpu_capability() == "AVX512"
+    and "AuthenticAMD" in _processor()
+)
 
 
 def mm(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = None) -> Tensor:
@@ -59,26 +70,11 @@ class _Linear(torch.autograd.Function):
 def _by_onednn(x: Tensor, columns: int) -> bool:
     """Of (M, K) by (K, columns)."""
     return (
-        x.device.type == "cpu"
+        FASTER
+        and x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.numel() * columns >= SMALLEST
-        and _is_faster()
         and torch.backends.mkldnn.enabled
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
     )
-
-
-@cache
-def _is_faster() -> bool:
-    """Whether oneDNN is, on this processor."""
-    return (
-        torch.backends.mkldnn.is_available()
-        and torch.backends.cpu.get_cpu_capability() == "AVX512"
-        and "AuthenticAMD" in _processor()
-    )
-
-
-def _processor() -> str:
-    about = Path("/proc/cpuinfo")
-    return about.read_text() if about.exists() else platform.processor()
