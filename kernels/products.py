@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ONEDNN = (torch.ops.mkldnn._linear_pointwise.default,) if torch.backends.mkldnn.is_available() else ()
+from trunkline.kernels.dispatch import register
+
 SMALLEST = 1 << 20  # multiplications of a product; in smaller ones oneDNN's longer call takes up what it gains
 
 
@@ -35,8 +36,8 @@ def mm(a: Tensor, b: Tensor, bias: Tensor | None = None, out: Tensor | None = No
         out: (M, N), which then holds the product and is what is returned.
     """
     if _by_onednn(a, b.shape[1]) and b.dtype == a.dtype:
-        product = torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
-        return product if out is None else out.copy_(product)
+        y = _multiply(a, b, bias)
+        return y if out is None else out.copy_(y)
     return torch.mm(a, b, out=out) if bias is None else torch.addmm(bias, a, b, out=out)
 
 
@@ -53,16 +54,17 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return mm(x, weight.T, bias)
+        return product(x, weight.T, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        product = torch.mm if torch.is_grad_enabled() else mm  # with create_graph these gradients have gradients
+        # gradients that have gradients, of create_graph, are for torch's own; a compiled graph refuses them by itself
+        mm = torch.mm if torch.is_grad_enabled() and not torch.compiler.is_compiling() else product
         of_x, of_weight, of_bias = ctx.needs_input_grad
         return (
-            product(dy, weight) if of_x else None,
-            product(dy.T, x) if of_weight else None,
+            mm(dy, weight) if of_x else None,
+            mm(dy.T, x) if of_weight else None,
             dy.sum(0) if of_bias else None,
         )
 
@@ -78,3 +80,15 @@ def _by_onednn(x: Tensor, columns: int) -> bool:
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
     )
+
+
+def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
+
+
+def _multiply_fake(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    return a.new_empty(len(a), b.shape[1])
+
+
+# Inductor knows oneDNN's own op, but for constant weights alone
+product = register("product", reference=_multiply, fake=_multiply_fake)

@@ -24,7 +24,7 @@ from trunkline.engine.network.trunk_config import PRESETS as PRESETS
 from trunkline.engine.network.trunk_config import TrunkConfig as TrunkConfig
 from trunkline.engine.network.trunk_config import preset as preset
 from trunkline.kernels.attention.attention import attention
-from trunkline.kernels.products import ONEDNN, Linear
+from trunkline.kernels.products import Linear
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -351,7 +351,7 @@ def _with_entries(weight: Tensor, added: int) -> Tensor:
 def _worth_keeping(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     """Of a block's forward pass the products and attention, nearly all of its time; the rest is done again."""
     ops = torch.ops
-    products = (ops.aten.mm.default, ops.aten.addmm.default, *ONEDNN)
+    products = (ops.aten.mm.default, ops.aten.addmm.default, ops.trunkline.product.default)
     kept = (*products, ops.trunkline.attention_forward.default)
     return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
 
