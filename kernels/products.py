@@ -1,7 +1,7 @@
 """Products of float32 matrices on a CPU, by the faster of the two libraries that torch has for them.
 
-torch multiplies with MKL, which keeps AVX-512 for Intel's own processors: on AMD's it does half of what they can. oneDNN,
-which torch has too, does all of it. `torch.backends.mkldnn.enabled = False` leaves everything to MKL.
+torch multiplies with MKL, which keeps AVX-512 for Intel's own processors: on AMD's it does half of what they can.
+oneDNN, which torch has too, does all of it. `torch.backends.mkldnn.enabled = False` leaves everything to MKL.
 """
 
 import platform

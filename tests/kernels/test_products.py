@@ -21,7 +21,7 @@ def _by_onednn(monkeypatch):
     monkeypatch.setattr(products, "FASTER", True)  # whatever processor the tests run on
 
 
-@pytest.fixture()
+@pytest.fixture
 def calls():
     """The products that oneDNN made."""
 
