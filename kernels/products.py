@@ -83,6 +83,10 @@ def _by_onednn(x: Tensor, columns: int) -> bool:
 
 
 def _multiply(a: Tensor, b: Tensor, bias: Tensor | None = None) -> Tensor:
+    if not (b.is_contiguous() or b.T.is_contiguous()):
+        b = b.contiguous()  # oneDNN takes a thousand times as long with a part of a matrix
+    if bias is not None:
+        bias = bias.contiguous()  # and reads a part of a vector as if it were all of it
     return torch.ops.mkldnn._linear_pointwise(a, b.T, bias, "none", [], "")
 
 
