@@ -17,6 +17,7 @@ def tables(folder: Path, parts: Collection[str] = ()) -> str:
         "step-llama-1b": _speed,
         "scaling": _scaling,
         "losses": _losses,
+        "products": _products,
         "balancing": _balancing,
         "balancing_methods": _balancing_methods,
         "generation": _generation,
@@ -166,6 +167,21 @@ def _losses(losses: dict[str, Any]) -> str:
 
 | what | times |
 |---|---|
+{chr(10).join(rows)}
+"""
+
+
+def _products(products: dict[str, Any]) -> str:
+    rows = [
+        f"| {shape} | {rates['MKL']:,.0f} | {rates['oneDNN']:,.0f} | {rates['oneDNN'] / rates['MKL']:.2f}x |"
+        for shape, rates in products["rates"].items()
+    ]
+    return f"""
+**Linear layers** on {_measured_on(products["environment"])}, one thread: GFLOP/s of forward and
+backward, by the library that torch takes and by the one that ours take on AMD's processors (`{products["command"]}`).
+
+| rows x width x columns | MKL | oneDNN | times |
+|---|---|---|---|
 {chr(10).join(rows)}
 """
 

@@ -120,6 +120,12 @@ def test_readme_says_what_losses_cost(results):
     assert found == ["2.56x", "1.50x", "1.28x", "1.28x", "1.28x", "2.05x", "0.12x"]
 
 
+def test_readme_says_how_fast_linear_layers_are(results):
+    rates = {"640 x 384 x 1,536": {"MKL": 100.0, "oneDNN": 235.0}}
+    record.record("products", {"command": "measure it", "rates": rates}, record.environment())
+    assert "| 640 x 384 x 1,536 | 100 | 235 | 2.35x |" in record.tables(results / "nvidia-h200")
+
+
 def test_readme_says_what_helps(results):
     metrics = {"sst2": "accuracy", "qqp": "f1"}
 
