@@ -3,10 +3,11 @@
 import json
 from collections.abc import Collection
 from pathlib import Path
-from statistics import fmean, median, stdev
+from statistics import median
 from typing import Any
 
-from trunkline.training.compare.comparison_tables import tables as comparison_tables
+from trunkline.benchmarks.learning import tables as learning_tables
+from trunkline.training.environment import described
 
 
 def tables(folder: Path, parts: Collection[str] = ()) -> str:
@@ -19,28 +20,24 @@ def tables(folder: Path, parts: Collection[str] = ()) -> str:
         "losses": _losses,
         "products": _products,
         "balancing": _balancing,
-        "balancing_methods": _balancing_methods,
+        "balancing_methods": learning_tables.balancing_methods,
         "generation": _generation,
         "adapters": _adapters,
-        "learning": _learning,
-        "comparison": _comparison,
-        "comparison_pretrained": _comparison,
-        "what_helps": _what_helps,
-        "from_checkpoint": _from_checkpoint,
+        "learning": learning_tables.learning,
+        "comparison": learning_tables.comparison,
+        "comparison_pretrained": learning_tables.comparison,
+        "what_helps": learning_tables.what_helps,
+        "from_checkpoint": learning_tables.from_checkpoint,
+        "recipes": learning_tables.recipes,
         "fine_tuning_pace": _fine_tuning_pace,
-        "answers": _answers,
-        "fine_tuning": _fine_tuning,
+        "answers": learning_tables.answers,
+        "fine_tuning": learning_tables.fine_tuning,
         "waiting": _waiting,
         "serving": _serving,
     }
     chosen = [name for name in makers if name in (parts or makers)]
     found = {name: path for name in chosen if (path := folder / f"{name}.json").exists()}
     return "".join(makers[name](json.loads(path.read_text(encoding="utf-8"))) for name, path in found.items())
-
-
-def _measured_on(where: dict[str, Any]) -> str:
-    device = where["gpu"] or f"{where['processor']}, {where['cores']} cores, float32"
-    return f"{device}, Python {where['python']}, torch {where['torch']}"
 
 
 def _speed(step: dict[str, Any]) -> str:
@@ -65,7 +62,7 @@ def _speed(step: dict[str, Any]) -> str:
     )
     data = {"llama-1b": "random texts of 4,096 tokens"}.get(step.get("shape", ""), "eight GLUE tasks and DialogSum")
     return f"""
-**Speed** on {_measured_on(step["environment"])}: real tokens per second of a whole training step
+**Speed** on {described(step["environment"])}: real tokens per second of a whole training step
 (`{step["command"]}`), on {data}, in the shape `{step.get("shape", "tiny")}`, about {step.get("tokens", 2048):,} tokens
 a step. Below ours the same model of Hugging Face with batches made in other ways. Each in a process of its own, taking
 {len(next(iter(step["turns"].values())))} turns, which count together. Utilisation is of what the machine does in its
@@ -85,7 +82,7 @@ def _scaling(scaling: dict[str, Any]) -> str:
         for curve, points in scaling["curves"].items()
     ]
     return f"""
-**Scaling** on {_measured_on(scaling["environment"])} (`{scaling["command"]}`): time per token of a training step of the
+**Scaling** on {described(scaling["environment"])} (`{scaling["command"]}`): time per token of a training step of the
 shape `tiny`, or of making a batch, and memory, from the smallest to the largest of what is varied; all points are in
 `scaling.png`.
 
@@ -98,29 +95,10 @@ shape `tiny`, or of making a batch, and memory, from the smallest to the largest
 def _balancing(balancing: dict[str, Any]) -> str:
     times = balancing["time_over_fixed"]
     return f"""
-**Balancing** on {_measured_on(balancing["environment"])}, {balancing["threads"]} thread: with task weights from every
+**Balancing** on {described(balancing["environment"])}, {balancing["threads"]} thread: with task weights from every
 task's exact gradient a step of nine tasks takes {times["weights from gradients"]:.3f}x the time of one with fixed
 weights; with one backward pass per task it takes {times["a backward pass per task"]:.1f}x (`{balancing["command"]}`,
 median of {len(balancing["seconds"]["fixed weights"])} turns).
-"""
-
-
-def _balancing_methods(found: dict[str, Any]) -> str:
-    methods: dict[str, dict[str, Any]] = found["methods"]
-    metrics, trivial = (next(iter(methods.values()))[key] for key in ("metric", "baseline"))
-    cells = " | ".join(f"{trivial[task]:.3f}" for task in metrics)
-    rows = [f"| trivial baseline | {cells} | {fmean(trivial.values()):.3f} | |"]
-    for method, of in methods.items():
-        scores = " | ".join(f"{of['tasks'][task]['metrics'][metric]:.3f}" for task, metric in metrics.items())
-        rows.append(f"| {method} | {scores} | {of['mean_score']:.3f} | {of['seconds']:.0f} |")
-    heads = " | ".join(f"{task} ({metric})" for task, metric in metrics.items())
-    return f"""
-**Balancing the demo's tasks**, on {_measured_on(found["environment"])} (`{found["command"]}`): scores of one run with
-every method, and its seconds of training.
-
-| method | {heads} | mean | seconds |
-|---|{"---|" * (len(metrics) + 2)}
-{chr(10).join(rows)}
 """
 
 
@@ -131,7 +109,7 @@ def _adapters(adapters: dict[str, Any]) -> str:
     ]
     ratios = [f"| {name} | {ratio:.3f} |" for name, ratio in adapters["ratios"].items()]
     return f"""
-**Adapters** of rank 16 on all linear layers, on {_measured_on(adapters["environment"])}, {adapters["threads"]} thread
+**Adapters** of rank 16 on all linear layers, on {described(adapters["environment"])}, {adapters["threads"]} thread
 (`{adapters["command"]}`): training steps of the shape of SmolLM2-135M, {adapters["tokens"]:,} tokens of eight tasks,
 and of a hundred in the rows of 1 and of 100 adapters. PEFT's batches are grouped by length.
 
@@ -162,7 +140,7 @@ def _losses(losses: dict[str, Any]) -> str:
     }
     rows = [f"| {meaning} | {losses['ratios'][name]:.2f}x |" for name, meaning in meanings.items()]
     return f"""
-**Losses** of the heads, forward and backward, on {_measured_on(losses["environment"])}
+**Losses** of the heads, forward and backward, on {described(losses["environment"])}
 (`{losses["command"]}`).
 
 | what | times |
@@ -177,7 +155,7 @@ def _products(products: dict[str, Any]) -> str:
         for shape, rates in products["rates"].items()
     ]
     return f"""
-**Linear layers** on {_measured_on(products["environment"])}, one thread: GFLOP/s of forward and
+**Linear layers** on {described(products["environment"])}, one thread: GFLOP/s of forward and
 backward, by the library that torch takes and by the one that ours take on AMD's processors (`{products["command"]}`).
 
 | rows x width x columns | MKL | oneDNN | times |
@@ -193,7 +171,7 @@ def _generation(generation: dict[str, Any]) -> str:
         rows.append(f"| {name} | {found['tokens']:,} | {ours:,.0f} | {theirs:,.0f} | {found['faster']:.2f}x |")
     longest, rounds = generation["longest_text"], len(found["seconds"]["trunkline"])
     return f"""
-**Writing** on {_measured_on(generation["environment"])}: tokens per second of greedy summaries of {generation["texts"]}
+**Writing** on {described(generation["environment"])}: tokens per second of greedy summaries of {generation["texts"]}
 DialogSum documents (`{generation["command"]}`), which have {documents["mean"]:.0f}
 tokens on average and {documents["longest"]} at most, with at most {longest} new ones. Beside it Hugging Face `generate`
 with the same weights; both write the same tokens. In turns; median of {rounds}.
@@ -201,72 +179,6 @@ with the same weights; both write the same tokens. In turns; median of {rounds}.
 | texts | new tokens | trunkline | Hugging Face | faster |
 |---|---|---|---|---|
 {chr(10).join(rows)}
-"""
-
-
-def _learning(learning: dict[str, Any]) -> str:
-    run, mean, rows = learning["run"], learning["mean"], []
-    one_task = "" if learning["way"] == "packed" else ", of one task each"
-    for name, task in run["tasks"].items():
-        metric, baseline = task["metric"], task["baseline"]
-        theirs = learning["hugging_face"][name][metric]
-        trivial = f"{baseline['metrics'][metric]:.3f} ({baseline['name']})"
-        losses = f"{task['first_loss']:.2f} → {task['last_loss']:.2f}"
-        rows.append(f"| {name} | {metric} | {task['metrics'][metric]:.3f} | {trivial} | {theirs:.3f} | {losses} |")
-    return f"""
-**Learning** from scratch on {_measured_on(learning["environment"])}: `{run["command"]}`,
-{run["wall_time_seconds"] / 60:.1f} minutes in all, {run["steps"]:,} steps, {run["real_tokens"] / 1e6:.1f} M tokens,
-padding {run["padding_waste"]:.1%}, peak memory {run["peak_memory_bytes"] / 2**30:.1f} GiB. Scores on the whole
-validation splits of the data at hand, in which QNLI, QQP and MNLI are subsets: none of this is a GLUE score. Beside it
-a Hugging Face loop with the same data, mix, shape and learning rate: {learning["seconds"]:.0f} seconds of training
-against {run["training_seconds"]:.0f} of ours (`{learning["command"]}`), {learning["steps"]:,} steps, batches
-{learning["way"]}{one_task}. Its GPT-2 has learned positions and nothing like `exact_match`, which shows our trunk what
-two texts have in common.
-
-| task | metric | trunkline | trivial baseline | Hugging Face loop | loss |
-|---|---|---|---|---|---|
-{chr(10).join(rows)}
-| mean | | {mean["trunkline"]:.3f} | | {mean["hugging_face"]:.3f} | |
-"""
-
-
-def _comparison(comparison: dict[str, Any]) -> str:
-    start = "scratch" if comparison.get("budget", "steps") == "steps" else "pretrained starts"
-    return f"""
-**Comparison** of systems from {start} on {_measured_on(comparison["environment"])}: `{comparison["command"]}`.
-{comparison_tables(comparison)}"""
-
-
-def _what_helps(found: dict[str, Any]) -> str:
-    return f"""
-**What helps the multi-task system**, on {_measured_on(found["environment"])} (`{found["command"]}`): each change by
-itself, mean ± standard deviation over the seeds. Only the pretrained trunk has seen more text than the others. As it
-is, it differs from the comparison's `multitask` in its initial weights: the vocabulary there has bert's mask, too.
-
-{_changes(found["changes"])}
-"""
-
-
-def _fine_tuning(found: dict[str, Any]) -> str:
-    first = next(iter(next(iter(found["changes"].values())).values()))
-    return f"""
-**What the defaults of fine-tuning are worth**, on {_measured_on(found["environment"])} (`{found["command"]}`):
-each put back by itself, after {first["real_tokens"] / 1000:.0f} thousand tokens, on at most 800 examples of every
-validation split; mean ± standard deviation over the seeds.
-
-{_changes(found["changes"])}
-"""
-
-
-def _from_checkpoint(found: dict[str, Any]) -> str:
-    tokens = {name: fmean(of["real_tokens"] for of in seeds.values()) for name, seeds in found["changes"].items()}
-    seen = ", ".join(f"{count / 1000:.0f} thousand ({name})" for name, count in tokens.items())
-    return f"""
-**From a pretrained encoder**, on {_measured_on(found["environment"])} (`{found["command"]}`): what ours learns with
-`finetune-encoder.yaml`, and a plain Hugging Face loop from the same tokens; tokens seen: {seen}. Mean ± standard
-deviation over the seeds.
-
-{_changes(found["changes"], "system")}
 """
 
 
@@ -278,31 +190,12 @@ def _fine_tuning_pace(found: dict[str, Any]) -> str:
     ]
     return f"""
 **The pace of fine-tuning** with `finetune-encoder.yaml` and of that loop, in turns, on
-{_measured_on(found["environment"])}, one thread (`{found["command"]}`): ours {found["faster"]:.2f}x.
+{described(found["environment"])}, one thread (`{found["command"]}`): ours {found["faster"]:.2f}x.
 
 | system | real tokens a second | from, to | most memory, MiB |
 |---|---|---|---|
 {chr(10).join(rows)}
 """
-
-
-def _answers(found: dict[str, Any]) -> str:
-    ours = next(iter(found["changes"].values())).values()
-    before, after = ([of[kind]["sst2"] for of in ours] for kind in ("uncalibrated", "calibration"))
-    return f"""
-**Several labels, and how far probabilities can be believed**, on {_measured_on(found["environment"])}
-(`{found["command"]}`): a run on SST-2 and on STS-B's pairs with four labels each, and the Hugging Face loop on the same
-tokens. Mean ± standard deviation over the seeds.
-
-{_changes(found["changes"], "system")}
-
-Expected calibration error of ours on SST-2, by seed: {_numbers(after)}, every half of the examples at the temperature
-that the other half chose; without a temperature {_numbers(before)}.
-"""
-
-
-def _numbers(values: Collection[float]) -> str:
-    return ", ".join(f"{value:.3f}" for value in values)
 
 
 def _serving(found: dict[str, Any]) -> str:
@@ -317,7 +210,7 @@ def _serving(found: dict[str, Any]) -> str:
     idle, more = 1000 * http["idle_seconds_without"], 1000 * http["idle_seconds_more"]
     before, after = (size / 2**20 for size in many["memory"])
     return f"""
-**Serving** on {_measured_on(where)}, one thread (`{found["command"]}`). Eight tasks on one text in one pass; the eight
+**Serving** on {described(where)}, one thread (`{found["command"]}`). Eight tasks on one text in one pass; the eight
 exported models one after the other take {eight} as long.
 
 | server, texts of 8 to 512 tokens | clients | answers a second | median ms | 99th percentile, ms |
@@ -338,26 +231,13 @@ def _waiting(found: dict[str, Any]) -> str:
         for row in found["tokens_per_second"]
     ]
     return f"""
-**How threads wait for one another**, on {_measured_on(found["environment"])} (`{found["command"]}`): real tokens a
+**How threads wait for one another**, on {described(found["environment"])} (`{found["command"]}`): real tokens a
 second of `tiny` on a quiet machine, and beside a process that keeps one core busy. The command lets them spin briefly.
 
 | system | waiting | quiet | one core busy |
 |---|---|---|---|
 {chr(10).join(rows)}
 """
-
-
-def _changes(changes: dict[str, dict[str, Any]], what: str = "change") -> str:
-    """A table of the scores of every change over its seeds."""
-    metrics = next(iter(next(iter(changes.values())).values()))["metrics"]
-    rows = []
-    for change, of_seeds in changes.items():
-        scores = [[of["scores"][task] for of in of_seeds.values()] for task in metrics]
-        spread = [f" ± {stdev(of_task):.3f}" if len(of_task) > 1 else "" for of_task in scores]
-        cells = " | ".join(f"{fmean(of_task):.3f}{of}" for of_task, of in zip(scores, spread, strict=True))
-        rows.append(f"| {change} | {cells} | {len(of_seeds)} |")
-    heads = " | ".join(f"{task} ({metric})" for task, metric in metrics.items())
-    return "\n".join([f"| {what} | {heads} | seeds |", f"|---|{'---|' * (len(metrics) + 1)}", *rows])
 
 
 def kernel_table(name: str, content: dict[str, Any]) -> str:
@@ -377,7 +257,7 @@ def kernel_table(name: str, content: dict[str, Any]) -> str:
         rows.append(f"| {case['shape']} | {case['direction']} | {' | '.join(cells)} | {ratio} | {reached} | {rate} |")
     return f"""
 ## {name}
-On {_measured_on(content["environment"])}, {cases[0]["dtype"]}: {commands}. Milliseconds a call, median of
+On {described(content["environment"])}, {cases[0]["dtype"]}: {commands}. Milliseconds a call, median of
 the rounds; then how many times faster than the fastest other, the share of the floor, and TFLOP/s.
 
 | shape | direction | {" | ".join(systems)} | faster | of the floor | TFLOP/s |

@@ -43,6 +43,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def described(where: dict[str, Any]) -> str:
+    """An environment in a few words."""
+    device = where["gpu"] or f"{where['processor']}, {where['cores']} cores, float32"
+    return f"{device}, Python {where['python']}, torch {where['torch']}"
+
+
 def _waiting() -> str:
     """How threads wait for one another."""
     if policy := os.environ.get("OMP_WAIT_POLICY"):

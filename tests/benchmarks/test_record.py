@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from trunkline.benchmarks import record
-from trunkline.benchmarks.learning import balancing_methods
+from trunkline.benchmarks.learning import balancing_methods, recipes
 from trunkline.benchmarks.microbenchmarks.peers import Unavailable
 from trunkline.benchmarks.systems import scaling, step
 
@@ -124,6 +124,28 @@ def test_readme_says_how_fast_linear_layers_are(results):
     rates = {"640 x 384 x 1,536": {"MKL": 100.0, "oneDNN": 235.0}}
     record.record("products", {"command": "measure it", "rates": rates}, record.environment())
     assert "| 640 x 384 x 1,536 | 100 | 235 | 2.35x |" in record.tables(results / "nvidia-h200")
+
+
+def test_readme_says_what_whole_runs_learn(results, tmp_path):
+    for seed, score in ((0, 0.75), (1, 0.85)):
+        tasks = {"mrpc": {"metrics": {"loss": 0.5, "accuracy": score, "f1": 0.9}, "validation_examples": 408}}
+        summary = {"command": "trunkline train configs/finetune.yaml seed=1", "steps": 40, "real_tokens": 25000}
+        summary |= {
+            "environment": record.environment(),
+            "tasks": tasks,
+            "training_seconds": 60 + 60 * seed,
+            "peak_memory_bytes": 1,
+        }
+        run = tmp_path / str(seed)
+        run.mkdir()
+        (run / "summary.json").write_text(json.dumps(summary))
+        (run / "config.yaml").write_text(f"seed: {seed}\nevaluation: {{last_examples: {100 * seed}}}\n")
+        recipes.keep(run)
+    text = record.tables(results / "nvidia-h200")
+    assert "`finetune.yaml`" in text
+    assert "25 thousand tokens, 1 to 2 minutes" in text
+    assert "| mrpc | accuracy | 0.800 ± 0.071 | 100 to 408 |" in text
+    assert "| mrpc | f1 | 0.900 ± 0.000 | 100 to 408 |" in text
 
 
 def test_readme_says_what_helps(results):
