@@ -93,14 +93,15 @@ def in_chunks(
     target: Tensor,
     row_weight: Tensor,
     dloss: Tensor | None,
+    of_weight: bool,
     *options: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Weighted losses (R,), which rows are correct (R,) and, with the dloss (R,) of the rows, three gradients: those of
-    x, weight and bias."""
+    x, bias and, if `of_weight`, weight, which is a third of the arithmetic and as large as the weight."""
     (R, D), V, with_gradient = x.shape, len(weight), dloss is not None
     loss, correct = (torch.empty_like(row_weight) for _ in range(2))
     dx = x.new_empty((R, D) if with_gradient else (0, D))
-    dweight = loss.new_zeros((V, D) if with_gradient else (0, D))
+    dweight = loss.new_zeros((V, D) if with_gradient and of_weight else (0, D))
     dbias = loss.new_zeros(V if with_gradient and bias is not None else 0)
     weight = weight.to(x.dtype)
     size = chunk_rows(R, V, x.itemsize, x.device.type)
@@ -113,7 +114,8 @@ def in_chunks(
         if not with_gradient:
             continue
         mm(logits, weight, out=dx[rows])  # (r, V) @ (V, D) -> (r, D)
-        _add_product(dweight, logits.T, x[rows])  # (V, r) @ (r, D) -> (V, D)
+        if of_weight:
+            _add_product(dweight, logits.T, x[rows])  # (V, r) @ (r, D) -> (V, D)
         if bias is not None:
             dbias += logits.sum(0, dtype=dbias.dtype)
     return loss, correct, dx, dweight, dbias

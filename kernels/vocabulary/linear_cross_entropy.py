@@ -99,6 +99,7 @@ def _forward_triton(
     task: Tensor,
     row_weight: Tensor,
     dloss: Tensor | None,
+    of_weight: bool,
     num_tasks: int,
     label_smoothing: float,
     z_loss: float,
@@ -106,13 +107,14 @@ def _forward_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     options = (label_smoothing, z_loss, softcap)
     if x.dtype == torch.float64:  # the kernel computes in float32
-        return _forward_reference(x, weight, bias, target, task, row_weight, dloss, num_tasks, *options)
+        return _forward_reference(x, weight, bias, target, task, row_weight, dloss, of_weight, num_tasks, *options)
     if can_look(target):
         _check_labels(target, task, row_weight, len(weight), num_tasks)
     bias = None if bias is None else bias.contiguous()
     target, task, row_weight = target.contiguous(), task.contiguous(), row_weight.float().contiguous()
     dloss = None if dloss is None else dloss.float()[task]
-    loss, correct, dx, dweight, dbias = in_chunks(rows_triton, x, weight, bias, target, row_weight, dloss, *options)
+    inputs = (x, weight, bias, target, row_weight, dloss, of_weight)
+    loss, correct, dx, dweight, dbias = in_chunks(rows_triton, *inputs, *options)
     return *sums_triton(loss, correct, row_weight, task, num_tasks), dx, dweight, dbias
 
 
@@ -124,6 +126,7 @@ def _forward_reference(
     task: Tensor,
     row_weight: Tensor,
     dloss: Tensor | None,
+    of_weight: bool,
     num_tasks: int,
     label_smoothing: float,
     z_loss: float,
@@ -135,7 +138,7 @@ def _forward_reference(
     target, task = target[kept], task[kept]
     row_weight = row_weight[kept].to(torch.promote_types(x.dtype, torch.float32))
     dloss = None if dloss is None else dloss.to(row_weight.dtype)[task]
-    inputs = (x[kept], weight, bias, target, row_weight, dloss)
+    inputs = (x[kept], weight, bias, target, row_weight, dloss, of_weight)
     loss, correct, dx, dweight, dbias = in_chunks(rows_reference, *inputs, label_smoothing, z_loss, softcap)
     if dloss is not None:
         dx = torch.zeros_like(x, memory_format=torch.contiguous_format).index_copy_(0, kept, dx)
@@ -146,13 +149,13 @@ def _forward_reference(
     return *sums, dx, dweight, dbias
 
 
-def _forward_fake(x, weight, bias, target, task, row_weight, dloss, num_tasks, *options):
+def _forward_fake(x, weight, bias, target, task, row_weight, dloss, of_weight, num_tasks, *options):
     dtype = torch.promote_types(x.dtype, torch.float32)
     (R, D), V, with_gradient = x.shape, len(weight), dloss is not None
     return (
         *(x.new_empty(num_tasks, dtype=dtype) for _ in range(4)),
         x.new_empty((R, D) if with_gradient else (0, D)),
-        x.new_empty((V, D) if with_gradient else (0, D), dtype=dtype),
+        x.new_empty((V, D) if with_gradient and of_weight else (0, D), dtype=dtype),
         x.new_empty(V if with_gradient and bias is not None else 0, dtype=dtype),
     )
 
@@ -171,7 +174,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dloss = row_weight.new_ones(1)
         ctx.formed = dloss is not None
         inputs = (x, weight, bias, target, task, row_weight)
-        *sums, dx, dweight, dbias = _forward(*inputs, dloss, num_tasks, *options)
+        ctx.of_weight = ctx.needs_input_grad[1]  # a frozen vocabulary has no gradient
+        *sums, dx, dweight, dbias = _forward(*inputs, dloss, ctx.of_weight, num_tasks, *options)
         ctx.save_for_backward(*((dloss, dx, dweight, dbias) if ctx.formed else inputs))
         ctx.mark_non_differentiable(*sums[1:])
         return tuple(sums)
@@ -180,7 +184,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable("linear_cross_entropy")
     def backward(ctx, dloss, *_):
         if not ctx.formed:
-            gradients = _forward(*ctx.saved_tensors, dloss, ctx.num_tasks, *ctx.options)[4:]
+            gradients = _forward(*ctx.saved_tensors, dloss, ctx.of_weight, ctx.num_tasks, *ctx.options)[4:]
         else:
             expected, *gradients = ctx.saved_tensors
             if not ctx.known:
@@ -191,7 +195,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                     f"{expected.tolist()}, got {dloss.tolist()}"
                 )
         dx, dweight, dbias = (gradient.to(dtype) for gradient, dtype in zip(gradients, ctx.dtypes, strict=True))
-        return dx, dweight, dbias if ctx.needs_input_grad[2] else None, *[None] * 9
+        return dx, dweight if ctx.of_weight else None, dbias if ctx.needs_input_grad[2] else None, *[None] * 9
 
 
 def _check_tensors(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from trunkline.kernels import arguments
 from trunkline.kernels.tasks.task_loss import LossSums
+from trunkline.kernels.vocabulary import chunks
 from trunkline.kernels.vocabulary import linear_cross_entropy as module
 from trunkline.kernels.vocabulary.linear_cross_entropy import SHAPES, _forward, example, linear_cross_entropy
 from vocabulary import OPTIONS, D, Inputs, N, V, definition, make, op, results
@@ -18,11 +19,14 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("with_bias", [True, False], ids=["bias", "no bias"])
-@pytest.mark.parametrize("with_gradient", [True, False], ids=["gradient", "no gradient"])
-def test_op_contract(with_gradient, with_bias, dtype, device):
+@pytest.mark.parametrize(
+    ("with_gradient", "of_weight"), [(True, True), (True, False), (False, True)], ids=["gradients", "frozen", "none"]
+)
+def test_op_contract(with_gradient, of_weight, with_bias, dtype, device):
     x, weight, bias, *rest = make(3, dtype, device)
     dloss = torch.rand(N, device=device) if with_gradient else None
-    torch.library.opcheck(_forward, (x, weight, bias if with_bias else None, *rest, dloss, N, 0.1, 0.01, 3.0))
+    inputs = (x, weight, bias if with_bias else None, *rest, dloss, of_weight)
+    torch.library.opcheck(_forward, (*inputs, N, 0.1, 0.01, 3.0))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo's own doing
@@ -66,6 +70,25 @@ def test_gradients_are_formed_once(num_tasks, known, formed, monkeypatch):
     with torch.no_grad():
         op(*(t.requires_grad_() for t in inputs[:3]), *inputs[3:], **options)
     assert calls == [False, False]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(("num_tasks", "known"), [(1, False), (N, True), (N, False)])
+def test_frozen_vocabulary_costs_no_product(num_tasks, known, device, monkeypatch):
+    """Its gradient would be a third of the arithmetic, and as large as the vocabulary."""
+    products = []
+    monkeypatch.setattr(chunks, "_add_product", lambda *_: products.append(1))
+    inputs = make(10, device=device)
+    inputs, dloss = inputs._replace(task=inputs.task.clamp(max=num_tasks - 1)), torch.randn(num_tasks, device=device)
+    found = []
+    for learns in (True, False):
+        products.clear()
+        x, weight, bias = (t.detach().requires_grad_() for t in inputs[:3])
+        weight.requires_grad_(learns)
+        sums = op(x, weight, bias, *inputs[3:], num_tasks=num_tasks, dloss=dloss if known else None)
+        found.append(torch.autograd.grad(sums.loss, [x, bias], dloss))
+        assert bool(products) == learns
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.parametrize("num_tasks", [1, N])
