@@ -206,8 +206,14 @@ def _serving(found: dict[str, Any]) -> str:
         for system, by_clients in found["mixed"].items()
         for clients, own in by_clients.items()
     ]
-    rates = http["requests_per_second"], http["texts_per_second_without"]
-    idle, more = 1000 * http["idle_seconds_without"], 1000 * http["idle_seconds_more"]
+    wheres = {"shared": "server and clients on the same cores", "one core": "the server on one core"}
+    costs = [
+        f"{of}: {median(http[name]['requests_per_second']):,.0f} requests a second over HTTP, "
+        f"{median(http[name]['texts_per_second_without']):,.0f} texts a second without, {http[name]['fewer']:.1%} fewer; "
+        f"a single one takes {1000 * http[name]['idle_seconds_more']:.2f} ms more than "
+        f"{1000 * http[name]['idle_seconds']['without']:.1f} ms."
+        for name, of in wheres.items()
+    ]
     before, after = (size / 2**20 for size in many["memory"])
     return f"""
 **Serving** on {described(where)}, one thread (`{found["command"]}`). Eight tasks on one text in one pass; the eight
@@ -217,8 +223,8 @@ exported models one after the other take {eight} as long.
 |---|---|---|---|---|
 {chr(10).join(loads)}
 
-Texts of 64 tokens: {rates[0]:,.0f} requests a second over HTTP, {rates[1]:,.0f} texts a second without,
-{http["fewer"]:.1%} fewer; a single one takes {more:.2f} ms more than {idle:.1f} ms.
+Texts of 64 tokens, {costs[0]}
+And {costs[1]}
 From the command to ready {median(found["start"]):.1f} s.
 {many["clients"]} clients: {many["rate"]:,.0f} answers a second, {many["failed"]} failed; memory {before:,.0f} MiB, and
 {after:,.0f} MiB at the end.

@@ -2,18 +2,21 @@
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from difflib import get_close_matches
 from functools import cache
 from hashlib import sha256
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import APIRouter, FastAPI, Request
 from fastapi.concurrency import run_in_threadpool
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response
+from fastapi.routing import APIRoute
+from pydantic import ValidationError
 
 from trunkline import __version__
 from trunkline.engine.answers.answer import Question
@@ -60,6 +63,24 @@ class RefusedError(Exception):
         self.status, self.content = status, refusal(text, kind, where)
 
 
+class _Direct(APIRoute):
+    """From the body, which is one model, to the endpoint. FastAPI's own way there, which is for all kinds of arguments,
+    takes half a millisecond where its code has left the cache."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        careful = super().get_route_handler()
+        (argument,) = signature(self.endpoint).parameters.values()
+
+        async def handle(request: Request) -> Response:
+            try:
+                asked = argument.annotation.model_validate_json(await request.body())
+            except ValidationError:
+                return await careful(request)  # which says what is wrong
+            return await self.endpoint(asked)
+
+        return handle
+
+
 def make_app(
     engine: Engine, name: str, *, batch_tokens: int = 4096, waiting_tokens: int = 65536, token: str = ""
 ) -> FastAPI:
@@ -101,18 +122,22 @@ def make_app(
         faults = [{name: fault[name] for name in ("loc", "msg", "type")} for fault in error.errors()[:MOST_FAULTS]]
         return JSONResponse({"detail": faults}, 422)  # without the input, which may be large
 
-    @app.post("/v1/predict", response_model=Predictions, responses=REFUSALS, summary="What tasks say of texts")
+    direct = APIRouter(route_class=_Direct)
+
+    @direct.post("/v1/predict", response_model=Predictions, responses=REFUSALS, summary="What tasks say of texts")
     async def predict(request: Predict) -> JSONResponse:
         questions = await _read(_questions, engine, request)
         truncated = _truncated([question.laid.cut for question in questions], request.truncate, "texts", engine)
         answers = await _answers(worker.ask, questions, "texts")
         return JSONResponse({"predictions": answers, "truncated": truncated})
 
-    @app.post("/v1/generate", response_model=Texts, responses=REFUSALS, summary="What a task writes from texts")
+    @direct.post("/v1/generate", response_model=Texts, responses=REFUSALS, summary="What a task writes from texts")
     async def generate(request: Generate) -> JSONResponse:
         texts, cut = await _read(_prompts, engine, request)
         truncated = _truncated(cut, request.truncate, "texts", engine)
         return JSONResponse({"texts": await _answers(worker.write, texts, "texts"), "truncated": truncated})
+
+    app.include_router(direct)
 
     @app.post(
         "/tasks/{task}/predict",

@@ -10,8 +10,9 @@ of their own. LitServe (padded_server.py) takes part where it is installed.
 - mixed lengths: clients that ask for one task of one text of 8 to 512 tokens (every power of two as often), each its
   next text when the last is answered: requests a second and 99th percentile of the time to the answer, by the number of
   clients.
-- HTTP: requests a second with 64 clients, and texts a second of `Engine.predict` in the server's place, which is one
-  core that the clients leave alone; the time of a single request, and of `predict` on its text; in turns.
+- HTTP: requests a second with 128 clients, so that a full pass waits while one is answered, and texts a second of
+  `Engine.predict` in passes as large: where server and clients share all cores, and where the server has one for
+  itself alone; the time of a single request, and of `predict` on its text; in turns.
 - start: from the command to the first 200 of /ready.
 - 200 clients for as long: requests that were not answered, and how the server's memory grows in the second half.
 """
@@ -53,7 +54,8 @@ CLIENTS = (1, 4, 16, 64)
 PADDED = (1, 8, 32)  # texts of a batch of the padded server
 WARM_UP = 2.0  # seconds
 BOTH_ENDS = 2  # tokens around a text
-TURNS, SINGLE = 9, 400  # with and without HTTP: of loads, of single requests
+SATURATING = 128  # clients
+TURNS, SINGLE = 7, 400  # with and without HTTP: of loads, of single requests
 
 
 class Load(NamedTuple):
@@ -165,33 +167,31 @@ def http(engine: Engine, run: Path, seconds: float) -> dict[str, Any]:
     texts = [text_of(random, 64) for _ in range(256)]
     bodies = [json.dumps({"texts": [text], "tasks": [NAMES[0]]}) for text in texts]
     engine.config = replace(engine.config, batch=replace(engine.config.batch, tokens=4096))  # as the server's passes
-    served, alone = [], []
+    engine.predict(texts, [NAMES[0]], scores=True)
     cores = sorted(os.sched_getaffinity(0))
-    with on(cores[:1]), our_server(run) as (port, _):
-        with on(cores[1:]):
-            load(port, "/v1/predict", bodies, 64, WARM_UP)
-        engine.predict(texts, [NAMES[0]], scores=True)
-        for _ in range(TURNS):
-            with on(cores[1:]):
-                served.append(load(port, "/v1/predict", bodies, 64, seconds / 2).rate)
-            began = time.perf_counter()
-            engine.predict(texts, [NAMES[0]], scores=True)
-            alone.append(len(texts) / (time.perf_counter() - began))
-        client = Client(port, "/v1/predict")
-        ways = {
-            "with": lambda number: client.ask(bodies[number % len(bodies)]),
-            "without": lambda number: engine.predict([texts[number % len(texts)]], [NAMES[0]], scores=True),
-        }
-        idle = in_turns(ways, SINGLE, warm_up=10)
-    found = {
-        "requests_per_second": median(served),
-        "texts_per_second_without": median(alone),
-        "idle_seconds": median(idle["with"]),
-        "idle_seconds_without": median(idle["without"]),
-        "fewer": 1 - median(with_it / without for with_it, without in zip(served, alone, strict=True)),
-        "idle_seconds_more": median(with_it - without for with_it, without in zip(*idle.values(), strict=True)),
-    }
-    print(f"HTTP: {found['fewer']:.1%} fewer answers a second, {1000 * found['idle_seconds_more']:.2f} ms more of one")
+    found: dict[str, Any] = {}
+    for where, of_server, of_clients in (("shared", cores, cores), ("one core", cores[:1], cores[1:])):
+        served, alone = [], []
+        with on(of_server), our_server(run) as (port, _):
+            with on(of_clients):
+                load(port, "/v1/predict", bodies, SATURATING, WARM_UP)
+            for _ in range(TURNS):
+                with on(of_clients):
+                    served.append(load(port, "/v1/predict", bodies, SATURATING, seconds / 2).rate)
+                began = time.perf_counter()
+                engine.predict(texts, [NAMES[0]], scores=True)
+                alone.append(len(texts) / (time.perf_counter() - began))
+            fewer = 1 - median(with_it / without for with_it, without in zip(served, alone, strict=True))
+            found[where] = {"requests_per_second": served, "texts_per_second_without": alone, "fewer": fewer}
+            client = Client(port, "/v1/predict")
+            ways = {
+                "with": lambda number, client=client: client.ask(bodies[number % len(bodies)]),
+                "without": lambda number: engine.predict([texts[number % len(texts)]], [NAMES[0]], scores=True),
+            }
+            idle = in_turns(ways, SINGLE, warm_up=10)
+        more = median(with_it - without for with_it, without in zip(*idle.values(), strict=True))
+        found[where] |= {"idle_seconds": {way: median(times) for way, times in idle.items()}, "idle_seconds_more": more}
+        print(f"HTTP, {where}: {fewer:.1%} fewer answers a second, {1000 * more:.2f} ms more of one")
     return found
 
 

@@ -69,7 +69,9 @@ def in_batches(questions: Iterable[Question], tokens: int) -> Iterator[list[Ques
 
 def answer(engine: "Engine", questions: Sequence[Question]) -> list[dict[str, Answer]]:
     """What its tasks say of each text, by name, from one pass through the trunk; equal sequences are read once."""
-    model, tasks = engine.model.eval(), engine.tasks
+    model, tasks = engine.model, engine.tasks
+    if model.training:  # to say so again takes as long as a block
+        model.eval()
     typed = engine.config.trunk.token_types > 1
     # who reads which sequence, and for whom: the question's place, and that of the task in it
     readings: dict[tuple[int, bytes, bytes], list[tuple[int, int]]] = defaultdict(list)

@@ -159,6 +159,14 @@ def test_odd_texts_are_answered(served, text):
     assert answered.status == (422 if not text.strip() else 200)
 
 
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-16", "utf-32"])
+def test_every_encoding_of_json_is_read(served, encoding):
+    """FastAPI reads those that pydantic does not."""
+    answered = ask(served.port, "/v1/predict", json.dumps({"texts": ["Ä"]}, ensure_ascii=False).encode(encoding))
+    assert answered.content == ask(served.port, "/v1/predict", {"texts": ["Ä"]}).content
+    assert answered.status == 200
+
+
 @pytest.mark.parametrize("chunked", [False, True])
 def test_ten_megabytes_are_refused(served, chunked):
     """Announced, or only found on the way."""
