@@ -209,7 +209,8 @@ def _serving(found: dict[str, Any]) -> str:
     wheres = {"shared": "server and clients on the same cores", "one core": "the server on one core"}
     costs = [
         f"{of}: {median(http[name]['requests_per_second']):,.0f} requests a second over HTTP, "
-        f"{median(http[name]['texts_per_second_without']):,.0f} texts a second without, {http[name]['fewer']:.1%} fewer; "
+        f"{median(http[name]['texts_per_second_without']):,.0f} texts a second without, "
+        f"{http[name]['fewer']:.1%} fewer; "
         f"a single one takes {1000 * http[name]['idle_seconds_more']:.2f} ms more than "
         f"{1000 * http[name]['idle_seconds']['without']:.1f} ms."
         for name, of in wheres.items()
