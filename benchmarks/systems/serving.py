@@ -1,10 +1,11 @@
 """Answers a second: eight tasks in one pass beside eight models, and our server beside a padded one.
 
-    python benchmarks/systems/serving.py CHECKPOINT [--rounds 15] [--seconds 10]
+    python benchmarks/systems/serving.py CHECKPOINT [PART ...] [--rounds 15] [--seconds 10]
 
 CHECKPOINT is a pretrained encoder. Eight classification heads with random weights are put on it, and each is exported
 as a Hugging Face model, so that everyone answers the same. The server's model has one thread; the clients are a process
-of their own. LitServe (padded_server.py) takes part where it is installed.
+of their own. LitServe (padded_server.py) takes part where it is installed. Parts that are not asked for stay as they
+were measured before:
 
 - eight tasks: `Engine.predict` of one text, and the eight exported models one after the other, in turns.
 - mixed lengths: clients that ask for one task of one text of 8 to 512 tokens (every power of two as often), each its
@@ -12,7 +13,7 @@ of their own. LitServe (padded_server.py) takes part where it is installed.
   clients.
 - HTTP: requests a second with 128 clients, so that a full pass waits while one is answered, and texts a second of
   `Engine.predict` in passes as large: where server and clients share all cores, and where the server has one for
-  itself alone; the time of a single request, and of `predict` on its text; in turns.
+  itself alone; the time of a single request, and of `predict` on its text, ten in a row; in turns.
 - start: from the command to the first 200 of /ready.
 - 200 clients for as long: requests that were not answered, and how the server's memory grows in the second half.
 """
@@ -26,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from http.client import HTTPConnection
@@ -41,7 +42,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trunkline.benchmarks.microbenchmarks.measure import in_turns
-from trunkline.benchmarks.record import record
+from trunkline.benchmarks.record import record, recorded
 from trunkline.engine.engine import Engine
 from trunkline.engine.network.memory import keep_freed_memory
 from trunkline.engine.tasks.task import Task
@@ -55,7 +56,8 @@ PADDED = (1, 8, 32)  # texts of a batch of the padded server
 WARM_UP = 2.0  # seconds
 BOTH_ENDS = 2  # tokens around a text
 SATURATING = 128  # clients
-TURNS, SINGLE = 7, 400  # with and without HTTP: of loads, of single requests
+TURNS, SINGLE = 7, 40  # with and without HTTP: of loads, of single requests
+IN_A_ROW = 10  # single requests of a turn: one alone would find what the other way has left in the cache
 
 
 class Load(NamedTuple):
@@ -72,27 +74,30 @@ class Load(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", help="of a pretrained encoder")
+    parser.add_argument("parts", nargs="*", metavar="PART", help="eight_tasks, start, mixed, http or many; none: all")
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--seconds", type=float, default=10, help="of each load")
     options = parser.parse_args()
     torch.set_num_threads(1)
     keep_freed_memory()
-    content: dict[str, Any] = {
-        "command": f"python benchmarks/systems/serving.py CHECKPOINT --rounds {options.rounds} "
-        f"--seconds {options.seconds:g}",
-    }
+    around = environment()
+    command = f"python benchmarks/systems/serving.py CHECKPOINT --rounds {options.rounds} --seconds {options.seconds:g}"
     with tempfile.TemporaryDirectory() as place:
         run, exported = Path(place) / "run", Path(place) / "exported"
         engine = engine_of(options.checkpoint)
         engine.save(run)
         engine.export(exported, "hugging-face")
-        content["eight_tasks"] = eight_tasks(engine, exported, options.rounds)
-        content["start"] = [start(run) for _ in range(3)]
-        print("start to ready:", *(f"{seconds:.2f} s" for seconds in content["start"]))
-        content["mixed"] = mixed_lengths(run, exported, options.seconds)
-        content["http"] = http(engine, run, options.seconds)
-        content["many"] = many(run, options.seconds)
-    record("serving", content, environment())
+        parts: dict[str, Callable[[], Any]] = {
+            "eight_tasks": lambda: eight_tasks(engine, exported, options.rounds),
+            "start": lambda: [start(run) for _ in range(3)],
+            "mixed": lambda: mixed_lengths(run, exported, options.seconds),
+            "http": lambda: http(engine, run, options.seconds),
+            "many": lambda: many(run, options.seconds),
+        }
+        if strangers := set(options.parts) - set(parts):
+            parser.error(f"no part '{strangers.pop()}'; there are {', '.join(parts)}")
+        measured = {name: part() for name, part in parts.items() if name in (options.parts or parts)}
+    record("serving", {**recorded("serving", around), "command": command, **measured}, around)
 
 
 def engine_of(checkpoint: str) -> Engine:
@@ -188,7 +193,7 @@ def http(engine: Engine, run: Path, seconds: float) -> dict[str, Any]:
                 "with": lambda number, client=client: client.ask(bodies[number % len(bodies)]),
                 "without": lambda number: engine.predict([texts[number % len(texts)]], [NAMES[0]], scores=True),
             }
-            idle = in_turns(ways, SINGLE, warm_up=10)
+            idle = in_turns(ways, SINGLE, warm_up=2, calls_a_turn=IN_A_ROW)
         more = median(with_it - without for with_it, without in zip(*idle.values(), strict=True))
         found[where] |= {"idle_seconds": {way: median(times) for way, times in idle.items()}, "idle_seconds_more": more}
         print(f"HTTP, {where}: {fewer:.1%} fewer answers a second, {1000 * more:.2f} ms more of one")
@@ -211,7 +216,9 @@ def many(run: Path, seconds: float) -> dict[str, Any]:
 def start(run: Path) -> float:
     began = time.perf_counter()
     with our_server(run):
-        return time.perf_counter() - began
+        seconds = time.perf_counter() - began
+    print(f"start to ready: {seconds:.2f} s")
+    return seconds
 
 
 @contextmanager
