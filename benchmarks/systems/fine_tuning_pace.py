@@ -5,7 +5,7 @@
 DATA is laid out like the hub. Ours is training/configs/finetune-encoder.yaml, the loop that of
 learning/from_checkpoint.py, on as many tokens. Each runs in a process of its own with one thread, and they take turns:
 in every turn both train from the checkpoint anew, and the time of their steps counts. Memory is the most that a process
-has held.
+has held in its first turn, as a run of a user's would.
 """
 
 import argparse
@@ -50,7 +50,8 @@ def main() -> None:
     for _ in range(options.rounds):
         for name, connection in workers.items():
             connection.send(True)
-            seen, seconds, memory[name] = connection.recv()
+            seen, seconds, held = connection.recv()
+            memory.setdefault(name, held)
             pace[name].append(seen / seconds)
         print(*(f"{name} {values[-1]:,.0f} tokens/s" for name, values in pace.items()), sep=", ", flush=True)
     faster = median(o / t for o, t in zip(pace[OURS], pace[PEER], strict=True))
