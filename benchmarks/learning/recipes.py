@@ -37,6 +37,7 @@ def keep(run: Path) -> None:
     seeds[str(config["seed"])] = {
         "scores": {name: _scores(task) for name, task in summary["tasks"].items()},
         "examples": {name: min(most, task["validation_examples"]) for name, task in summary["tasks"].items()},
+        "threads": where["threads"],
         **{name: summary[name] for name in ("steps", "real_tokens", "training_seconds", "peak_memory_bytes")},
     }
     recipes[recipe] = dict(sorted(seeds.items()))
