@@ -15,7 +15,7 @@ libc = ctypes.CDLL(None)
 libc.malloc.restype = ctypes.c_void_p
 def faults():
     for _ in range(10):
-        held = [ctypes.c_void_p(libc.malloc(megabytes << 20)) for megabytes in (24, 8, 3, 16, 24)]
+        held = [ctypes.c_void_p(libc.malloc(megabytes << 20)) for megabytes in (24, 8, 3, 48, 24)]
         for pointer in held:
             ctypes.memset(pointer, 1, 3 << 20)
         for pointer in held:
