@@ -119,7 +119,8 @@ class Block(nn.Module):
         H, G, E = self.config.num_heads, self.config.kv_heads, self.config.head_width
         qkv = self.linear("qkv", x, adapt, on_rows=False).unflatten(1, (H + 2 * G, E))
         if angles is None and not self.config.qk_norm:
-            return attend(self.layer, *qkv.split([H, G, G], 1), rows, qkv).flatten(1)
+            q, k, v = qkv.split([H, G, G], 1)
+            return attend(self.layer, q, k, v, rows, qkv).flatten(1)
         qk, v = qkv.split([H + G, G], 1)
         if self.config.qk_norm:
             qk = torch.cat([self.query_norm(qk[:, :H]), self.key_norm(qk[:, H:])], 1).to(v.dtype)
