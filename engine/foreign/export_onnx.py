@@ -56,7 +56,7 @@ class Padded(nn.Module):
             sees = sees & (apart <= 0)
         local = sees & (apart.abs() <= config.window) if config.window else sees
 
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rows: None) -> Tensor:
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rows: None, whole: Tensor | None) -> Tensor:
             q, k, v = (part.unflatten(0, (B, L)).transpose(1, 2) for part in (q, k, v))  # (B, heads, L, E)
             k, v = (part.repeat_interleave(q.shape[1] // part.shape[1], 1) for part in (k, v))
             mask = sees if config.window_of(layer) is None else local

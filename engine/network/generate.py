@@ -115,7 +115,7 @@ class Cache:
         values.flatten(0, 2).index_copy_(0, slots, v.flatten(0, 1))
         return keys, values
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: None) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: None, whole: Tensor | None) -> Tensor:
         """One token of each text, q (S, H, E) and k, v (S, G, E): stores key and value, attends to all so far."""
         keys, values = self.put(layer, self.newest, k, v)
         is_local = self.config.window_of(layer) is not None
@@ -269,7 +269,7 @@ def prefill(
     text = order.repeat_interleave(batch.plan.cu_seqlens.diff())  # (T,) the prompt that each token belongs to
     filled = cache.slots(text, batch.positions)
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None, whole: Tensor | None) -> Tensor:
         cache.put(layer, filled, k, v)
         return attention(q, k, v, batch.plan, causal=True, window=trunk.config.window_of(layer), rows=rows)
 

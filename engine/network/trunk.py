@@ -1,8 +1,8 @@
 """The shared trunk: a transformer over a packed stream of tokens.
 
 One config covers the GPT-2, Llama / Qwen and BERT shapes. The trunk knows nothing of tasks; `attend`, a function
-(layer, q, k, v, rows) -> output of those rows, decides what a token sees: a packed batch in training, a key/value cache
-in generation.
+(layer, q, k, v, rows, whole) -> output of those rows, decides what a token sees: a packed batch in training, a
+key/value cache in generation.
 
 T tokens, D width, H query heads, G key/value heads, E head width, R rows asked for
 """
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 
     from trunkline.engine.foreign.pretrained import Origin
 
-Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor | None], Tensor]
+# `whole` is the tensor of which q, k and v are the heads, in this order; None where they are of several
+Attend = Callable[[int, Tensor, Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
 # what adapters make of a linear layer: of its name, input, output, and of whether these are of the labelled rows alone
 Adapt = Callable[[str, Tensor, Tensor, bool], Tensor]
 Checkpointing = Literal["none", "block", "selective"]
@@ -116,13 +117,17 @@ class Block(nn.Module):
         adapt: Adapt | None,
     ) -> Tensor:
         H, G, E = self.config.num_heads, self.config.kv_heads, self.config.head_width
-        qk, v = self.linear("qkv", x, adapt, on_rows=False).unflatten(1, (H + 2 * G, E)).split([H + G, G], 1)
+        qkv = self.linear("qkv", x, adapt, on_rows=False).unflatten(1, (H + 2 * G, E))
+        if angles is None and not self.config.qk_norm:
+            q, k, v = qkv.split([H, G, G], 1)
+            return attend(self.layer, q, k, v, rows, qkv).flatten(1)
+        qk, v = qkv.split([H + G, G], 1)
         if self.config.qk_norm:
             qk = torch.cat([self.query_norm(qk[:, :H]), self.key_norm(qk[:, H:])], 1).to(v.dtype)
         if angles is not None:
             qk = rotate(qk, angles)
         q, k = qk.split([H, G], 1)
-        return attend(self.layer, q, k, v, rows).flatten(1)  # (T, H * E), or (R, H * E)
+        return attend(self.layer, q, k, v, rows, None).flatten(1)  # (T, H * E), or (R, H * E)
 
     def mlp(self, x: Tensor, adapt: Adapt | None, on_rows: bool) -> Tensor:
         hidden = self.linear("mlp_in", x, adapt, on_rows)
@@ -336,10 +341,17 @@ class Trunk(nn.Module):
 
 
 def _packed(
-    config: TrunkConfig, plan: PackPlan, layer: int, q: Tensor, k: Tensor, v: Tensor, rows: Tensor | None
+    config: TrunkConfig,
+    plan: PackPlan,
+    layer: int,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rows: Tensor | None,
+    whole: Tensor | None,
 ) -> Tensor:
     """Attention of one layer in a packed batch."""
-    return attention(q, k, v, plan, causal=config.causal, window=config.window_of(layer), rows=rows)
+    return attention(q, k, v, plan, causal=config.causal, window=config.window_of(layer), rows=rows, whole=whole)
 
 
 def _with_entries(weight: Tensor, added: int) -> Tensor:

@@ -122,20 +122,22 @@ def _backward_triton(
     seed: Tensor | None,
     rows: Tensor | None,
     deterministic: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+    joined: bool,
+) -> list[Tensor]:
     if not _has_kernel(q, rows):
-        given = (scale, left, right, softcap, dropout, seed, rows, deterministic)
+        given = (scale, left, right, softcap, dropout, seed, rows, deterministic, joined)
         return attention_torch.backward(dout, q, k, v, out, lse, layout, narrow_tiles, *given)
     dout, (q, k, v) = dout.contiguous(), map(_with_dense_heads, (q, k, v))
     spans, tiles, blocks, cu_seqlens, key_blocks, cu_seqlens_k = _fitting(q, layout)
-    dq, dk, dv = _backward_fake(dout, q, k, v)
+    gradients = _gradients_fake(q, k, v, joined)
+    dq, dk, dv = gradients[0].split([x.shape[1] for x in (q, k, v)], 1) if joined else gradients
     settings = (scale, left, right, softcap, dropout, 0 if seed is None else int(seed))
     if len(tiles):
         attention_short.backward(dout, q, k, v, dq, dk, dv, spans, tiles, narrow_tiles, *settings)
     if len(blocks) or len(key_blocks):
         tensors = (dout, q, k, v, out, lse, dq, dk, dv, cu_seqlens, cu_seqlens_k, blocks, key_blocks)
         attention_long.backward(*tensors, *settings)
-    return dq, dk, dv
+    return gradients
 
 
 def _has_kernel(q: Tensor, rows: Tensor | None) -> bool:
@@ -170,7 +172,13 @@ def _forward_fake(q, *rest):
 
 
 def _backward_fake(dout, q, k, v, *rest):
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    return _gradients_fake(q, k, v, joined=rest[-1])
+
+
+def _gradients_fake(q, k, v, joined):
+    if joined:
+        return [q.new_empty(len(q), q.shape[1] + 2 * k.shape[1], q.shape[2])]
+    return [x.new_empty(x.shape) for x in (q, k, v)]
 
 
 _forward = register("attention_forward", reference=attention_torch.forward, triton=_forward_triton, fake=_forward_fake)
@@ -181,18 +189,20 @@ _backward = register(
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, q, k, v, seed, rows, deterministic, settings, *layout):
+    def forward(ctx, q, k, v, whole, seed, rows, deterministic, settings, *layout):
         out, lse = _forward(q, k, v, layout, *settings, seed, rows)
         ctx.save_for_backward(q, k, v, out, lse, seed, rows, *layout)
-        ctx.settings, ctx.deterministic = settings, deterministic
+        ctx.settings, ctx.deterministic, ctx.joined = settings, deterministic, whole is not None
         return out
 
     @staticmethod
     @once_differentiable("attention")
     def backward(ctx, dout):
         q, k, v, out, lse, seed, rows, *layout = ctx.saved_tensors
-        dq, dk, dv = _backward(dout, q, k, v, out, lse, layout, *ctx.settings, seed, rows, ctx.deterministic)
-        return dq, dk, dv, *[None] * (4 + len(layout))
+        how = (*ctx.settings, seed, rows, ctx.deterministic, ctx.joined)
+        gradients = _backward(dout, q, k, v, out, lse, layout, *how)
+        of_inputs = (None, None, None, *gradients) if ctx.joined else (*gradients, None)
+        return *of_inputs, *[None] * (4 + len(layout))
 
 
 def attention(
@@ -209,6 +219,7 @@ def attention(
     seed: int | None = None,
     deterministic: bool = False,
     rows: Tensor | None = None,
+    whole: Tensor | None = None,
 ) -> Tensor:
     """Attention inside every sequence of a packed batch; nothing passes from one sequence to another.
 
@@ -229,6 +240,8 @@ def attention(
             one from torch's default generator.
         deterministic: the same bits in every run; costs some time in the backward pass of long sequences.
         rows: (R,) int64, the tokens whose output is wanted, in any order; None: all. On a CPU a few take less time.
+        whole: (T, H + 2 G, D), the tensor that q, k and v are the heads of, in this order. The kernels then write its
+            gradient, where three tensors would have to be copied into one.
 
     Returns:
         (T, H, D), or with `rows` (R, H, D); contiguous, the dtype of `q`. Sums are taken in float32 at least; float32
@@ -239,7 +252,7 @@ def attention(
         ValueError: shapes, dtypes or devices that do not fit one another or the plan; settings out of their range; and,
             on the CPU, rows that there are not.
     """
-    _check(q, k, v, plan, rows)
+    _check(q, k, v, plan, rows, whole)
     if not 0 <= dropout < 1:
         raise ValueError(f"attention: dropout must be in [0, 1), got {dropout}")
     if seed is not None and not 0 <= seed < 2**63:
@@ -269,8 +282,9 @@ def attention(
     drawn = _seed(seed) if dropout else None
     if rows is not None and 4 * len(rows) <= len(q) and q.device.type == "cpu" and not INTERPRET:
         of_rows = _taken(q, rows)
-        return _Attention.apply(of_rows, k, v, drawn, rows, deterministic, settings, *plan.layout)
-    out = _Attention.apply(q, k, v, drawn, None, deterministic, settings, *plan.layout)
+        return _Attention.apply(of_rows, k, v, None, drawn, rows, deterministic, settings, *plan.layout)
+    of_whole = (q, k, v) if whole is None else (q.detach(), k.detach(), v.detach())
+    out = _Attention.apply(*of_whole, whole, drawn, None, deterministic, settings, *plan.layout)
     return out if rows is None else _taken(out, rows)
 
 
@@ -293,8 +307,10 @@ def _seed(seed: int | None) -> Tensor:
     return torch.tensor(seed, dtype=torch.int64, device="cpu")
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan, rows: Tensor | None) -> None:
-    check_tensors("attention", {"q": q, "k": k, "v": v}, others={"plan": plan.cu_seqlens}, optional={"rows": rows})
+def _check(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan, rows: Tensor | None, whole: Tensor | None) -> None:
+    check_tensors(
+        "attention", {"q": q, "k": k, "v": v}, others={"plan": plan.cu_seqlens}, optional={"rows": rows, "whole": whole}
+    )
     fits = q.ndim == k.ndim == 3 and k.shape == v.shape and k.shape[2] == q.shape[2]
     if not fits or not q.shape[1] or not k.shape[1] or q.shape[1] % k.shape[1]:
         raise ValueError(
@@ -307,6 +323,9 @@ def _check(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan, rows: Tensor | None)
         raise ValueError(
             f"attention: rows must be (R,) int64 on {q.device}, got {rows.dtype} of shape {list(rows.shape)}"
         )
+    heads = (len(k), q.shape[1] + 2 * k.shape[1], q.shape[2])
+    if whole is not None and whole.shape != heads:
+        raise ValueError(f"attention: whole must be {heads}, the heads of q, k and v, got {list(whole.shape)}")
     if (len(q), len(k)) != (plan.num_tokens, plan.num_keys):
         raise ValueError(
             f"attention: the plan is of {plan.num_tokens} tokens and {plan.num_keys} keys, "

@@ -95,7 +95,7 @@ def _forward_kernel(
 def _query_gradient_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr, delta_ptr, dq_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, blocks_ptr,
     dout_stride_t, dout_stride_h, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    statistics_stride, H, group, scale, left, right, softcap, seed, threshold, kept_scale,
+    dq_stride_t, statistics_stride, H, group, scale, left, right, softcap, seed, threshold, kept_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -145,14 +145,15 @@ def _query_gradient_kernel(
                 dscores *= 1 - scores * scores
             dq = tl.dot(dscores.to(k.dtype), k, dq, input_precision=PRECISION)  # (M, N) @ (N, D) -> (M, D)
 
-    store_rows(at_head(dq_ptr, q_start + m, head, H * D, D), dq * scale, queries - m, H * D, BLOCK_M, D, BLOCK_D)
+    dq_at = at_head(dq_ptr, q_start + m, head, dq_stride_t, D)
+    store_rows(dq_at, dq * scale, queries - m, dq_stride_t, BLOCK_M, D, BLOCK_D)
 
 
 @_jit
 def _key_gradient_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dk_ptr, dv_ptr, cu_seqlens_ptr, cu_seqlens_k_ptr, blocks_ptr,
     dout_stride_t, dout_stride_h, q_stride_t, q_stride_h, k_stride_t, k_stride_h, v_stride_t, v_stride_h,
-    statistics_stride, G, group, scale, left, right, softcap, seed, threshold, kept_scale,
+    dk_stride_t, statistics_stride, G, group, scale, left, right, softcap, seed, threshold, kept_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
     SOFTCAP: tl.constexpr, DROPOUT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -209,8 +210,10 @@ def _key_gradient_kernel(
 
     if DROPOUT:
         dv *= kept_scale
-    store_rows(at_head(dk_ptr, k_start + n, key_head, G * D, D), dk * scale, keys - n, G * D, BLOCK_N, D, BLOCK_D)
-    store_rows(at_head(dv_ptr, k_start + n, key_head, G * D, D), dv, keys - n, G * D, BLOCK_N, D, BLOCK_D)
+    dk_at = at_head(dk_ptr, k_start + n, key_head, dk_stride_t, D)
+    store_rows(dk_at, dk * scale, keys - n, dk_stride_t, BLOCK_N, D, BLOCK_D)
+    dv_at = at_head(dv_ptr, k_start + n, key_head, dk_stride_t, D)
+    store_rows(dv_at, dv, keys - n, dk_stride_t, BLOCK_N, D, BLOCK_D)
 
 
 def widest(dtype: torch.dtype) -> int:
@@ -320,9 +323,9 @@ def backward(
 
     Args as `forward`, and:
         dout: (T, H, D), a view of dense heads.
-        dq: (T, H, D), contiguous.
-        dk: (Tk, G, D), contiguous.
-        dv: (Tk, G, D), contiguous.
+        dq: (T, H, D), contiguous or, as dk and dv, heads of one contiguous tensor.
+        dk: (Tk, G, D).
+        dv: (Tk, G, D).
         key_blocks: (n, 2) int32, sequence and block of 128 keys inside it.
     """
     H, G = q.shape[1], k.shape[1]
@@ -334,12 +337,12 @@ def backward(
         parts = QUERY_BLOCK // tile["BLOCK_M"]  # programs that share a block
         _query_gradient_kernel[(len(blocks) * parts * H,)](
             dout, q, k, v, out, lse, delta, dq, cu_seqlens, cu_seqlens_k, blocks, *strides,
-            lse.shape[1], H, H // G, PARTS=parts, **settings, **tile,
+            dq.stride(0), lse.shape[1], H, H // G, PARTS=parts, **settings, **tile,
         )  # fmt: skip
     if len(key_blocks):
         tile = block_tile("key gradient", q.dtype, q.shape[2], not (softcap or dropout))
         parts = KEY_BLOCK // tile["BLOCK_N"]
         _key_gradient_kernel[(len(key_blocks) * parts * G,)](
             dout, q, k, v, lse, delta, dk, dv, cu_seqlens, cu_seqlens_k, key_blocks, *strides,
-            lse.shape[1], G, H // G, PARTS=parts, **settings, **tile,
+            dk.stride(0), lse.shape[1], G, H // G, PARTS=parts, **settings, **tile,
         )  # fmt: skip

@@ -100,6 +100,7 @@ def _forward_kernel(
 @_jit
 def _backward_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, tiles_ptr, spans_ptr,
+    dq_token_stride, dk_token_stride,
     q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
     G, scale, left, right, softcap, dropout_factor, threshold, seed,
     D: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -134,14 +135,15 @@ def _backward_kernel(
     dscores = dscores.to(v.dtype)
     dq = tl.dot(dscores, k, input_precision=INPUT_PRECISION) * scale
     dk = tl.dot(tl.trans(dscores), q, input_precision=INPUT_PRECISION) * scale
-    tl.store(_pointers(dq_ptr, start, head, G * D, D, BLOCK, BLOCK_D), dq.to(dq_ptr.dtype.element_ty), inside)
-    tl.store(_pointers(dk_ptr, start, head, G * D, D, BLOCK, BLOCK_D), dk.to(dk_ptr.dtype.element_ty), inside)
-    tl.store(_pointers(dv_ptr, start, head, G * D, D, BLOCK, BLOCK_D), dv.to(dv_ptr.dtype.element_ty), inside)
+    tl.store(_pointers(dq_ptr, start, head, dq_token_stride, D, BLOCK, BLOCK_D), dq.to(dq_ptr.dtype.element_ty), inside)
+    tl.store(_pointers(dk_ptr, start, head, dk_token_stride, D, BLOCK, BLOCK_D), dk.to(dk_ptr.dtype.element_ty), inside)
+    tl.store(_pointers(dv_ptr, start, head, dk_token_stride, D, BLOCK, BLOCK_D), dv.to(dv_ptr.dtype.element_ty), inside)
 
 
 @_jit
 def _backward_in_steps_kernel(
     dout_ptr, q_ptr, k_ptr, v_ptr, dq_ptr, dk_ptr, dv_ptr, tiles_ptr, spans_ptr,
+    dq_token_stride, dk_token_stride,
     q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
     G, scale, left, right, softcap, dropout_factor, threshold, seed,
     GROUP: tl.constexpr, D: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_DROPOUT: tl.constexpr,
@@ -187,11 +189,11 @@ def _backward_in_steps_kernel(
         dscores = dscores.to(v.dtype)
         dk = tl.dot(dscores, q, dk, input_precision=INPUT_PRECISION)
         dq = tl.trans(tl.dot(tl.trans(k), dscores, input_precision=INPUT_PRECISION)) * scale  # (BLOCK_D, ROWS)
-        dq_at = _pointers(dq_ptr, row, head, G * GROUP * D, D, ROWS, BLOCK_D)
+        dq_at = _pointers(dq_ptr, row, head, dq_token_stride, D, ROWS, BLOCK_D)
         tl.store(dq_at, dq.to(dq_ptr.dtype.element_ty), inside)
-    dk_at = _pointers(dk_ptr, start, key_head, G * D, D, BLOCK, BLOCK_D)
+    dk_at = _pointers(dk_ptr, start, key_head, dk_token_stride, D, BLOCK, BLOCK_D)
     tl.store(dk_at, (dk * scale).to(dk_ptr.dtype.element_ty), has_key)
-    dv_at = _pointers(dv_ptr, start, key_head, G * D, D, BLOCK, BLOCK_D)
+    dv_at = _pointers(dv_ptr, start, key_head, dk_token_stride, D, BLOCK, BLOCK_D)
     tl.store(dv_at, dv.to(dv_ptr.dtype.element_ty), has_key)
 
 
@@ -245,12 +247,12 @@ def backward(
     dropout: float,
     seed: int,
 ) -> None:
-    """Fills the rows of dq, dk and dv that lie in tiles; `dout` is contiguous."""
+    """Fills the rows of dq, dk and dv that lie in tiles; `dout` is contiguous, dq, dk and dv are so or parts of one."""
     arguments = _arguments(q, k, v, scale, left, right, softcap, dropout, seed)
     group, D = q.shape[1] // k.shape[1], q.shape[2]
     for part, block in _by_width(tiles, narrow_tiles):
         grid, options = _launch(part, q, k, block, softcap, dropout)
-        tensors = (dout, q, k, v, dq, dk, dv, part, spans)
+        tensors = (dout, q, k, v, dq, dk, dv, part, spans, dq.stride(0), dk.stride(0))
         tile = short_backward(q.dtype, block, D, group, softcap > 0, dropout > 0)
         if tile["ROWS"]:
             _backward_in_steps_kernel[grid](*tensors, *arguments, GROUP=group, **options, **tile)

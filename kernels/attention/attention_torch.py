@@ -338,7 +338,9 @@ def backward(
     seed: Tensor | None,
     rows: Tensor | None,
     deterministic: bool,  # it always is
-) -> tuple[Tensor, Tensor, Tensor]:
+    joined: bool,
+) -> list[Tensor]:
+    """dQ, dK and dV; or, joined, one tensor of their heads in this order."""
     dtype, H, plain = q.dtype, q.shape[1], _is_plain(q, softcap, seed)
     q, k, v, dout, out = map(_precise, (q, k, v, dout, out))
     lse = lse.T  # (T, H)
@@ -358,8 +360,8 @@ def backward(
             gradients = _backward_block(*block, bias, scale, softcap, kept)
         for total, where, gradient in zip(totals, (queries, keys, keys), gradients, strict=True):
             total.add(where, _summed(gradient, total.like.shape[1]))
-    dq, dk, dv = (total.value().to(dtype) for total in totals)
-    return dq, dk, dv
+    gradients = [total.value().to(dtype) for total in totals]
+    return [torch.cat(gradients, 1)] if joined else gradients
 
 
 def _backward_block(

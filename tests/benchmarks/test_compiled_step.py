@@ -9,7 +9,9 @@ from trunkline.benchmarks.systems.training_systems import SHAPES, Shape
 from trunkline.engine.network.trunk import preset
 
 TOKENS, LAYERS = SHAPES["small"].tokens, SHAPES["small"].trunk.num_layers
-GOAL = 32e9  # bytes that generated kernels of a step of `small` move at most; with a residual stream of float32 41e9
+# Bytes that generated kernels of a step of `small` move at most; with a residual stream of float32 41e9, and 32e9 where
+# the gradients of queries, keys and values are copied into one tensor.
+GOAL = 29e9
 
 pytestmark = [
     pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="needs Triton, which is for Linux"),

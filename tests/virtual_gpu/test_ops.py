@@ -19,6 +19,7 @@ CHOSEN = {
     "bfloat16": [
         "attention: ragged, causal",
         "attention: 6 heads on 2",
+        "attention: one tensor",
         "attention: width 256, short",
         "task_projection: ragged",
         "task_projection: many rows of one task",

@@ -131,7 +131,7 @@ def test_rows_are_rows_of_all(shape):
 def test_function_in_place_of_a_plan_decides_what_is_seen():
     trunk, batch, layers = make("llama"), packed(sequences()), []
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rows: None) -> Tensor:
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, rows: None, whole: Tensor | None) -> Tensor:
         layers.append(layer)
         return attention(q, k, v, batch.plan, causal=True)
 
@@ -190,7 +190,7 @@ def test_a_local_layer_sees_its_window_and_no_more(causal):
         both = run(trunk, batch)[100]
         x, angles = trunk.embed(batch.tokens, batch.positions), trunk.angles(batch.positions)
         window = config.window_of(1)
-        attend = lambda layer, q, k, v, rows: attention(q, k, v, plain.plan, causal=causal, window=window)  # noqa: E731
+        attend = lambda layer, q, k, v, rows, whole: attention(q, k, v, plain.plan, causal=causal, window=window)  # noqa: E731
         return {"whole": both, "local": trunk.blocks[1](x, angles, attend)[100]}
 
     before = states(tokens)
@@ -261,7 +261,7 @@ def test_dropout_leaves_nothing_but_the_residual_stream(shape):
     for module in block.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 1.0
-    assert torch.equal(block(x, None, lambda layer, q, k, v, rows: q), x)
+    assert torch.equal(block(x, None, lambda layer, q, k, v, rows, whole: q), x)
 
 
 def test_norm_of_queries_and_keys_is_rms():

@@ -303,12 +303,23 @@ def test_op_contract(layout, dtype):
     settings = (plan.narrow_tiles, 0.25, -1, 0, 0.0, 0.0, None, None)
     torch.library.opcheck(_forward, (q, k, v, layout, *settings))
     out, lse = _forward(q, k, v, layout, *settings)
-    torch.library.opcheck(_backward, (dout, q, k, v, out, lse, layout, *settings, False))
+    for joined in (False, True):
+        torch.library.opcheck(_backward, (dout, q, k, v, out, lse, layout, *settings, False, joined))
     rows = torch.tensor([0, 7, 9, 203])
     settings = (*settings[:-1], rows)
     torch.library.opcheck(_forward, (q[rows], k, v, layout, *settings))
     out, lse = _forward(q[rows], k, v, layout, *settings)
-    torch.library.opcheck(_backward, (dout[rows], q[rows], k, v, out, lse, layout, *settings, False))
+    torch.library.opcheck(_backward, (dout[rows], q[rows], k, v, out, lse, layout, *settings, False, False))
+
+
+@pytest.mark.parametrize("rows", [None, torch.tensor([3, 100])], ids=["all", "rows"])
+def test_gradient_of_one_tensor_is_that_of_its_heads(rows):
+    plan = PackPlan.of_runs([[40, 20], [140]])
+    whole = torch.randn(200, 4 + 2 + 2, WIDTH, requires_grad=True)
+    heads = whole.split([4, 2, 2], 1)
+    joined, apart = (attention(*heads, plan, causal=True, rows=rows, whole=x) for x in (whole, None))
+    dout = torch.randn_like(joined)
+    assert torch.equal(*(torch.autograd.grad(out, whole, dout)[0] for out in (joined, apart)))
 
 
 ROWS = {

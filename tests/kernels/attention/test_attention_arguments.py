@@ -39,6 +39,12 @@ def test_mixed_devices_are_named():
         attention(q, k.to("meta"), v, plan, causal=True)
 
 
+def test_tensor_without_all_heads_is_named():
+    q, k, v, plan = make([[5]])
+    with pytest.raises(ValueError, match=r"whole must be \(5, 8, 16\), the heads of q, k and v, got \[5, 6, 16\]"):
+        attention(q, k, v, plan, causal=True, whole=torch.cat([q, k], 1))
+
+
 def test_plan_of_another_batch_is_named():
     q, k, v, _ = make([[5]])
     with pytest.raises(ValueError, match="plan is of 6 tokens and 6 keys, got q of 5 and k of 5"):

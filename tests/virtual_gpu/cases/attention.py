@@ -45,6 +45,18 @@ def case(
     )
 
 
+def of_one_tensor(name: str, lengths: list[int], heads: int, kv_heads: int, width: int, dtype: torch.dtype) -> Case:
+    """Heads of queries, keys and values side by side, and their gradients likewise."""
+    plan, heads_of = PackPlan.of(bounds(lengths)), [heads, kv_heads, kv_heads]
+    return Case(
+        "attention",
+        name,
+        lambda whole: attention(*whole.split(heads_of, 1), plan, causal=True, whole=whole),
+        lambda whole: attention_reference(*whole.split(heads_of, 1), plan, causal=True),
+        (normal(sum(lengths), sum(heads_of), width).to(dtype),),
+    )
+
+
 def hugging_face(x: Tensor) -> Tensor:
     """Heads before tokens in memory."""
     return x.transpose(0, 1).contiguous().transpose(0, 1)
@@ -61,6 +73,8 @@ def cases(dtype: torch.dtype) -> Iterator[Case]:
         yield run(f"window {window}", MIXED, causal=False, window=window)
     yield run("causal window", MIXED, window=(20, 5))
     yield run("layout of Hugging Face", SMALL, 3, layout=hugging_face)
+    yield of_one_tensor("one tensor", ODD, 2, 2, 64, dtype)
+    yield of_one_tensor("one tensor, 4 heads on 2", SMALL, 4, 2, 40, dtype)
     for causal in (False, True):
         name = "cross attention, causal" if causal else "cross attention"
         yield run(name, [5, 0, 130, 1, 40, 3], lengths_k=[200, 7, 64, 0, 40, 300], causal=causal)

@@ -90,6 +90,22 @@ def test_rows_are_those_of_all_outputs(device):
     assert torch.equal(attention(q, k, v, plan, causal=True, rows=rows), out[rows])
 
 
+@pytest.mark.parametrize("heads", [(1, 1), (2, 1)], ids=str)
+def test_gradient_of_one_tensor_is_that_of_its_heads(heads, device):
+    """Of tiles whose queries are worked on at once or, where heads share keys, in steps, and of blocks."""
+    lengths = [20, 100, 130]
+    plan = PackPlan.of(bounds(lengths)).to(device)
+    whole = torch.randn(sum(lengths), heads[0] + 2 * heads[1], 16, dtype=kernel_dtype(device), device=device)
+
+    def results(joined: bool) -> tuple[Tensor, Tensor]:
+        leaf = whole.clone().requires_grad_()
+        out = attention(*leaf.split([*heads, heads[1]], 1), plan, causal=True, whole=leaf if joined else None)
+        return out.detach(), *torch.autograd.grad(out, leaf, whole[:, : heads[0]] + 1)
+
+    for got, expected in zip(results(joined=True), results(joined=False), strict=True):
+        assert torch.equal(got, expected)
+
+
 def results(q: Tensor, k: Tensor, v: Tensor, plan: PackPlan) -> tuple[Tensor, ...]:
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
     out = attention(*leaves, plan, causal=True)
