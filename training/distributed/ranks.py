@@ -195,10 +195,16 @@ class Ranks:
         return self._broadcast(made, self.waiting)
 
     def spread(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """What `work` makes of every item, in their order, on all ranks; each rank does some of them."""
-        own = [work(item) for number, item in enumerate(items) if number % self.size == self.rank]
+        """What `work` makes of every item, in their order, on all ranks; each rank does some of them.
+
+        With a model in slices `work` exchanges, so all ranks do it as often: who has no item left does one again.
+        """
+        items = list(items)
+        own = [work(item) for item in items[self.rank :: self.size]]
+        if self.shards and self.rank >= len(items) % self.size > 0:
+            work(items[-1])
         by_rank = self.gather(own, patient=True)
-        return [by_rank[number % self.size][number // self.size] for number in range(sum(map(len, by_rank)))]
+        return [by_rank[number % self.size][number // self.size] for number in range(len(items))]
 
     def said_by_first(self, value: Result) -> Result:
         """What the first rank gives."""
