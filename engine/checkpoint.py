@@ -115,6 +115,8 @@ def save(
         part.all_do(begin if part.first else _nothing)
         written = part.all_do(write if part.first or part.number is not None else dict)
         part.all_do(conclude if part.first else _nothing)
+    except ConnectionError:  # another rank is lost, who may be writing still: the next save removes what there is
+        raise
     except OSError as error:
         if part.first:
             shutil.rmtree(partial, ignore_errors=True)
