@@ -1,7 +1,9 @@
 """Checkpoints that outlive what happens to runs: a kill in the middle of a save, a full disk, a damaged file.
 
 A checkpoint is a folder: `<group>.safetensors` for each group of tensors, state.json, and last manifest.json with the
-size and SHA-256 of the others. Nothing is ever unpickled. A save goes through two names on its way to <name>:
+size and SHA-256 of the others. Nothing is ever unpickled. Of a model in slices every slice is a file of its own,
+`<group>-<number>-of-<count>.safetensors`, which the rank that holds it writes: no host needs room for the whole. A save
+goes through two names on its way to <name>:
 
     .<name>.partial    is being written; the next save removes what a killed one left
     .<name>.complete   is written, and as long as it is there, it and not <name> is the checkpoint of that name
@@ -9,14 +11,16 @@ size and SHA-256 of the others. Nothing is ever unpickled. A save goes through t
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from hashlib import file_digest
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import AdamW
@@ -25,53 +29,157 @@ Named = Iterable[tuple[str, Tensor]]
 FORMAT = 1  # of the folder; any other is refused
 FILES = ("*.safetensors", "state.json", "manifest.json")  # that a checkpoint is made of
 ENTRIES = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps for each parameter
+SLICE = re.compile(r"(?P<group>.+)-(?P<number>\d+)-of-(?P<count>\d+)")  # the stem of its file, numbers from 1
+CUT = "cut"  # in a slice's file: along which side each tensor is cut, as JSON
+Result = TypeVar("Result")
 
 
 class CheckpointError(ValueError):
     """A checkpoint that is absent, damaged or of another model; says which file and what is wrong with it."""
 
 
-def save(folder: Path, name: str, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any]) -> Path:
+@dataclass(frozen=True)
+class Part:
+    """What one of the ranks that write a checkpoint together does of it.
+
+    Attributes:
+        number, count: which slice of the tensors it has; None: one that another rank writes.
+        sides: along which each tensor is cut; what is not named is whole, and the first slice has it.
+        first: whether it makes the folder and the manifest.
+        gather: what every rank gives, by rank.
+    """
+
+    number: int | None = 0
+    count: int = 1
+    sides: Mapping[str, int] = field(default_factory=dict)
+    first: bool = True
+    gather: Callable[[Any], list[Any]] = lambda value: [value]
+
+    def all_do(self, work: Callable[[], Result]) -> list[Result]:
+        """What `work` makes on every rank; an OSError, the same on all, where it fails on one."""
+        made, fault = None, ""
+        try:
+            made = work()
+        except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by the latter
+            fault = str(error)
+        everywhere = self.gather((made, fault))
+        if faults := [fault for _, fault in everywhere if fault]:
+            raise OSError(faults[0])
+        return [made for made, _ in everywhere]
+
+
+WHOLE = Part()
+
+
+def save(
+    folder: Path,
+    name: str,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    part: Part = WHOLE,
+) -> Path:
     """Writes the checkpoint folder/name; one of that name is only given up once the new one is complete.
 
-    `tensors` are by group ('model', 'optimizer') and name, `state` is a JSON object. Only one run writes to a folder.
+    `tensors` are by group ('model', 'optimizer') and name, `state` is a JSON object. Only one run writes to a folder;
+    where several ranks do, all call this, and the manifest is written once all their files are.
 
     Raises:
         OSError: the disk is full, not writable, ...; what was written is removed, earlier checkpoints stay.
     """
     partial, complete = folder / f".{name}.partial", folder / f".{name}.complete"
-    try:
+
+    def begin() -> None:
         _settle(folder)
         partial.mkdir(parents=True)
-        for group, members in tensors.items():
-            file = partial / f"{group}.safetensors"
-            save_file({key: tensor.contiguous() for key, tensor in members.items()}, file)
-            file.chmod(partial.stat().st_mode & 0o666)  # safetensors writes for the owner only, whatever the umask
-        (partial / "state.json").write_text(json.dumps(state, indent=2))
-        files = {file.name: _fingerprint(file) for file in sorted(partial.iterdir())}
-        (partial / "manifest.json").write_text(json.dumps({"format": FORMAT, "files": files}, indent=2))
-        for written in (*partial.iterdir(), partial):
-            _sync(written)
+
+    def write() -> dict[str, Any]:
+        files = [_write(partial, group, members, part) for group, members in tensors.items()]
+        if part.first:
+            files.append(partial / "state.json")
+            files[-1].write_text(json.dumps(state, indent=2))
+        for file in files:
+            _sync(file)
+        return {file.name: _fingerprint(file) for file in files}
+
+    def conclude() -> None:
+        listed = {file: fingerprint for of_rank in written for file, fingerprint in sorted(of_rank.items())}
+        manifest = partial / "manifest.json"
+        manifest.write_text(json.dumps({"format": FORMAT, "files": listed}, indent=2))
+        for new in (manifest, partial):
+            _sync(new)
         partial.rename(complete)
         _sync(folder)
         _settle(folder)
-    except (OSError, SafetensorError) as error:  # safetensors tells of a full disk by the latter
-        shutil.rmtree(partial, ignore_errors=True)
+
+    try:
+        part.all_do(begin if part.first else _nothing)
+        written = part.all_do(write if part.first or part.number is not None else dict)
+        part.all_do(conclude if part.first else _nothing)
+    except ConnectionError:  # another rank is lost, who may be writing still: the next save removes what there is
+        raise
+    except OSError as error:
+        if part.first:
+            shutil.rmtree(partial, ignore_errors=True)
         raise OSError(f"checkpoint {folder / name} is not saved, earlier ones are kept: {error}") from error
     return folder / name
 
 
-def load(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+def _nothing() -> None:
+    """What a rank does while the first one makes or ends a checkpoint."""
+
+
+def _write(folder: Path, group: str, members: Mapping[str, Tensor], part: Part) -> Path:
+    if part.count == 1:
+        file = folder / f"{group}.safetensors"
+        save_file({key: tensor.contiguous() for key, tensor in members.items()}, file)
+    else:
+        assert part.number is not None
+        file = folder / f"{group}-{part.number + 1}-of-{part.count}.safetensors"
+        own = {key: tensor.contiguous() for key, tensor in members.items() if part.number == 0 or key in part.sides}
+        sides = {key: part.sides[key] for key in own if key in part.sides}
+        save_file(own, file, {CUT: json.dumps(sides)})
+    file.chmod(folder.stat().st_mode & 0o666)  # safetensors writes for the owner only, whatever the umask
+    return file
+
+
+class _Joined(Mapping[str, Tensor]):
+    """Tensors that lie in slices, each put together when it is asked for."""
+
+    def __init__(self, files: list[Path], device: str):
+        self.slices = [load_file(file, device) for file in files]
+        with safe_open(files[0], "pt") as first:
+            self.sides = json.loads(first.metadata()[CUT])
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.sides:
+            return self.slices[0][name]
+        return torch.cat([of_rank[name] for of_rank in self.slices], self.sides[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.slices[0])
+
+    def __len__(self) -> int:
+        return len(self.slices[0])
+
+
+def load(path: Path, device: str | torch.device = "cpu") -> tuple[dict[str, Mapping[str, Tensor]], dict[str, Any]]:
     """The tensors, by group and name, and the state of a checkpoint, once all its files are found to be whole.
 
     Raises:
         CheckpointError: no such checkpoint, or a file of it is missing or damaged.
     """
-    tensors, state = {}, {}
+    tensors: dict[str, Mapping[str, Tensor]] = {}
+    state = {}
     for file in _verified(path):
         try:
             if file.suffix == ".safetensors":
-                tensors[file.stem] = load_file(file, str(device))
+                if found := SLICE.fullmatch(file.stem):
+                    group, count = found["group"], int(found["count"])
+                    names = [f"{group}-{number}-of-{count}.safetensors" for number in range(1, count + 1)]
+                    if group not in tensors:
+                        tensors[group] = _Joined([file.with_name(name) for name in names], str(device))
+                else:
+                    tensors[file.stem] = load_file(file, str(device))
             elif file.name == "state.json":
                 state = json.loads(file.read_bytes())
         except (SafetensorError, ValueError) as error:

@@ -37,6 +37,7 @@ RANGES = {
     "prompt_weight": at_least(0, 1e20),
     "label_smoothing": from_to_below(0, 1),
     "devices": at_least(1, 1024),
+    "slices": at_least(0, 1024),
     "rank_timeout": at_least(1, 10**6),
 }
 
@@ -116,6 +117,9 @@ class Config:
     """What each of several processes holds. replicate: all of the model. shard: a slice of every weight, gradient and
     moment of the optimizer (FSDP2), for trunks that do not fit; a block is whole where it is computed. The run is the
     same, and may go on with the other. Of balancing 'fixed' alone."""
+    slices: int = 0
+    """Of parallel shard: in how many slices the model lies, which must divide the number of processes. With fewer of
+    them than processes there are replicas, and weights are gathered inside each; 0: as many as there are processes."""
     rank_timeout: float = 600.0
     """Seconds after which a process that does not answer the others ends the run."""
     compile: bool | Literal["auto"] = "auto"
@@ -158,6 +162,8 @@ class Config:
             yield f"task '{following[0]}' predicts next tokens, which needs a causal trunk: {of}"
         if self.parallel == "shard":
             yield from not_in_slices(self, names)
+        elif self.slices:
+            yield f"slices {self.slices} are of parallel shard, and parallel is {self.parallel}"
         yield from self._too_long()
         if source := self.tokenizer or self.init:
             for name in TRAINED:

@@ -77,7 +77,7 @@ def _read_checkpoint(folder: Path) -> tuple[Config, Tokenizer, dict[str, Tensor]
             raise ValueError(f"engine: the run {run} is not finished, and has no checkpoint yet")
         warn(f"the run {run} is not finished: this is {newest.name}")
         folder = newest
-    weights = checkpoint.load(folder)[0].get("model", {})
+    weights = dict(checkpoint.load(folder)[0].get("model", {}))
     try:
         config = restore_config(read_yaml((run / "config.yaml").read_text(encoding="utf-8")))
     except (ValueError, TypeError, AttributeError) as error:

@@ -238,6 +238,8 @@ def not_in_slices(config: "Config", tasks: Sequence[str]) -> Iterator[str]:
             f"parallel shard does not go with {what}, which holds all batches of a step until its weights are known, "
             "and then needs every block again: use balancing fixed, or parallel replicate"
         )
+    if config.slices == 1:
+        yield "slices 1 is a whole model on every process: use parallel replicate"
     if config.compile is True:
         yield "parallel shard does not go with compile true: a graph would have to hold the exchange; leave it out"
     if config.mixing.patience is not None or any(name in tasks for name in config.optimizer.freeze):

@@ -246,6 +246,8 @@ def _ranks(config: Config, machines: int) -> int:
         raise ValueError(f"estimate: nodes must be a number that divides devices {ranks}, got {machines}")
     if ranks > config.batch.accumulate:
         raise ValueError(too_few_batches(config.batch.accumulate, ranks))
+    if config.slices and ranks % config.slices:
+        raise ValueError(f"estimate: slices {config.slices} must divide devices {ranks}")
     return ranks
 
 
@@ -259,6 +261,8 @@ def _tell_of_ranks(config: Config, memory: Memory, ranks: int, machines: int, te
         "replicate": replicated(memory, ranks),
         "shard": sharded(model, memory, ranks, config.batch.accumulate),
     }
+    if slices := config.slices:
+        costs[f"by {slices}"] = sharded(model, memory, ranks, config.batch.accumulate, slices)
     tell(f"\n{ranks} GPUs on {machines} machines, products in bfloat16; exchange where nothing hides it")
     links = "".join(f" {link:>22}" for link in LINKS)
     tell(f"{'parallel':12} {'a GPU holds':>12} {'sends a step':>13}{links}")

@@ -52,6 +52,7 @@ class Ranks:
     Attributes:
         rank, size: this one's number, and how many there are.
         shards: whether each holds a slice of the model, and not all of it.
+        slices: in how many the model lies; ranks that follow one another have those of one replica.
         first: whether this is the one that writes the run and speaks.
         step: steps done, for who asks when a rank was lost.
 
@@ -72,6 +73,7 @@ class Ranks:
         self.size = int(os.environ["WORLD_SIZE"]) if self.active else 1
         self.first = self.rank == 0
         self.shards = self.size > 1 and config is not None and config.parallel == "shard"
+        self.slices = (config.slices or self.size) if self.shards and config is not None else 1
         self.open = ExitStack()
 
     @property
@@ -111,6 +113,12 @@ class Ranks:
         self.host = dist.new_group(backend="gloo", timeout=timeout)
         self.waiting = dist.new_group(backend="gloo", timeout=ALONE)
         self.device = dist.new_group(backend=_backend(), timeout=timeout)
+        self.across: list[dist.ProcessGroup] = []  # of a slice's replicas, and of this replica's slices
+        if 1 < self.slices < self.size and self.size % self.slices == 0:
+            numbers = torch.arange(self.size).view(-1, self.slices)
+            for rows in (numbers.T.tolist(), numbers.tolist()):
+                groups = [dist.new_group(row, backend=_backend(), timeout=timeout) for row in rows]  # all make all
+                self.across += [group for row, group in zip(rows, groups, strict=True) if self.rank in row]
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: Any) -> None:
         self.open.close()
@@ -118,9 +126,9 @@ class Ranks:
             return
         leaves = isinstance(error, Exception) and not isinstance(error, RankLost)
         said = leaves and self._leave(str(error))
-        for group in () if self.begins else (self.host, self.waiting, self.device):
+        for group in () if self.begins else (self.host, self.waiting, self.device, *self.across):
             dist.destroy_process_group(group)
-        del self.host, self.waiting, self.device  # which closes their connections: the others hear of it
+        del self.host, self.waiting, self.device, self.across  # which closes their connections: the others hear of it
         if self.begins:
             dist.destroy_process_group()
             if leaves and self.first:  # without torchrun the store that the others look into is this process's
@@ -195,10 +203,16 @@ class Ranks:
         return self._broadcast(made, self.waiting)
 
     def spread(self, work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-        """What `work` makes of every item, in their order, on all ranks; each rank does some of them."""
-        own = [work(item) for number, item in enumerate(items) if number % self.size == self.rank]
+        """What `work` makes of every item, in their order, on all ranks; each rank does some of them.
+
+        With a model in slices `work` exchanges, so all ranks do it as often: who has no item left does one again.
+        """
+        items = list(items)
+        own = [work(item) for item in items[self.rank :: self.size]]
+        if self.shards and self.rank >= len(items) % self.size > 0:
+            work(items[-1])
         by_rank = self.gather(own, patient=True)
-        return [by_rank[number % self.size][number // self.size] for number in range(sum(map(len, by_rank)))]
+        return [by_rank[number % self.size][number // self.size] for number in range(len(items))]
 
     def said_by_first(self, value: Result) -> Result:
         """What the first rank gives."""
@@ -247,9 +261,10 @@ class Ranks:
                 f"parallel shard: every rank needs as many batches of a step as the others, and batch.accumulate "
                 f"{batches} is no multiple of {self.size} ranks"
             )
-        self.check_same(
-            "versions or settings", versions() | settings_that_count(self.config) | {"parallel": self.config.parallel}
-        )
+        if self.shards and self.size % self.slices:
+            raise ValueError(f"parallel shard: slices {self.slices} must divide the number of ranks, {self.size}")
+        layout = {"parallel": self.config.parallel, "slices": self.config.slices}
+        self.check_same("versions or settings", versions() | settings_that_count(self.config) | layout)
 
     def check_same(self, what: str, values: dict[str, Any]) -> None:
         """

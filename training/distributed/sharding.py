@@ -8,6 +8,9 @@ last loss, is one more group. Sums and never means, as in `GradientExchange`.
 
 Every forward and backward pass exchanges, so all ranks have as many of them.
 
+With fewer slices than ranks there are W / slices replicas of the model (HSDP): weights are gathered inside a replica
+alone, and the gradients of a slice are summed over the replicas as well.
+
 W ranks
 """
 
@@ -20,6 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 
+from trunkline.engine import checkpoint
 from trunkline.engine.network.model import MultiTaskModel
 from trunkline.engine.network.trunk import Trunk
 from trunkline.training.distributed.ranks import Ranks
@@ -40,12 +44,12 @@ def shard(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
         raise ValueError("parallel shard: the model lies in slices of an earlier run: use Engine.load")
     assert isinstance(model, MultiTaskModel)  # as the config says
     ranks.copy_of_first(model)
-    mesh = DeviceMesh.from_group(ranks.device, device.type)
-    place = partial(placement, ranks.size)
+    mesh = _mesh(ranks, device.type)
+    place = partial(placement, ranks.slices)
     if model.adapters is not None and any(place(parameter).dim == 0 for parameter in model.adapters.parameters()):
         raise ValueError(
-            f"parallel shard: {ranks.size} ranks divide neither side of some adapters: use a number of ranks that "
-            "divides the trunk's width and adapters.rank"
+            f"parallel shard: {ranks.slices} slices divide neither side of some adapters: use a number of ranks, or "
+            "slices, that divides the trunk's width and adapters.rank"
         )
     for module in (*model.trunk.blocks, model):
         fully_shard(module, mesh=mesh, shard_placement_fn=place)
@@ -56,6 +60,14 @@ def shard(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
         _read_blocks(model.trunk, device)
     for method in ENTERED:
         register_fsdp_forward_method(model, method)
+
+
+def _mesh(ranks: Ranks, device: str) -> DeviceMesh:
+    """Of the ranks in a row; or of replicas, each a row of ranks that have a slice."""
+    if ranks.slices == ranks.size:
+        return DeviceMesh.from_group(ranks.device, device)
+    rows = torch.arange(ranks.size).view(-1, ranks.slices)
+    return DeviceMesh.from_group(ranks.across, device, rows, mesh_dim_names=("replicas", "slices"))
 
 
 def _read_blocks(trunk: Trunk, device: torch.device) -> None:
@@ -91,6 +103,24 @@ def whole(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
     return together
 
 
+def own_slices(
+    tensors: Mapping[str, Mapping[str, Tensor]], ranks: Ranks
+) -> tuple[dict[str, dict[str, Tensor]], checkpoint.Part]:
+    """What this rank writes of a checkpoint of these tensors, by group and name."""
+    own = {group: {name: local(tensor) for name, tensor in members.items()} for group, members in tensors.items()}
+    if not ranks.shards:
+        return own, checkpoint.WHOLE
+    sides = {
+        name: tensor.placements[-1].dim  # type: ignore[attr-defined]  # a Shard
+        for members in tensors.values()
+        for name, tensor in members.items()
+        if isinstance(tensor, DTensor)
+    }
+    replica, number = divmod(ranks.rank, ranks.slices)
+    gather = partial(ranks.gather, patient=True)
+    return own, checkpoint.Part(number if replica == 0 else None, ranks.slices, sides, ranks.first, gather)
+
+
 def sliced(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Of whole tensors, which may lie in a file that is mapped, the slices of this rank; `like`: how each is to lie."""
     return {name: _slice(tensor, like.get(name)) for name, tensor in tensors.items()}
@@ -99,10 +129,10 @@ def sliced(tensors: Mapping[str, Tensor], like: Mapping[str, Tensor]) -> dict[st
 def _slice(tensor: Tensor, like: Tensor | None) -> Tensor:
     if not isinstance(like, DTensor) or isinstance(tensor, DTensor) or tensor.shape != like.shape:
         return tensor  # of other shapes, and so an error where it is loaded; or a count of steps
-    (cut,), mesh = like.placements, like.device_mesh
+    cut, mesh = like.placements[-1], like.device_mesh
     assert isinstance(cut, Shard)
-    side, ranks = cut.dim, mesh.size()
-    most = -(-tensor.shape[side] // ranks)
-    first = min(mesh.get_local_rank() * most, tensor.shape[side])
+    side, along = cut.dim, mesh.ndim - 1  # before it the replicas, where there are any
+    most = -(-tensor.shape[side] // mesh.size(along))
+    first = min(mesh.get_local_rank(along) * most, tensor.shape[side])
     part = tensor.narrow(side, first, min(most, tensor.shape[side] - first)).to(like.device).contiguous()
     return DTensor.from_local(part, mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride())

@@ -227,7 +227,7 @@ def settings_that_count(config: Config) -> dict[str, Any]:
     """Without those of the place where a run lies and of the machine that it runs on."""
     settings = asdict(config)
     elsewhere = ("run", "base", "data", "tokenizer", "vectors")  # of the tokenizer the digest counts
-    machine = ("device", "devices", "parallel", "rank_timeout", "compile", "checkpointing")
+    machine = ("device", "devices", "parallel", "slices", "rank_timeout", "compile", "checkpointing")
     for name in (*elsewhere, *machine, "profile", "track"):
         del settings[name]
     settings["tasks"] = [task.name for task in config.all_tasks]

@@ -30,7 +30,7 @@ from trunkline.training.config_file import save_config
 from trunkline.training.data.batches import Members, Packer, make_mixer, planned_and_packed, weight_sums
 from trunkline.training.data.corpus import load_corpus
 from trunkline.training.distributed.gradient_exchange import GradientExchange
-from trunkline.training.distributed.ranks import ONE, Ranks
+from trunkline.training.distributed.ranks import Ranks
 from trunkline.training.distributed.sharding import shard, whole
 from trunkline.training.flops import training_flops
 from trunkline.training.pages.report import write_report
@@ -354,7 +354,7 @@ class Run:
                 search=self.config.search,
                 examples=examples,
                 texts=texts,
-                ranks=ONE if self.ranks.shards else self.ranks,  # in slices all compute all
+                ranks=self.ranks,
             )
 
     def _tensors(self) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from trunkline.engine import checkpoint
 from trunkline.engine.console import tell
 from trunkline.engine.saved import all_tensors, own_tensors
-from trunkline.training.distributed.sharding import sliced, whole
+from trunkline.training.distributed.sharding import own_slices, sliced
 from trunkline.training.run.folder import check_goes_on
 from trunkline.training.run.progress import Progress
 
@@ -20,26 +20,29 @@ CHECKPOINTS = 2  # of the newest that are kept: one to fall back to
 def save_run(run: "Run", path: Path) -> None:
     """Writes model, optimizer, balancing, mix and progress, and removes older checkpoints; the first rank does.
 
-    A model in slices is written as any other: what it goes on with is for the next run to say.
+    Of a model in slices every rank writes its own: whether, and in how many, it goes on is for the next run to say.
 
     Raises:
         OSError: the disk is full, not writable, ...; earlier checkpoints stay.
     """
-    keep = run.ranks.first
-    tensors = {
-        "model": whole(own_tensors(run.model, run.config), keep),
-        "optimizer": whole(checkpoint.optimizer_tensors(run.optimizer, run.model.named_parameters()), keep),
-    }
-    if not keep:
+    if not (run.ranks.first or run.ranks.shards):
         return
+    tensors, part = own_slices(
+        {
+            "model": own_tensors(run.model, run.config),
+            "optimizer": checkpoint.optimizer_tensors(run.optimizer, run.model.named_parameters()),
+        },
+        run.ranks,
+    )
     state = {
         "progress": asdict(run.progress),
         "balancing": run.balancer.state_dict(),
         "mixing": run.adaptive.state_dict(),
         "settings": run.fingerprint,
     }
-    checkpoint.save(path.parent, path.name, tensors, state)
-    checkpoint.prune(path.parent, CHECKPOINTS)
+    checkpoint.save(path.parent, path.name, tensors, state, part)
+    if run.ranks.first:
+        checkpoint.prune(path.parent, CHECKPOINTS)
 
 
 def resume_run(run: "Run") -> Progress:

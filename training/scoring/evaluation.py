@@ -132,7 +132,9 @@ def _evaluate_task(
     if head.writes:
         count = len(chosen) if texts is None else texts
         chosen = [chosen[place] for place in spaced(len(chosen), count)] if count else []
-        predicted = _texts(model, tokenizer, split, task, chosen, tokens, search, ranks)
+        # texts end at different lengths, and with a model in slices every token exchanges: all ranks write all of them
+        together = ONE if ranks.shards else ranks
+        predicted = _texts(model, tokenizer, split, task, chosen, tokens, search, together)
     predictions = [predicted[i] for i in chosen]
     if not chosen:
         return Scored({"loss": mean}, [], [], counted=counted)

@@ -227,10 +227,10 @@ def _before_second_save(patch: pytest.MonkeyPatch, does: Callable[[Path], None])
     """Before every file of the second checkpoint, which the first rank writes."""
     from trunkline.engine import checkpoint
 
-    def save(tensors: Any, file: Path) -> None:
+    def save(tensors: Any, file: Path, *metadata: Any) -> None:
         if file.parent.name == ".step-4.partial":
             does(file)
-        save_file(tensors, file)
+        save_file(tensors, file, *metadata)
 
     save_file = checkpoint.save_file
     patch.setattr(checkpoint, "save_file", save)
@@ -262,6 +262,47 @@ def _killed_in_a_save(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @contextmanager
+def _slice_not_written(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The last rank's disk is full in the checkpoint of the fourth step; the others' have room."""
+    from safetensors import SafetensorError
+
+    def full(file: Path) -> None:
+        if "-4-of-4" in file.name:
+            raise SafetensorError("No space left on device (os error 28)")
+
+    _before_second_save(patch, full)
+    yield
+
+
+@contextmanager
+def _scored_twice(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
+    """At the end of a run, with the other ranks and by every rank alone: the same bits, and a share of the work."""
+    from trunkline.engine.network.model import MultiTaskModel
+    from trunkline.training.distributed.ranks import ONE
+    from trunkline.training.run import run as module
+
+    def evaluate(*arguments: Any, ranks: Any, **others: Any) -> Any:
+        if others["texts"] is not None:  # during the run
+            return score_all(*arguments, ranks=ranks, **others)
+        others = {**others, "examples": 6}
+        scores, counts = [], []
+        for who in (ranks, ONE):
+            scored.clear()
+            found = score_all(*arguments, ranks=who, **others)
+            scores.append({name: (task.metrics, task.predictions) for name, task in found.items()})
+            counts.append(len(scored))
+        assert scores[0] == scores[1]
+        assert 0 < counts[0] < 0.7 * counts[1], counts
+        return found
+
+    scored: list[int] = []
+    score, score_all = MultiTaskModel.score, module.evaluate
+    patch.setattr(MultiTaskModel, "score", lambda *arguments: scored.append(0) or score(*arguments))
+    patch.setattr(module, "evaluate", evaluate)
+    yield
+
+
+@contextmanager
 def _killed_while_loading(rank: int, patch: pytest.MonkeyPatch) -> Iterator[None]:
     """The last rank, between a checkpoint's model and its optimizer."""
     from trunkline.engine import checkpoint
@@ -280,5 +321,7 @@ FAULTS = {
     "stops answering": _stops_answering,
     "disk full": _disk_full,
     "killed in a save": _killed_in_a_save,
+    "slice not written": _slice_not_written,
+    "scored twice": _scored_twice,
     "killed while loading": _killed_while_loading,
 }

@@ -28,22 +28,28 @@ WIDE = ["trunk.hidden_size=64", "trunk.num_layers=3", "trunk.dropout=0", "vocab_
 class Exchanged(TorchDispatchMode):
     """A context that counts the bytes that collectives put together or take apart."""
 
-    bytes = 0
+    bytes = summed = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if "allgather_base" in func.name():
             self.bytes += args[0].nbytes
         elif "reduce_scatter_base" in func.name():
             self.bytes += args[1].nbytes
+        elif "allreduce" in func.name():
+            self.summed += sum(tensor.nbytes for tensor in args[0])
         return func(*args, **(kwargs or {}))
 
 
 @contextmanager
-def rank_of(ranks: int) -> Iterator[SimpleNamespace]:
-    """The first of so many, whose group sends nothing."""
+def rank_of(ranks: int, slices: int = 0) -> Iterator[SimpleNamespace]:
+    """The first of so many, whose groups send nothing."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
     try:
-        yield SimpleNamespace(device=dist.group.WORLD, size=ranks, copy_of_first=lambda model: None)
+        slices = slices or ranks
+        across = [dist.new_group(range(0, ranks, slices)), dist.new_group(range(slices))]
+        yield SimpleNamespace(
+            device=dist.group.WORLD, size=ranks, slices=slices, across=across, copy_of_first=lambda model: None
+        )
     finally:
         dist.destroy_process_group()
 
@@ -67,17 +73,21 @@ def test_slices_are_those_that_fsdp_makes(tiny_config, ranks, values):
         assert sum(local(parameter).nbytes for parameter in model.parameters()) == expected
 
 
-def test_bytes_are_those_of_the_collectives(tiny_config):
+@pytest.mark.parametrize("slices", [4, 2])
+def test_bytes_are_those_of_the_collectives(tiny_config, slices):
     """Of a step of two batches on one of four ranks."""
     config, batches = prepared(tiny_config)
     model = make_model(config)
-    cost = sharded(model, step_memory(config, batches, "cpu"), ranks=4, batches=2)
-    with rank_of(4) as first:
+    cost = sharded(model, step_memory(config, batches, "cpu"), ranks=4, batches=2, slices=slices)
+    with rank_of(4, slices) as first:
         shard(model, first, torch.device("cpu"))
         with Exchanged() as exchanged:
             for batch in batches:
                 model(batch).loss.sum().backward()
-    assert cost.exchanged == pytest.approx(exchanged.bytes * 3 / 4, rel=0.01)  # slices are padded
+    inside, replicas = exchanged.bytes * (slices - 1) / slices, 4 // slices
+    assert cost.exchanged == pytest.approx(inside + exchanged.summed * 2 * (replicas - 1) / replicas, rel=0.01)
+    assert bool(exchanged.summed) == (replicas > 1)
+    assert cost.inside == (pytest.approx(inside, rel=0.01) if replicas > 1 else 0)  # slices are padded
 
 
 def test_costs_by_hand():
@@ -87,15 +97,20 @@ def test_costs_by_hand():
     cost = Cost(0, 125_000_000)
     assert cost.seconds("400 Gbit/s a GPU", 8) == pytest.approx(2.5e-3)
     assert cost.seconds("100 Gbit/s a machine", 8) == pytest.approx(80e-3)
+    mostly_inside = Cost(0, 125_000_000, inside=112_500_000, slices=8)
+    assert mostly_inside.seconds("100 Gbit/s a machine", 8) == pytest.approx(8e-3 + 0.25e-3)
+    assert mostly_inside.seconds("100 Gbit/s a machine", 4) == pytest.approx(40e-3)
 
 
 def test_the_command_says_what_many_ranks_hold(tiny_config, capsys):
-    assert cli.main(["estimate", str(tiny_config), "devices=64", "nodes=8", "batch.accumulate=64"]) == 0
+    values = ["devices=64", "nodes=8", "batch.accumulate=64", "parallel=shard", "slices=8"]
+    assert cli.main(["estimate", str(tiny_config), *values]) == 0
     output = capsys.readouterr().out
     assert "64 GPUs on 8 machines" in output
-    assert [line.split()[0] for line in output.splitlines() if line.startswith(("replicate", "shard"))] == [
+    assert [line.split()[0] for line in output.splitlines() if line.startswith(("replicate", "shard", "by 8 "))] == [
         "replicate",
         "shard",
+        "by",
     ]
 
 
@@ -104,6 +119,7 @@ def test_the_command_says_what_many_ranks_hold(tiny_config, capsys):
     [
         (["devices=64", "nodes=8"], "64 ranks need one each: set batch.accumulate to 64"),
         (["devices=8", "nodes=3", "batch.accumulate=8"], "nodes must be a number that divides devices 8, got 3"),
+        (["devices=8", "batch.accumulate=8", "parallel=shard", "slices=3"], "slices 3 must divide devices 8"),
         (["devices=8", "nodes=many"], "nodes is a number of machines, got 'many'"),
         (["devices=all"], "devices must be a number"),
     ],

@@ -3,6 +3,7 @@
 And what else takes four ranks.
 """
 
+import shutil
 from pathlib import Path
 
 import forked_ranks
@@ -26,7 +27,9 @@ RUNS = {
     "full": "",
     "adapters": f"{SHORT} adapters.rank=4",
     "recomputed": f"{SHORT} checkpointing=block projection=",
+    "replicas": f"{SHORT} slices=2",
 }
+NO_ROOM = "slice not written"
 GRAM = "steps=1 balancing=pcgrad batch.tokens=256"  # with weights that are still the same
 GOES_ON = "steps=5 trunk={{}} init={}"  # with the weights of a finished run
 STOPPED = {"stopped in slices": "shard", "stopped whole": "replicate"}  # after the third step
@@ -41,7 +44,10 @@ def described(config: Path, run: Path, values: str, parallel: str = "shard", **o
 def four(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("four")
     runs = {name: described(tiny_config, folder / name, values) for name, values in RUNS.items()}
+    runs["replicas"]["fault"] = "scored twice"
     runs["from full"] = described(tiny_config, folder / "from full", GOES_ON.format(folder / "full"))
+    runs["disk full"] = described(tiny_config, folder / "disk full", "steps=4 evaluation.every=2", fault=NO_ROOM)
+    runs["three"] = described(tiny_config, folder / "three", "slices=3")
     for name, parallel in STOPPED.items():
         runs[name] = described(tiny_config, folder / name, SHORT, parallel, fault="terminated")
     runs["goes on in slices"] = described(tiny_config, folder / "stopped whole", SHORT, resume=True)
@@ -118,16 +124,50 @@ def test_a_run_goes_on_whole_or_in_slices_on_any_number_of_ranks(four, one, tmp_
     assert Engine.from_config(again).fit(resume=True)["steps"] == 6
 
 
-def test_its_files_are_those_of_any_run(four, one):
-    def files(run: Path) -> list[Path]:
-        return sorted(path.relative_to(run) for path in run.rglob("*") if path.name != "report.html")
+def test_its_files_are_those_of_any_run_but_for_the_slices(four, one):
+    def files(run: Path) -> list[str]:
+        return sorted(path.relative_to(run).as_posix() for path in run.rglob("*") if path.name != "report.html")
 
-    assert files(four.folder / "full") == files(one("full", ""))
+    for name, slices in (("full", 4), ("replicas", 2)):
+        expected = files(one(name, RUNS[name]))
+        for group in ("model", "optimizer"):
+            (whole,) = [file for file in expected if "step-" in file and file.endswith(f"{group}.safetensors")]
+            expected.remove(whole)
+            expected += [whole.replace(group, f"{group}-{n + 1}-of-{slices}") for n in range(slices)]
+        assert files(four.folder / name) == sorted(expected)
     tensors, _ = checkpoint.load(four.folder / "full" / "checkpoints" / "step-20")
     expected, _ = checkpoint.load(one("full", "") / "checkpoints" / "step-20")
     for group in ("model", "optimizer"):
         assert {key: t.shape for key, t in tensors[group].items()} == {k: t.shape for k, t in expected[group].items()}
     assert Engine.load(four.folder / "full").predict(["the red cat is in the barn"], tasks=["colour"])
+
+
+def test_a_slice_that_is_missing_damaged_or_of_another_run_is_named(four, tmp_path):
+    whole = four.folder / "full" / "checkpoints" / "step-20"
+    file = "optimizer-3-of-4.safetensors"
+    harms = {
+        "missing": lambda path: path.unlink(),
+        "damaged": lambda path: path.write_bytes(path.read_bytes()[:-1] + b"?"),
+        "foreign": lambda path: shutil.copy(four.folder / "from full" / "checkpoints" / "step-5" / file, path),
+    }
+    for name, harm in harms.items():
+        shutil.copytree(whole, tmp_path / name)
+        harm(tmp_path / name / file)
+        with pytest.raises(checkpoint.CheckpointError, match=f"{tmp_path / name / file} is missing or damaged"):
+            checkpoint.load(tmp_path / name)
+
+
+def test_a_disk_that_is_full_on_any_rank_leaves_the_checkpoint_before(four):
+    first, *others = [outcome["error"] for outcome in four.outcomes["disk full"]]
+    folder = four.folder / "disk full" / "checkpoints"
+    assert first.startswith(f"OSError: checkpoint {folder / 'step-4'} is not saved, earlier ones are kept: No space")
+    assert others == ["SystemExit: 2"] * 3  # the first one has said it
+    assert checkpoint.newest(folder, warn=print) == folder / "step-2"
+    assert not list(folder.glob(".*"))
+
+
+def test_slices_that_do_not_divide_the_ranks_are_refused(four):
+    assert "slices 3 must divide the number of ranks, 4" in four.outcomes["three"][0]["error"]
 
 
 def test_a_step_that_is_not_finite_on_one_rank_is_left_out_on_all(four):
