@@ -318,8 +318,9 @@ def test_turns_count_together():
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-def test_operations_are_those_of_the_products(activation):
-    """Attention and the heads are ops of ours, which are not counted here."""
+def test_operations_are_those_of_the_products(activation, monkeypatch):
+    """Attention and the heads are ops of ours, which are not counted here; nor are products by oneDNN."""
+    monkeypatch.setattr(torch.backends.mkldnn, "enabled", False)
     trunk = preset("tiny", vocab_size=50, hidden_size=64, num_heads=4, num_kv_heads=2, activation=activation)
     model = MultiTaskModel(Trunk(trunk), [Task("t", "classify", ("text",), "label", ("no", "yes"))])
     examples = [Example(0, np.arange(n), np.array([n - 1]), np.array([1])) for n in (5, 20, 30)]

@@ -70,7 +70,7 @@ def test_autocast_ends_at_the_op(device):
     def reference(x: Tensor) -> Tensor:
         return x @ x
 
-    op = register("product", reference=reference, fake=torch.empty_like)
+    op = register("squared", reference=reference, fake=torch.empty_like)
     x = torch.randn(8, 8, device=device)
     with torch.autocast(device, torch.bfloat16):
         assert (x @ x).dtype == torch.bfloat16

@@ -86,7 +86,7 @@ def test_the_full_config_differs_from_the_default_everywhere():
     default = Config(tasks=("sst2",))
     alike = [field.name for field in fields(Config) if getattr(FULL, field.name) == getattr(default, field.name)]
     # the first needs a checkpoint: test_pretrained_start.py; the others refuse some of the rest
-    assert alike == ["init", "architecture", "vectors", "tokenizer", "parallel"]
+    assert alike == ["init", "architecture", "vectors", "tokenizer", "parallel", "slices"]
 
 
 @pytest.mark.parametrize(

@@ -179,7 +179,7 @@ def test_logits_are_never_whole_in_memory():
 
     x, weight, bias, *rest = make(4 * CHUNK, vocabulary=1000)
     with Largest() as largest:
-        _forward_reference(x, weight, bias, *rest, torch.ones(N), N, 0.1, 0.01, 3.0)
+        _forward_reference(x, weight, bias, *rest, torch.ones(N), True, N, 0.1, 0.01, 3.0)
     assert largest.elements == CHUNK * 1024  # rows are padded to a multiple of 64
 
 
