@@ -31,6 +31,7 @@ import torch
 
 from trunkline.benchmarks.record import record
 from trunkline.benchmarks.systems.training_systems import SHAPES, Amount, Shape, System, autocast, make
+from trunkline.kernels.products import mm
 from trunkline.training.run.profiling import between, moment
 
 PARTS = ("batching", "forward", "backward", "optimizer")
@@ -227,7 +228,7 @@ def matrix_rate(device: torch.device, seconds: float) -> float:
     best, end = float("inf"), time.perf_counter() + seconds
     while time.perf_counter() < end:
         first = moment(device)
-        a @ b
+        mm(a, b)
         second = moment(device)
         if device.type == "cuda":
             torch.cuda.synchronize()
