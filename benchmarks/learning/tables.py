@@ -106,11 +106,9 @@ def _recipe(name: str, runs: list[dict[str, Any]], where: dict[str, Any]) -> str
             score = _spread([run["scores"][task][metric] for run in runs])
             examples = " to ".join(f"{count:,}" for count in sorted({run["examples"][task] for run in runs}))
             rows.append(f"| {task} | {metric} | {score} | {examples} |")
-    quickest = min(runs, key=lambda run: run["training_seconds"])  # others may have shared the machine
     tokens = fmean(run["real_tokens"] for run in runs)
     return f"""
-**A whole run** of `{name}.yaml` on {described(where)}: {runs[0]["steps"]:,} steps, {tokens / 1000:,.0f} thousand
-tokens, {quickest["training_seconds"] / 60:.0f} minutes of training with {quickest["threads"]} thread(s), the quickest.
+**Whole runs** of `{name}.yaml` on {described(where)}: {runs[0]["steps"]:,} steps, {tokens / 1000:,.0f} thousand tokens.
 Mean ± standard deviation over {len(runs)} seed(s).
 
 | task | metric | score | validation examples |

@@ -143,7 +143,7 @@ def test_readme_says_what_whole_runs_learn(results, tmp_path):
         recipes.keep(run)
     text = record.tables(results / "nvidia-h200")
     assert "`finetune.yaml`" in text
-    assert "40 steps, 25 thousand\ntokens, 1 minutes of training" in text
+    assert "40 steps, 25 thousand tokens.\nMean ± standard deviation over 2 seed(s)." in text
     assert "| mrpc | accuracy | 0.800 ± 0.071 | 100 to 408 |" in text
     assert "| mrpc | f1 | 0.900 ± 0.000 | 100 to 408 |" in text
 
