@@ -80,7 +80,7 @@ def _by_onednn(x: Tensor, columns: int) -> bool:
         and x.device.type == "cpu"
         and x.dtype == torch.float32
         and x.numel() * columns >= SMALLEST
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
         and not torch.is_autocast_enabled("cpu")
         and not torch.compiler.is_exporting()
     )
