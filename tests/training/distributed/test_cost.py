@@ -18,7 +18,7 @@ from trunkline.training.config_file import load_config
 from trunkline.training.data.batches import Packer, make_mixer
 from trunkline.training.data.corpus import load_corpus
 from trunkline.training.distributed.cost import Cost, replicated, sharded, slice_of
-from trunkline.training.distributed.sharding import local, shard
+from trunkline.training.distributed.sharding import local, own_slices, shard
 from trunkline.training.estimate import Memory, step_memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -127,3 +127,13 @@ def test_the_command_says_what_many_ranks_hold(tiny_config, capsys):
 def test_what_cannot_be_shared_out_is_refused(values, message, tiny_config, capsys):
     assert cli.main(["estimate", str(tiny_config), *values]) == cli.USER_ERROR
     assert message in capsys.readouterr().err
+
+
+def test_a_slice_of_a_checkpoint_is_written_once():
+    """By the first of its replicas: two ranks that write one file could leave parts of both."""
+
+    def number(rank: int) -> int | None:
+        ranks = SimpleNamespace(shards=True, rank=rank, slices=2, first=rank == 0, gather=list)
+        return own_slices({"model": {"weight": torch.ones(2)}}, ranks)[1].number
+
+    assert [number(rank) for rank in range(4)] == [0, 1, None, None]
